@@ -1,0 +1,17 @@
+"""Names for the argument types that several modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+ParameterSelection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+"""Which parameters to differentiate: all, glob(s), ``"readout"``, or a predicate of name and parameter."""
+
+OutputSelection = Literal["full", "independent", "sum"] | int
+"""What a kernel makes of C outputs; see :class:`gpntk.NTKKernel`."""
+
+Extract = Callable[[Any], Tensor]
+"""Turns whatever a network returns into its output tensor, ``[N]`` or ``[N, C]``."""

@@ -1,0 +1,76 @@
+"""The interface of a Jacobian backend: four products, from which the rest follows.
+
+Layout inside every backend: B batches, N rows, C outputs, K columns, F features (F = P, the selected parameters, unless
+said otherwise), G groups of features. Columns lead, so that one column is contiguous in memory:
+
+    x [B, N, D]    u [B, K, N*C]    v [B, K, F]    gram [B, G, N*C, M*C]    diagonal [B, G, N*C]
+
+Rows of the Jacobian are data-major: row n*C + c belongs to output c of row n. Groups are the whole of F (G = 1), or the
+network's layers (`per_layer=True`): K = sum_g variance_g K_g, so a prior variance per layer costs no new product.
+
+Laws, for every backend (see `gpntk.testing`):
+
+    <u, jvp(x, v)> = <vjp(x, u), v>              adjoint
+    jvp(x, vjp(x2, u)) = gram(x, x2).sum(1) u    Gram
+    diagonal(x) = diag gram(x, x)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from gpntk.jacobians.memory import TensorCache, default_budget
+from gpntk.network import FrozenNetwork
+
+
+class AbstractJacobianBackend(ABC):
+    """How products with J(x) = df(x; w)/dw `[N*C, P]` are computed.
+
+    Every product is differentiable in x and in its other arguments. What depends on x alone is kept in ``cache``.
+    """
+
+    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+        self.network = network
+        self.memory_budget = default_budget(network.device) if memory_budget is None else int(memory_budget)
+        self.cache = TensorCache(self.memory_budget)
+
+    @property
+    def num_features(self) -> int:
+        """F, the number of columns of J."""
+        return self.network.num_params
+
+    def num_outputs(self, x: Tensor) -> int:
+        """C, rows of J per row of x."""
+        return self.network.num_outputs(x)
+
+    @abstractmethod
+    def jvp(self, x: Tensor, v: Tensor) -> Tensor:
+        """J(x) v `[B, K, N*C]` for v `[B, K, F]`."""
+
+    @abstractmethod
+    def vjp(self, x: Tensor, u: Tensor) -> Tensor:
+        """J(x)ᵀ u `[B, K, F]` for u `[B, K, N*C]`."""
+
+    @abstractmethod
+    def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
+        """J_g(x1) J_g(x2)ᵀ for every group g, `[B, G, N*C, M*C]`."""
+
+    @abstractmethod
+    def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
+        """Diagonal of ``gram(x, x)``, `[B, G, N*C]`, without forming it."""
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """J(x) itself, `[B, N*C, F]`: each row of x as a batch of its own, one unit cotangent per output."""
+        batch, rows, _ = x.shape
+        outputs = self.num_outputs(x)
+        unit = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(batch * rows, outputs, outputs)
+        return self.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, self.num_features)
+
+    def layer_slices(self, per_layer: bool) -> tuple[slice, ...]:
+        """The groups as slices of F."""
+        if not per_layer:
+            return (slice(0, self.num_features),)
+        return tuple(columns for _, columns in self.network.layers)

@@ -1,0 +1,39 @@
+"""Grams and diagonals by contracting explicit Jacobians, block by block within the memory budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.memory import chunks
+
+
+def row_chunks(backend: AbstractJacobianBackend, x: Tensor) -> list[slice]:
+    """Chunks of the rows of x `[B, N, D]` whose Jacobian, and a copy of it, fit the budget."""
+    row_bytes = 2 * x.shape[0] * backend.num_outputs(x) * backend.num_features * x.element_size()
+    return list(chunks(x.shape[1], row_bytes, backend.memory_budget))
+
+
+def contracted_gram(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, per_layer: bool) -> Tensor:
+    """J_g(x1) J_g(x2)ᵀ `[B, G, N*C, M*C]`: 2*N*M*C²*P flops once the Jacobians are there."""
+    groups = backend.layer_slices(per_layer)
+    blocks = []
+    for rows in row_chunks(backend, x1):
+        left = backend.jacobian(x1[:, rows])
+        columns = []
+        for others in row_chunks(backend, x2):
+            right = left if x1 is x2 and rows == others else backend.jacobian(x2[:, others])
+            columns.append(torch.stack([left[..., g] @ right[..., g].mT for g in groups], dim=1))
+        blocks.append(torch.cat(columns, dim=-1))
+    return torch.cat(blocks, dim=-2)
+
+
+def contracted_diagonal(backend: AbstractJacobianBackend, x: Tensor, per_layer: bool) -> Tensor:
+    """|J_g(x)|² row by row, `[B, G, N*C]`."""
+    groups = backend.layer_slices(per_layer)
+    parts = []
+    for rows in row_chunks(backend, x):
+        jacobian = backend.jacobian(x[:, rows])
+        parts.append(torch.stack([jacobian[..., g].square().sum(-1) for g in groups], dim=1))
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,101 @@
+"""Memory: the byte budget that every product stays within, and the cache of what is worth keeping."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+_FRACTION_OF_FREE = 0.25
+_ENTRIES = 8
+# Fresh blocks above this size come from the system page by page, which costs more than smaller GEMMs lose.
+_CPU_WORKSPACE = 2**24
+
+
+def default_budget(device: torch.device) -> int:
+    """A quarter of the bytes free on ``device`` now (1 GiB where the system does not tell)."""
+    if device.type == "cuda":
+        return int(_FRACTION_OF_FREE * torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(_FRACTION_OF_FREE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return 2**30
+
+
+def workspace(device: torch.device, budget: int) -> int:
+    """Bytes that temporaries inside one product should stay within."""
+    return min(budget, _CPU_WORKSPACE) if device.type == "cpu" else budget
+
+
+def chunks(total: int, bytes_each: float, budget: int) -> Iterator[slice]:
+    """Slices of ``range(total)`` in which ``bytes_each`` times the length stays within ``budget`` (at least 1 each)."""
+    size = max(1, int(budget // max(bytes_each, 1)))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def tracks_gradient(x: Tensor) -> bool:
+    """Whether results must carry a graph back to x."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def frozen(x: Tensor) -> Tensor:
+    """x without its graph, as a normal tensor even inside ``torch.inference_mode``."""
+    if not x.is_inference():
+        return x.detach()
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+@final
+class TensorCache:
+    """Results of pure functions of tensors, keyed by the tensors' memory and version.
+
+    Python ids change when autograd unpacks a tensor, the data pointer does not. Each entry keeps its key tensors alive,
+    so a pointer cannot be reused by other data while the entry exists; an in-place change moves the version and misses.
+    Least recently used entries go first. Deep copies share the cache; pickles leave it behind.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any, int]] = OrderedDict()
+
+    def get(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """``compute()``, or what it returned the last time for the same tensors."""
+        if any(tensor.is_inference() or tracks_gradient(tensor) for tensor in tensors):
+            return compute()
+        key = (kind, *(_fingerprint(tensor) for tensor in tensors))
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key][1]
+        result = compute()
+        size = _bytes(result)
+        if size <= self.budget:
+            self._entries[key] = (tuple(tensor.detach() for tensor in tensors), result, size)
+            self._evict()
+        return result
+
+    def _evict(self) -> None:
+        while len(self._entries) > _ENTRIES or sum(size for *_, size in self._entries.values()) > self.budget:
+            self._entries.popitem(last=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorCache:
+        return self
+
+    def __reduce__(self) -> tuple[type[TensorCache], tuple[int]]:
+        return TensorCache, (self.budget,)
+
+
+def _fingerprint(x: Tensor) -> Hashable:
+    return x.data_ptr(), x.shape, x.stride(), x._version, x.dtype, x.device
+
+
+def _bytes(result: Any) -> int:
+    if isinstance(result, Tensor):
+        return result.untyped_storage().nbytes()
+    if isinstance(result, dict):
+        return sum(_bytes(value) for value in result.values())
+    return sum(_bytes(value) for value in result)

@@ -1,0 +1,52 @@
+"""The conjugate kernel of a finite network: its readout's features."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from torch import nn
+
+from gpntk._types import OutputSelection
+from gpntk.errors import SelectionError
+from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
+from gpntk.network import FrozenNetwork
+
+
+@final
+class NNGPKernel(AbstractFeatureKernel):
+    r"""k(x, x') = J(x) J(x')ᵀ over the readout's weights: a(x)·a(x') + 1 for a linear readout with a bias.
+
+    What a Bayesian linear regression on the network's last features believes; the finite-width counterpart of the
+    NNGP kernel. Use it when the features are good and the data few; `NTKKernel` when the features must move too.
+
+    Args:
+        network: The network; its readout is the last layer with parameters, which must also be the last to run.
+        output: As in `NTKKernel`.
+        input_shape: As in `NTKKernel`.
+        backend: As in `NTKKernel`.
+        **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
+
+    Raises:
+        SelectionError: The last registered layer is not the last one executed; the message names the latter.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> gpntk.NNGPKernel(network).num_features
+        17
+
+    References:
+        Lee et al. (2018), Deep Neural Networks as Gaussian Processes, https://arxiv.org/abs/1711.00165.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        output: OutputSelection = "full",
+        input_shape: tuple[int, ...] | None = None,
+        backend: BackendFactory | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(network, FrozenNetwork):
+            raise SelectionError("NNGPKernel selects the readout itself: pass the module, not a FrozenNetwork.")
+        super().__init__(network, "readout", False, output, input_shape, backend, **kwargs)

@@ -1,0 +1,374 @@
+"""A frozen network: the pure function (parameters, x) -> f(x; parameters) behind an ``nn.Module``.
+
+This is the only file that touches the inside of an ``nn.Module``. It splits the user's module into
+
+* a *skeleton*: the module's structure with its tensors replaced by empty ones on the meta device, called through
+  ``torch.func.functional_call``;
+* *frozen tensors*: a copy of parameters and buffers as they are now, held as non-persistent buffers, so that they
+  follow ``.to()`` of whatever owns the frozen network, and appear in neither ``parameters()`` nor ``state_dict()``;
+* a *layout*: which parameters are differentiated and where each stands in a flat P-vector.
+
+The user's module is read once and never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
+
+from gpntk._types import Extract, OutputSelection, ParameterSelection
+from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.selection import layer_name, readout_name, select_parameters
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer in a forward pass: its first input and its output, as nodes of the autograd graph."""
+
+    input: Tensor
+    output: Tensor
+
+
+@final
+class FrozenNetwork(nn.Module):
+    """A network frozen where it is, as a pure function of the selected parameters and of x.
+
+    Args:
+        module: The network. Its weights are copied, so later training of ``module`` changes nothing here.
+        parameters: Which parameters J(x) = df(x; w)/dw differentiates: ``None`` for all (whether or not they require
+            grad), a glob or list of globs over parameter names, ``"readout"`` for the last parametrised layer, or a
+            predicate ``(name, parameter) -> bool``.
+        input_shape: Shape of one input as the network wants it, e.g. ``(1, 28, 28)``; x then arrives flat, `[N, D]`.
+        extract: Turns what the network returns (a dict, say) into the tensor `[N]` or `[N, C]` that is meant.
+
+    Raises:
+        NetworkError: Stochastic or batch-statistics layers in train mode, NaN or infinite weights, integer, complex or
+            mixed dtypes, mixed devices, a module that cannot be copied.
+        SelectionError: A selection that matches no parameter.
+
+    Example:
+        >>> import torch
+        >>> network = FrozenNetwork(torch.nn.Linear(3, 2))
+        >>> network(torch.zeros(5, 3)).shape, network.num_params
+        (torch.Size([5, 2]), 8)
+    """
+
+    names: tuple[str, ...]
+    """Names of the selected parameters, in the order of the flat layout."""
+    slices: Mapping[str, slice]
+    """Where each selected parameter stands in the P-vector."""
+    shapes: Mapping[str, torch.Size]
+    input_shape: tuple[int, ...] | None
+    output: OutputSelection
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: ParameterSelection = None,
+        input_shape: Sequence[int] | None = None,
+        extract: Extract | None = None,
+    ) -> None:
+        super().__init__()
+        _check_module(module)
+        named = dict(module.named_parameters())
+        selected = select_parameters(module, named, parameters)
+        self.names = tuple(selected)
+        self.shapes = {name: named[name].shape for name in selected}
+        ends = torch.tensor([named[name].numel() for name in selected]).cumsum(0).tolist()
+        self.slices = {
+            name: slice(start, end) for name, start, end in zip(selected, [0, *ends[:-1]], ends, strict=True)
+        }
+        self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
+        self.output = "full"
+        self._extract = extract
+        self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
+        self._num_outputs: int | None = None
+        self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        # `object.__setattr__` keeps the skeleton from being registered: GPyTorch's .to(), .train(), requires_grad_()
+        # and state_dict() must not reach it.
+        object.__setattr__(self, "_skeleton", _skeleton(module))
+        self._tensor_names = tuple(chain(named, dict(module.named_buffers())))
+        with torch.inference_mode(False):
+            for index, tensor in enumerate(chain(named.values(), module.buffers())):
+                self.register_buffer(f"frozen_{index}", tensor.detach().clone(), persistent=False)
+
+    # --- the function ------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
+        tensors = {**self.tensors(x.dtype, x.device), **(parameters or {})}
+        return self._outputs(functional_call(self._skeleton, tensors, (self._shaped(x),)), x.shape[0])
+
+    def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The selected parameters by name: the point w* at which Jacobians are taken."""
+        tensors = self.tensors(dtype, device)
+        return {name: tensors[name] for name in self.names}
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """All frozen parameters and buffers by name; floating ones cast to ``dtype``."""
+        key = (dtype, device)
+        if key not in self._cast:
+            buffers = zip(self._tensor_names, self._buffers.values(), strict=True)
+            with torch.inference_mode(False):
+                self._cast[key] = {
+                    name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                    for name, tensor in buffers
+                    if tensor is not None
+                }
+        return self._cast[key]
+
+    def select_output(self, output: OutputSelection) -> FrozenNetwork:
+        """The same network with C = 1: output number ``output``, or sum_c f_c / sqrt(C) for ``"sum"``."""
+        view = FrozenNetwork.__new__(FrozenNetwork)
+        # The view shares the dictionaries of tensors, so that it follows when this network is moved or cast.
+        view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": None}
+        return view
+
+    # --- sizes and layout --------------------------------------------------------------------------------------
+
+    @property
+    def num_params(self) -> int:
+        """P, the number of selected parameters."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the weights are stored; computations run in the dtype of x."""
+        return next(tensor.dtype for tensor in self._buffers.values() if _is_floating(tensor))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the frozen weights."""
+        return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
+
+    @property
+    def layers(self) -> tuple[tuple[str, slice], ...]:
+        """Name and slice of the P-vector of each layer that owns selected parameters, in order."""
+        groups = groupby(self.names, key=layer_name)
+        runs = [(name, [self.slices[parameter] for parameter in run]) for name, run in groups]
+        return tuple((name, slice(run[0].start, run[-1].stop)) for name, run in runs)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Split `[..., P]` into one `[..., *shape]` per selected parameter."""
+        batch = vector.shape[:-1]
+        return {name: vector[..., self.slices[name]].reshape(*batch, *self.shapes[name]) for name in self.names}
+
+    def flatten(self, parameters: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
+        """Join one `[..., *shape]` per selected parameter into `[..., P]`."""
+        return torch.cat([parameters[name].flatten(batch_dims) for name in self.names], dim=-1)
+
+    def num_outputs(self, x: Tensor) -> int:
+        """C, found by running the network once on two rows of ``x`` `[..., N, D]`, which also checks its behaviour.
+
+        Raises:
+            NetworkError: The output is stochastic, depends on the other rows of the batch, or is not `[N]` or `[N, C]`.
+            SelectionError: ``output`` is no output of the network; ``"readout"`` is not the last layer executed.
+        """
+        if self._num_outputs is None:
+            if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
+                raise InputError(f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed.")
+            self._num_outputs = self._probe(x.detach().flatten(0, -2))
+        return self._num_outputs
+
+    # --- what layer rules need ---------------------------------------------------------------------------------
+
+    def submodule(self, name: str) -> nn.Module:
+        """The skeleton's layer of that name: for reading its type and options, its tensors are empty."""
+        return self._skeleton.get_submodule(name)
+
+    def tied_names(self) -> set[str]:
+        """Selected parameters that the module knows under more than one name."""
+        counts: dict[int, list[str]] = {}
+        for name, parameter in self._skeleton.named_parameters(remove_duplicate=False):
+            counts.setdefault(id(parameter), []).append(name)
+        return {name for names in counts.values() if len(names) > 1 for name in names if name in self.slices}
+
+    def trace(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, list[LayerCall]]]:
+        """f(x) `[N, C]`, and the calls made of each named layer, with a graph from each layer's output to f.
+
+        A layer's output is cloned before it is passed on, so that an in-place activation cannot rewrite what was
+        recorded. The first recorded output is made to require grad if x does not.
+        """
+        calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
+
+        def record(name: str, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output.requires_grad_()
+            calls[name].append(LayerCall(args[0], output))
+            return output.clone()
+
+        with torch.enable_grad(), self._hooks({name: lambda a, o, n=name: record(n, a, o) for name in layers}):
+            return self(x), calls
+
+    @contextmanager
+    def _hooks(self, hooks: Mapping[str, Any]) -> Iterator[None]:
+        handles = [
+            self.submodule(name).register_forward_hook(lambda _, args, output, h=hook: h(args, output))
+            for name, hook in hooks.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- nn.Module's own protocol ------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: a frozen network stays in the mode it was frozen in."""
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._cast.clear()
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
+        return self._shell()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cast": {}}
+
+    def _shell(self) -> FrozenNetwork:
+        """A new object over the same tensors; moving or casting it leaves the original alone."""
+        shell = FrozenNetwork.__new__(FrozenNetwork)
+        shell.__dict__ = {key: copy.copy(value) for key, value in self.__dict__.items() if key != "_skeleton"}
+        object.__setattr__(shell, "_skeleton", self._skeleton)
+        return shell
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        if self.input_shape is None:
+            return x
+        if x.shape[1:].numel() != math.prod(self.input_shape):
+            raise InputError(
+                f"x has {x.shape[1:].numel()} values per row, but input_shape={self.input_shape} needs "
+                f"{math.prod(self.input_shape)}: flatten each input, or correct input_shape."
+            )
+        return x.reshape(-1, *self.input_shape)
+
+    def _outputs(self, returned: Any, num_rows: int) -> Tensor:
+        outputs = returned if self._extract is None else self._extract(returned)
+        if not isinstance(outputs, Tensor):
+            raise NetworkError(
+                f"the network returned {type(outputs).__name__}, not a tensor: pass extract=, a function that takes "
+                "what the network returns and gives the output tensor, e.g. extract=lambda out: out['logits']."
+            )
+        if outputs.dim() not in (1, 2) or outputs.shape[0] != num_rows:
+            raise NetworkError(
+                f"the network returned shape {tuple(outputs.shape)} for {num_rows} rows; gpntk needs [N] or [N, C]: "
+                "flatten or select the outputs with extract=, and check input_shape."
+            )
+        outputs = outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+        if self.output == "sum":
+            return outputs.sum(-1, keepdim=True) / math.sqrt(outputs.shape[-1])
+        if isinstance(self.output, int):
+            if not 0 <= self.output < outputs.shape[-1]:
+                raise SelectionError(f"output={self.output}, but the network has outputs 0 to {outputs.shape[-1] - 1}.")
+            return outputs[:, self.output : self.output + 1]
+        return outputs
+
+    @torch.no_grad()
+    def _probe(self, rows: Tensor) -> int:
+        pair = torch.stack([rows[0], rows[-1]])
+        if torch.equal(pair[0], pair[1]):
+            pair[1] = pair[0] * 0.9 + 0.1
+        executed: list[str] = []
+        names = {layer_name(name) for name, _ in self._skeleton.named_parameters()} if self._readout is not None else ()
+        with self._hooks({name: lambda _a, o, n=name: executed.append(n) for name in names}):
+            both, again, alone = self(pair), self(pair), self(pair[:1])
+        if not torch.isfinite(both).all():
+            raise InputError(
+                "the network returns NaN or infinite values on the first or last row of x: check x for NaN, and its "
+                "scale against what the network was trained on."
+            )
+        tolerance = math.sqrt(torch.finfo(both.dtype).eps)
+        if not torch.allclose(both, again, rtol=tolerance, atol=tolerance):
+            raise NetworkError(
+                "two runs of the network on the same rows differ: it is stochastic, probably dropout in train mode. "
+                "Call module.eval() before freezing."
+            )
+        if not torch.allclose(both[:1], alone, rtol=tolerance, atol=tolerance):
+            raise NetworkError(
+                "the network's output for a row depends on the other rows of the batch (batch statistics, or an "
+                "operation across the batch dimension), so it defines no kernel. Use running statistics (module.eval()) "
+                "or a normalisation within the row."
+            )
+        if executed and executed[-1] != self._readout:
+            raise SelectionError(
+                f"parameters='readout' took the last registered layer, {self._readout!r}, but the network runs "
+                f"{executed[-1]!r} last: pass parameters={executed[-1] + '.*'!r} to choose the readout by name."
+            )
+        return both.shape[-1]
+
+
+def _is_floating(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with empty tensors on the meta device; ties between parameters are kept."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise NetworkError(
+            f"the module cannot be copied ({error}). Tensors computed from parameters and kept as attributes are the "
+            "usual cause; torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm helps."
+        ) from error
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raise `NetworkError` for anything that would make J(x) wrong or undefined."""
+    if not isinstance(module, nn.Module):
+        raise NetworkError(f"network must be a torch.nn.Module, got {type(module).__name__}.")
+    parameters = dict(module.named_parameters())
+    if not parameters:
+        raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise NetworkError(f"parameter {name!r} is not initialised yet: run the network once on an input first.")
+        if not parameter.is_floating_point():
+            raise NetworkError(f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J.")
+        if not torch.isfinite(parameter).all():
+            raise NetworkError(f"parameter {name!r} contains NaN or infinite values: check how the network was trained.")
+    for kind, values in (
+        ("dtypes", {str(parameter.dtype) for parameter in parameters.values()}),
+        ("devices", {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}),
+    ):
+        if len(values) > 1:
+            raise NetworkError(f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...).")
+    for name, child in module.named_modules():
+        _check_mode(name or "network", child)
+
+
+def _check_mode(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        raise NetworkError(f"{name!r} ({kind}) is in train mode, so outputs are random: call module.eval() first.")
+    if isinstance(module, _BatchNorm):
+        if module.running_mean is None:
+            raise NetworkError(
+                f"{name!r} ({kind}) keeps no running statistics, so a row's output depends on its batch: train with "
+                "track_running_stats=True, or use GroupNorm or LayerNorm."
+            )
+        if module.training:
+            raise NetworkError(
+                f"{name!r} ({kind}) is in train mode, so a row's output depends on its batch: call module.eval() first."
+            )

@@ -1,0 +1,54 @@
+"""Which of a module's parameters are differentiated, and which layer each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from gpntk._types import ParameterSelection
+from gpntk.errors import SelectionError
+
+
+def layer_name(parameter_name: str) -> str:
+    """Name of the layer that owns a parameter; a parametrised weight belongs to the layer it parametrises."""
+    layer, parametrised, _ = f".{parameter_name}".partition(".parametrizations.")
+    return (layer if parametrised else layer.rpartition(".")[0]).removeprefix(".")
+
+
+def readout_name(module: nn.Module) -> str:
+    """The last registered layer that owns parameters; `FrozenNetwork` checks that it is also the last to run."""
+    return [layer_name(name) for name, _ in module.named_parameters()][-1]
+
+
+def select_parameters(
+    module: nn.Module, named: Mapping[str, nn.Parameter], selection: ParameterSelection
+) -> tuple[str, ...]:
+    """Names of the selected parameters, in the module's order.
+
+    Raises:
+        SelectionError: A glob or predicate that matches nothing; the message lists the names there are.
+    """
+    if selection is None:
+        return tuple(named)
+    if callable(selection):
+        chosen = tuple(name for name, parameter in named.items() if selection(name, parameter))
+        if not chosen:
+            raise SelectionError(f"parameters= selected none of the network's parameters: {_listing(named)}.")
+        return chosen
+    if selection == "readout":
+        readout = readout_name(module)
+        return tuple(name for name in named if layer_name(name) == readout)
+    globs = [selection] if isinstance(selection, str) else list(selection)
+    if not globs:
+        raise SelectionError("parameters=[] selects nothing: pass None for all parameters, or at least one glob.")
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in named):
+            raise SelectionError(f"parameters={glob!r} matches none of the network's parameters: {_listing(named)}.")
+    return tuple(name for name in named if any(fnmatchcase(name, glob) for glob in globs))
+
+
+def _listing(named: Mapping[str, nn.Parameter], most: int = 12) -> str:
+    names = list(named)
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
