@@ -1,6 +1,7 @@
 """Turn a trained PyTorch network into a Gaussian process: f(x; w + d) = f(x; w) + J(x) d, d ~ N(0, S)."""
 
 from gpntk import errors as errors
+from gpntk.estimators import TransferRegressor as TransferRegressor
 from gpntk.jacobians import AutoBackend as AutoBackend
 from gpntk.jacobians import AutodiffBackend as AutodiffBackend
 from gpntk.jacobians import Choice as Choice
@@ -13,5 +14,7 @@ from gpntk.network import FrozenNetwork as FrozenNetwork
 from gpntk.operators import FeatureGramLinearOperator as FeatureGramLinearOperator
 from gpntk.operators import JacobianLinearOperator as JacobianLinearOperator
 from gpntk.operators import NoisyGramLinearOperator as NoisyGramLinearOperator
+from gpntk.transfer import TransferGP as TransferGP
+from gpntk.transfer import freeze as freeze
 
 __version__ = "0.1.0"

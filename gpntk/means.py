@@ -32,8 +32,8 @@ class NetworkMean(Mean):
         super().__init__()
         self.network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network, None, input_shape)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """f(x; w*) for x `[..., N, D]`."""
-        check_input(input, self.network.device)
-        outputs = self.network(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
-        return outputs.squeeze(-1) if self.network.num_outputs(input) == 1 else outputs
+        check_input(x, self.network.device)
+        outputs = self.network(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return outputs.squeeze(-1) if self.network.num_outputs(x) == 1 else outputs

@@ -72,6 +72,7 @@ class FrozenNetwork(nn.Module):
     shapes: Mapping[str, torch.Size]
     input_shape: tuple[int, ...] | None
     output: OutputSelection
+    _skeleton: nn.Module
 
     def __init__(
         self,
@@ -146,12 +147,12 @@ class FrozenNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in which the weights are stored; computations run in the dtype of x."""
-        return next(tensor.dtype for tensor in self._buffers.values() if _is_floating(tensor))
+        return self._first.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the frozen weights."""
-        return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
+        return self._first.device
 
     @property
     def layers(self) -> tuple[tuple[str, slice], ...]:
@@ -178,7 +179,9 @@ class FrozenNetwork(nn.Module):
         """
         if self._num_outputs is None:
             if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
-                raise InputError(f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed.")
+                raise InputError(
+                    f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed."
+                )
             self._num_outputs = self._probe(x.detach().flatten(0, -2))
         return self._num_outputs
 
@@ -226,7 +229,7 @@ class FrozenNetwork(nn.Module):
 
     # --- nn.Module's own protocol ------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         """Do nothing: a frozen network stays in the mode it was frozen in."""
         return self
 
@@ -248,6 +251,12 @@ class FrozenNetwork(nn.Module):
         return shell
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    @property
+    def _first(self) -> Tensor:
+        first = self._buffers["frozen_0"]  # a parameter: all share one dtype and device
+        assert first is not None
+        return first
 
     def _shaped(self, x: Tensor) -> Tensor:
         if self.input_shape is None:
@@ -287,7 +296,7 @@ class FrozenNetwork(nn.Module):
             pair[1] = pair[0] * 0.9 + 0.1
         executed: list[str] = []
         names = {layer_name(name) for name, _ in self._skeleton.named_parameters()} if self._readout is not None else ()
-        with self._hooks({name: lambda _a, o, n=name: executed.append(n) for name in names}):
+        with self._hooks({name: lambda _args, _output, n=name: executed.append(n) for name in names}):
             both, again, alone = self(pair), self(pair), self(pair[:1])
         if not torch.isfinite(both).all():
             raise InputError(
@@ -303,7 +312,7 @@ class FrozenNetwork(nn.Module):
         if not torch.allclose(both[:1], alone, rtol=tolerance, atol=tolerance):
             raise NetworkError(
                 "the network's output for a row depends on the other rows of the batch (batch statistics, or an "
-                "operation across the batch dimension), so it defines no kernel. Use running statistics (module.eval()) "
+                "operation across the batch dimension), so it defines no kernel. Use running statistics (eval mode) "
                 "or a normalisation within the row."
             )
         if executed and executed[-1] != self._readout:
@@ -314,8 +323,22 @@ class FrozenNetwork(nn.Module):
         return both.shape[-1]
 
 
-def _is_floating(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point()
+def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are ``tensors``, by name.
+
+    Raises:
+        NetworkError: Names or shapes differ.
+    """
+    twin = copy.deepcopy(module)
+    own = dict(chain(twin.named_parameters(), twin.named_buffers()))
+    if set(own) != set(tensors):
+        raise NetworkError(f"tensors {sorted(set(own) ^ set(tensors))[:4]} are on one side only.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise NetworkError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}.")
+            tensor.copy_(tensors[name])
+    return twin
 
 
 def _skeleton(module: nn.Module) -> nn.Module:
@@ -347,13 +370,17 @@ def _check_module(module: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise NetworkError(f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J.")
         if not torch.isfinite(parameter).all():
-            raise NetworkError(f"parameter {name!r} contains NaN or infinite values: check how the network was trained.")
+            raise NetworkError(
+                f"parameter {name!r} contains NaN or infinite values: check how the network was trained."
+            )
     for kind, values in (
         ("dtypes", {str(parameter.dtype) for parameter in parameters.values()}),
         ("devices", {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}),
     ):
         if len(values) > 1:
-            raise NetworkError(f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...).")
+            raise NetworkError(
+                f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...)."
+            )
     for name, child in module.named_modules():
         _check_mode(name or "network", child)
 

@@ -30,13 +30,13 @@ class AutoBackend(AbstractJacobianBackend):
     | condition, first that holds | backend |
     |---|---|
     | P <= 512, and J `[N*C, P]` fits the budget | `DenseBackend`: one GEMM beats a loop over layers |
-    | every selected parameter belongs to a layer with a rule, and a product on two rows agrees with autodiff | `StructuredBackend` |
+    | every selected parameter's layer has a rule, and two rows agree with autodiff | `StructuredBackend` |
     | else | `AutodiffBackend`, with the reason |
 
     Example:
         >>> import torch
-        >>> network = FrozenNetwork(torch.nn.Sequential(torch.nn.Linear(30, 99), torch.nn.Tanh(), torch.nn.Linear(99, 1)))
-        >>> choice = AutoBackend.select(network, torch.randn(1, 20, 30))
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(30, 99), torch.nn.Tanh(), torch.nn.Linear(99, 1))
+        >>> choice = AutoBackend.select(FrozenNetwork(mlp), torch.randn(1, 20, 30))
         >>> type(choice.backend).__name__, choice.reason
         ('StructuredBackend', 'every selected parameter belongs to a layer with a structured rule')
     """

@@ -56,9 +56,7 @@ class AutodiffBackend(AbstractJacobianBackend):
     def _columns(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
         """``product`` over B batches, by chunks of columns."""
         column_bytes = x.shape[0] * x.shape[1] * x.shape[2] * x.element_size() * _ACTIVATIONS_PER_VALUE
-        parts = [
-            _vmap(product, x, w[:, columns]) for columns in chunks(w.shape[1], column_bytes, self.memory_budget)
-        ]
+        parts = [_vmap(product, x, w[:, columns]) for columns in chunks(w.shape[1], column_bytes, self.memory_budget)]
         return torch.cat(parts, dim=1)
 
     def _function(self, x: Tensor) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
@@ -70,7 +68,7 @@ class AutodiffBackend(AbstractJacobianBackend):
 
     def _vjp_columns(self, x: Tensor, u: Tensor) -> Tensor:
         function, at = self._function(x)
-        value, pullback = vjp(function, at)
+        value, pullback, *_ = vjp(function, at)
         return _vmap(lambda t: self.network.flatten(pullback(t.view_as(value))[0]), u)
 
 

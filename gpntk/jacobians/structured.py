@@ -202,7 +202,9 @@ def _rules(network: FrozenNetwork) -> dict[str, AbstractLayerRule]:
 
 def _only_call(name: str, calls: list[LayerCall]) -> LayerCall:
     if len(calls) > 1:
-        raise NetworkError(f"layer {name!r} runs {len(calls)} times in one forward pass; its structured rule needs one.")
+        raise NetworkError(
+            f"layer {name!r} runs {len(calls)} times in one forward pass; its structured rule needs one."
+        )
     return calls[0]
 
 

@@ -1,7 +1,7 @@
 """GPyTorch kernels whose features are Jacobians of a frozen network."""
 
-from gpntk.kernels.feature_kernel import AbstractFeatureKernel
+from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
 from gpntk.kernels.nngp import NNGPKernel
 from gpntk.kernels.ntk import NTKKernel
 
-__all__ = ["AbstractFeatureKernel", "NNGPKernel", "NTKKernel"]
+__all__ = ["AbstractFeatureKernel", "NNGPKernel", "NTKKernel", "log_scale_constraint"]

@@ -7,19 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpytorch.constraints import Positive
+from gpytorch.constraints import GreaterThan
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
 from gpntk._checks import check_input
 from gpntk._types import OutputSelection, ParameterSelection
 from gpntk.errors import SelectionError
+from gpntk.inference import FeaturePredictionStrategy
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
 from gpntk.network import FrozenNetwork
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
 BackendFactory = Callable[[FrozenNetwork], AbstractJacobianBackend]
+
+
+def log_scale_constraint(lower_bound: float = 0.0) -> GreaterThan:
+    """Greater than a bound through exp: an optimizer's steps are relative, so that no unit matters."""
+    # The host's annotations are inferred from its default, softplus.
+    return GreaterThan(lower_bound, transform=torch.exp, inv_transform=torch.log)  # pyright: ignore[reportArgumentType]
 
 
 class AbstractFeatureKernel(Kernel, ABC):
@@ -31,10 +40,13 @@ class AbstractFeatureKernel(Kernel, ABC):
     """
 
     has_lengthscale = False
+    raw_layer_variances: nn.Parameter
+    raw_layer_variances_constraint: GreaterThan
 
     def __init__(
         self,
         network: nn.Module,
+        *,
         parameters: ParameterSelection,
         layer_variances: bool,
         output: OutputSelection,
@@ -57,7 +69,7 @@ class AbstractFeatureKernel(Kernel, ABC):
             shape = (*self.batch_shape, len(frozen.layers), 1)
             zeros = torch.zeros(shape, dtype=frozen.dtype, device=frozen.device)
             self.register_parameter("raw_layer_variances", nn.Parameter(zeros))
-            self.register_constraint("raw_layer_variances", Positive())
+            self.register_constraint("raw_layer_variances", log_scale_constraint())
             self.layer_variances = 1.0
 
     def features(self, x: Tensor) -> JacobianLinearOperator:
@@ -81,11 +93,12 @@ class AbstractFeatureKernel(Kernel, ABC):
     def layer_variances(self, value: Tensor | float) -> None:
         if "raw_layer_variances" not in self._parameters:
             raise SelectionError("layer_variances is fixed at one: construct the kernel with layer_variances=True.")
-        value = torch.as_tensor(value).to(self.raw_layer_variances).expand_as(self.raw_layer_variances)
+        raw = self.raw_layer_variances
+        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).expand_as(raw)
         self.initialize(raw_layer_variances=self.raw_layer_variances_constraint.inverse_transform(value))
 
     def forward(
-        self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
+        self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **_params: Any
     ) -> Tensor | LinearOperator:
         """J(x1) S J(x2)ᵀ `[..., N*C, M*C]`, lazily; with ``diag=True`` its diagonal `[..., N*C]`."""
         if last_dim_is_batch:
@@ -95,9 +108,19 @@ class AbstractFeatureKernel(Kernel, ABC):
         gram = FeatureGramLinearOperator(x1, x2, self.layer_variances.to(x1.dtype), backend=self.backend)
         return gram._diagonal() if diag else gram
 
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:  # noqa: ARG002
         """C' rows of the Gram per input: C for ``output="full"``, else 1."""
         return self.backend.num_outputs(x1)
+
+    def prediction_strategy(
+        self,
+        train_inputs: Any,
+        train_prior_dist: MultivariateNormal,
+        train_labels: Tensor,
+        likelihood: Likelihood,
+    ) -> FeaturePredictionStrategy:
+        """How an ``ExactGP`` with this kernel predicts."""
+        return FeaturePredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
     # The host reads dtype and device off the hyperparameters; a kernel may have none, and the weights count too.
 
@@ -116,19 +139,19 @@ class AbstractFeatureKernel(Kernel, ABC):
         """The kernel of one element (or several) of ``batch_shape``; ``active_dims`` are no batch and stay."""
         if not self.batch_shape:
             return self
-        active_dims, self.active_dims = self.active_dims, None
+        active_dims = self._buffers["active_dims"]
+        self._buffers["active_dims"] = None
         try:
             selected = super().__getitem__(index)
         finally:
-            self.active_dims = active_dims
+            self._buffers["active_dims"] = active_dims
+        assert isinstance(selected, AbstractFeatureKernel)
         selected.batch_shape = torch.empty(self.batch_shape)[index].shape
-        selected.active_dims = active_dims
+        selected._buffers["active_dims"] = active_dims
         return selected
 
 
-def _freeze(
-    network: nn.Module, parameters: ParameterSelection, input_shape: tuple[int, ...] | None
-) -> FrozenNetwork:
+def _freeze(network: nn.Module, parameters: ParameterSelection, input_shape: tuple[int, ...] | None) -> FrozenNetwork:
     if not isinstance(network, FrozenNetwork):
         return FrozenNetwork(network, parameters, input_shape)
     if parameters is not None or input_shape is not None:

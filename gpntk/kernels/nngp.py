@@ -49,4 +49,12 @@ class NNGPKernel(AbstractFeatureKernel):
     ) -> None:
         if isinstance(network, FrozenNetwork):
             raise SelectionError("NNGPKernel selects the readout itself: pass the module, not a FrozenNetwork.")
-        super().__init__(network, "readout", False, output, input_shape, backend, **kwargs)
+        super().__init__(
+            network,
+            parameters="readout",
+            layer_variances=False,
+            output=output,
+            input_shape=input_shape,
+            backend=backend,
+            **kwargs,
+        )

@@ -54,7 +54,16 @@ class NTKKernel(AbstractFeatureKernel):
         layer_variances: bool = False,
         output: OutputSelection = "full",
         input_shape: tuple[int, ...] | None = None,
+        *,
         backend: BackendFactory | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, parameters, layer_variances, output, input_shape, backend, **kwargs)
+        super().__init__(
+            network,
+            parameters=parameters,
+            layer_variances=layer_variances,
+            output=output,
+            input_shape=input_shape,
+            backend=backend,
+            **kwargs,
+        )

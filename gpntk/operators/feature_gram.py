@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from linear_operator import to_linear_operator
-from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperator, LinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.memory import chunks, tracks_gradient
 from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample
-from gpntk.operators.noisy_gram import NoisyGramLinearOperator
+from gpntk.operators.noisy_gram import NoisyGramLinearOperator, noisy_gram
 
 _ALL = slice(None)
 
@@ -74,7 +74,7 @@ class FeatureGramLinearOperator(LinearOperator):
             return batch_product(self._backend.jvp, self._x1, features * self._feature_variances.unsqueeze(-2)).mT
         return batch_product(self._backend.jvp, self._x1, features).mT * self._variances
 
-    def _t_matmul(self, rhs: Tensor) -> Tensor:
+    def _t_matmul(self, rhs: Any) -> Tensor:
         return self._transpose_nonbatch()._matmul(rhs)
 
     def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,8 +104,8 @@ class FeatureGramLinearOperator(LinearOperator):
     def _diagonal(self) -> Tensor:
         if not self._same_inputs:
             batch = self.batch_shape
-            pairs = [flatten_batch(x, batch).flatten(0, 1).unsqueeze(1) for x in (self._x1, self._x2)]
-            blocks = self._backend.gram(*pairs, self._per_layer).diagonal(dim1=-2, dim2=-1)
+            one, two = (flatten_batch(x, batch).flatten(0, 1).unsqueeze(1) for x in (self._x1, self._x2))
+            blocks = self._backend.gram(one, two, self._per_layer).diagonal(dim1=-2, dim2=-1)
             parts = blocks.unflatten(0, (-1, self._x1.shape[-2])).movedim(-2, -3).flatten(-2)
         else:
             batch = collapse(self._x1).shape[:-2]
@@ -135,18 +135,17 @@ class FeatureGramLinearOperator(LinearOperator):
 
     def add_diagonal(self, diag: Tensor) -> NoisyGramLinearOperator:
         """K + diag(d), as a `NoisyGramLinearOperator`."""
-        added = super().add_diagonal(diag)
-        assert isinstance(added, AddedDiagLinearOperator)
-        return NoisyGramLinearOperator(added._linear_op, added._diag_tensor)
+        added: Any = super().add_diagonal(diag)
+        return noisy_gram(added._linear_op, added._diag_tensor)
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
-            return NoisyGramLinearOperator(self, other)
+            return noisy_gram(self, other)
         return super().__add__(other)
 
     # --- indexing ----------------------------------------------------------------------------------------------
 
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index) -> LinearOperator:
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         rows, columns = self.shape[-2:]
         outputs = self._backend.num_outputs(self._x1)
         samples = row_to_sample(row_index, rows, outputs), row_to_sample(col_index, columns, outputs)
@@ -168,7 +167,7 @@ class FeatureGramLinearOperator(LinearOperator):
         last = (int(rows.max()) // outputs + 1) * outputs if rows.numel() else 0
         return slice(first, last), rows - first
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
         indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
         row, column, *where = (index.flatten() for index in indices)
         if not where:

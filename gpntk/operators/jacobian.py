@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from linear_operator import to_linear_operator
@@ -11,7 +11,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.operators.batching import Index, batch_product, row_to_sample
+from gpntk.operators.batching import batch_product, row_to_sample
 
 _ALL = slice(None)
 
@@ -47,7 +47,7 @@ class JacobianLinearOperator(LinearOperator):
         product = self._backend.vjp if self._transposed else self._backend.jvp
         return batch_product(product, self._x, rhs.mT).mT
 
-    def _t_matmul(self, rhs: Tensor) -> Tensor:
+    def _t_matmul(self, rhs: Any) -> Tensor:
         return self._transpose_nonbatch()._matmul(rhs)
 
     def _transpose_nonbatch(self) -> JacobianLinearOperator:
@@ -59,7 +59,7 @@ class JacobianLinearOperator(LinearOperator):
         dense = flat.reshape(*self._x.shape[:-2], *flat.shape[-2:])
         return dense.mT if self._transposed else dense
 
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index) -> LinearOperator:
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
         rows, columns = (col_index, row_index) if self._transposed else (row_index, col_index)
         samples = row_to_sample(rows, self.shape[-1 if self._transposed else -2], self._backend.num_outputs(self._x))
         if samples is None or not isinstance(columns, slice) or columns != _ALL:
@@ -68,7 +68,7 @@ class JacobianLinearOperator(LinearOperator):
         x = self._x[(*batch_indices, samples, _ALL)]
         return JacobianLinearOperator(x, backend=self._backend, transposed=self._transposed)
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
         return self.to_dense()[(*batch_indices, row_index, col_index)]
 
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> JacobianLinearOperator:

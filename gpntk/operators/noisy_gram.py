@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 from linear_operator import settings, utils
-from linear_operator.operators import AddedDiagLinearOperator
+from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperator, LinearOperator
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
     def _solve(
         self, rhs: Tensor, preconditioner: Callable[[Tensor], Tensor] | None = None, num_tridiag: int | None = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        tiny = torch.finfo(self.dtype).tiny
+        tiny = torch.finfo(rhs.dtype).tiny
         # Through the module, so that whoever counts the host's CG calls counts these.
         return utils.linear_cg(
             self._matmul,
@@ -35,3 +35,9 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
             max_tridiag_iter=settings.max_lanczos_quadrature_iterations.value(),
             preconditioner=preconditioner,
         )
+
+
+def noisy_gram(gram: LinearOperator, noise: DiagLinearOperator) -> NoisyGramLinearOperator:
+    """``gram`` + ``noise``."""
+    # The host annotates *each* of the two arguments as the pair of them.
+    return NoisyGramLinearOperator(gram, noise)  # pyright: ignore[reportArgumentType]

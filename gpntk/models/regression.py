@@ -1,0 +1,134 @@
+"""Exact GP regression with a feature kernel, as a GPyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import gpytorch
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
+from gpytorch.means import ConstantMean, Mean, MultitaskMean, ZeroMean
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from torch import Tensor
+from tqdm import tqdm
+
+from gpntk.inference.spectral import smallest_noise
+from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
+
+# Adam in log-space: a step of 0.1 changes a variance by ten per cent.
+_LEARNING_RATE = 0.1
+_RELATIVE_CHANGE = 1e-5
+_PATIENCE = 10
+
+
+@final
+class TangentGP(gpytorch.models.ExactGP):
+    """y = m + g(x) + noise with g ~ GP(0, s k(x, x')), k a feature kernel; for C outputs, jointly over all of them.
+
+    Hyperparameters: scale s (or the kernel's own layer variances), noise variance (bounded below by what the precision
+    can factorise), and a constant m per output if ``constant_mean``. Variances are fitted in log-space.
+
+    Args:
+        x: Inputs `[N, D]`.
+        y: Targets `[N]`, or `[N, C]` if the kernel has C > 1 outputs per input.
+        kernel: The feature kernel.
+        constant_mean: Whether m is learned; otherwise it is zero.
+
+    Example:
+        >>> import torch, gpntk
+        >>> x = torch.rand(20, 2, dtype=torch.float64)
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        >>> model = TangentGP(x, x.sum(-1), gpntk.NTKKernel(network))
+        >>> model.eval()(x[:3]).mean.shape
+        torch.Size([3])
+    """
+
+    likelihood: GaussianLikelihood | MultitaskGaussianLikelihood
+    covar_module: ScaleKernel | AbstractFeatureKernel
+    mean_module: Mean
+
+    def __init__(self, x: Tensor, y: Tensor, kernel: AbstractFeatureKernel, constant_mean: bool = False) -> None:
+        outputs = kernel.num_outputs_per_input(x, x)
+        self.min_noise = smallest_noise(y.dtype) * y.square().mean().item()
+        super().__init__(x, y, _likelihood(outputs, self.min_noise))
+        mean = ConstantMean() if constant_mean else ZeroMean()
+        self.mean_module = mean if outputs == 1 else MultitaskMean(mean, num_tasks=outputs)
+        own_scale = "raw_layer_variances" in dict(kernel.named_parameters())
+        self.covar_module = kernel if own_scale else ScaleKernel(kernel, outputscale_constraint=log_scale_constraint())
+        self._distribution = MultivariateNormal if outputs == 1 else MultitaskMultivariateNormal
+        self.to(x)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        """Prior at x `[N, D]`."""
+        mean = self.mean_module(x)
+        assert isinstance(mean, Tensor)
+        return self._distribution(mean, self.covar_module(x))
+
+    @property
+    def scale(self) -> Tensor:
+        """Prior variance of the weights `[1]`, or of each layer's `[L]`."""
+        kernel = self.covar_module
+        scale = kernel.layer_variances if isinstance(kernel, AbstractFeatureKernel) else kernel.outputscale
+        assert isinstance(scale, Tensor)
+        return scale.flatten()
+
+    @property
+    def noise(self) -> Tensor:
+        """Noise variance `[]`."""
+        noise = self.likelihood.noise
+        assert noise is not None
+        return noise.squeeze()
+
+    def set_hyperparameters(self, scale: float, noise: float, constants: Tensor) -> None:
+        """Set s (every layer's variance alike), the noise variance, and the constants `[C]` (or none)."""
+        if isinstance(self.covar_module, ScaleKernel):
+            self.covar_module.outputscale = scale
+        else:
+            self.covar_module.layer_variances = scale
+        self.likelihood.noise = torch.as_tensor(noise).to(constants)
+        constant_means = (module for module in self.mean_module.modules() if isinstance(module, ConstantMean))
+        for mean, constant in zip(constant_means, constants, strict=True):
+            mean.initialize(constant=constant)
+
+    def fit(self, max_steps: int = 300, callback: Callable[[int, float], None] | None = None) -> float:
+        """Maximise the marginal likelihood by Adam from the present hyperparameters; return its last value in nats.
+
+        Stops when ten steps in a row improve it by less than 1e-5 of its size. ``callback(step, value)`` runs after
+        each step. A progress bar appears when the fit takes longer than two seconds.
+        """
+        self.train()
+        objective = ExactMarginalLogLikelihood(self.likelihood, self)
+        inputs, targets = self.train_inputs, self.train_targets
+        assert inputs is not None
+        assert isinstance(targets, Tensor)
+        optimizer = torch.optim.Adam(self.parameters(), lr=_LEARNING_RATE)
+        best, best_state, stalled = -float("inf"), self.state_dict(), 0
+        for step in (progress := tqdm(range(max_steps), desc="marginal likelihood", delay=2, leave=False)):
+            optimizer.zero_grad()
+            value = objective(self(*inputs), targets)
+            assert isinstance(value, Tensor)
+            (-value).backward()
+            current = value.item() * targets.numel()  # the host's value is per observation
+            stalled = 0 if current > best + _RELATIVE_CHANGE * (1 + abs(current)) else stalled + 1
+            if current > best:
+                best, best_state = current, {name: tensor.clone() for name, tensor in self.state_dict().items()}
+            if callback is not None:
+                callback(step, current)
+            if stalled >= _PATIENCE:
+                break
+            progress.set_postfix(nats=f"{current:.3f}", refresh=False)
+            optimizer.step()
+        self.load_state_dict(best_state)
+        self.eval()
+        return best
+
+
+def _likelihood(outputs: int, min_noise: float) -> GaussianLikelihood | MultitaskGaussianLikelihood:
+    if outputs == 1:
+        return GaussianLikelihood(noise_constraint=log_scale_constraint(min_noise))
+    return MultitaskGaussianLikelihood(
+        num_tasks=outputs, has_task_noise=False, noise_constraint=log_scale_constraint(min_noise)
+    )
