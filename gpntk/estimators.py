@@ -78,7 +78,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         dtype: Literal["float64", "float32"] = "float64",
     ) -> None:
         self.network = network
-        self.mean = mean
+        self.mean: MeanChoice = mean
         self.parameters = parameters
         self.layer_variances = layer_variances
         self.input_shape = input_shape
