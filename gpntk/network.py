@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.primitives import differentiable_operations
 from gpntk.selection import layer_name, readout_name, select_parameters
 
 
@@ -110,7 +111,9 @@ class FrozenNetwork(nn.Module):
     def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
         tensors = {**self.tensors(x.dtype, x.device), **(parameters or {})}
-        return self._outputs(functional_call(self._skeleton, tensors, (self._shaped(x),)), x.shape[0])
+        with differentiable_operations():
+            returned = functional_call(self._skeleton, tensors, (self._shaped(x),))
+        return self._outputs(returned, x.shape[0])
 
     def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The selected parameters by name: the point w* at which Jacobians are taken."""
@@ -164,11 +167,13 @@ class FrozenNetwork(nn.Module):
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split `[..., P]` into one `[..., *shape]` per selected parameter."""
         batch = vector.shape[:-1]
-        return {name: vector[..., self.slices[name]].reshape(*batch, *self.shapes[name]) for name in self.names}
+        return {name: vector[..., self.slices[name]].reshape((*batch, *self.shapes[name])) for name in self.names}
 
     def flatten(self, parameters: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
         """Join one `[..., *shape]` per selected parameter into `[..., P]`."""
-        return torch.cat([parameters[name].flatten(batch_dims) for name in self.names], dim=-1)
+        return torch.cat(
+            [p.reshape((*p.shape[:batch_dims], -1)) for p in map(parameters.__getitem__, self.names)], dim=-1
+        )
 
     def num_outputs(self, x: Tensor) -> int:
         """C, found by running the network once on two rows of ``x`` `[..., N, D]`, which also checks its behaviour.

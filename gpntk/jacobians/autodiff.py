@@ -78,8 +78,7 @@ def _vmap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         return function(*(arg[0] for arg in args)).unsqueeze(0)
     try:
         return vmap(function, randomness="error")(*args)
-    except RuntimeError as error:
-        # Data-dependent control flow and operators without a batching rule: the loop runs what vmap cannot.
-        if "vmap" not in str(error):
-            raise
+    except RuntimeError:
+        # Recurrent layers, data-dependent control flow, operators without a batching rule: the loop runs what vmap
+        # cannot, and raises again what is really wrong.
         return torch.stack([function(*items) for items in zip(*args, strict=True)])

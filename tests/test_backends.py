@@ -1,0 +1,234 @@
+"""Every backend on every network, against Jacobians made by torch.func alone."""
+
+import copy
+import functools
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gpntk
+from gpntk.errors import NetworkError
+from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
+from gpntk.testing import check_backend
+from tests.cases import CASES, Case, reference_jacobian
+
+BACKENDS = [gpntk.DenseBackend, gpntk.AutodiffBackend, gpntk.StructuredBackend]
+PAIRS = [(case, backend) for case in CASES for backend in BACKENDS if case.structured or backend is not BACKENDS[2]]
+IDS = [f"{case.name}-{backend.__name__}" for case, backend in PAIRS]
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).abs().max() / reference.abs().max()).item()
+
+
+def references(case: Case, module: nn.Module, *xs: Tensor) -> list[Tensor]:
+    return [reference_jacobian(module, x.view(-1, *case.input_shape)) for x in xs]
+
+
+def assert_products(backend: AbstractJacobianBackend, xs: list[Tensor], js: list[Tensor], tolerance: float) -> None:
+    x1, x2 = (x.unsqueeze(0) for x in xs)
+    j1, j2 = js
+    v, u = torch.randn(1, 3, j1.shape[1]).to(x1), torch.randn(1, 3, j1.shape[0]).to(x1)
+    assert relative_error(backend.jvp(x1, v)[0], v[0] @ j1.T.to(v)) < tolerance
+    assert relative_error(backend.vjp(x1, u)[0], u[0] @ j1.to(u)) < tolerance
+    assert relative_error(backend.gram(x1, x2)[0, 0], j1 @ j2.T) < tolerance
+    assert relative_error(backend.diagonal(x1)[0, 0], j1.square().sum(-1)) < tolerance
+    assert relative_error(backend.jacobian(x1)[0], j1) < tolerance
+    per_layer = backend.gram(x1, x2, per_layer=True)[0]
+    for block, (_, columns) in zip(per_layer, backend.network.layers, strict=True):
+        assert (block - j1[:, columns] @ j2[:, columns].T).abs().max() < tolerance * (j1 @ j2.T).abs().max()
+
+
+@pytest.mark.parametrize(("case", "make"), PAIRS, ids=IDS)
+@pytest.mark.parametrize("budget", [None, 20_000], ids=["one-chunk", "many-chunks"])
+def test_products_equal_the_reference_jacobian(case: Case, make: type, budget: int | None) -> None:
+    module = case.module()
+    backend = make(gpntk.freeze(module, input_shape=case.input_shape), budget)
+    xs = [case.x(6), case.x(4)]
+    assert_products(backend, xs, references(case, module, *xs), 1e-10)
+
+
+@pytest.mark.parametrize(("case", "make"), PAIRS, ids=IDS)
+def test_products_in_float32(case: Case, make: type) -> None:
+    module = case.module()
+    xs = [case.x(6).float(), case.x(4).float()]
+    module32 = copy.deepcopy(module).float()
+    backend = make(gpntk.freeze(module32, input_shape=case.input_shape))
+    exact = references(case, module32.double(), *(x.double() for x in xs))
+    assert_products(backend, xs, exact, 1e-5)
+
+
+@pytest.mark.parametrize(("case", "make"), PAIRS, ids=IDS)
+def test_laws_on_batches(case: Case, make: type) -> None:
+    backend = make(gpntk.freeze(case.module(), input_shape=case.input_shape))
+    check_backend(backend, case.x(6).view(2, 3, -1), case.x(4).view(2, 2, -1))
+
+
+@pytest.mark.parametrize(("case", "make"), PAIRS, ids=IDS)
+def test_products_are_differentiable_in_x(case: Case, make: type) -> None:
+    module = case.module()
+    backend = make(gpntk.freeze(module, input_shape=case.input_shape))
+    x = case.x(2).unsqueeze(0)
+    u = torch.randn(1, 2, 2 * backend.num_outputs(x), dtype=torch.float64)
+    v = torch.randn(1, 2, backend.num_features, dtype=torch.float64)
+    for function in (
+        lambda x: backend.vjp(x, u),
+        lambda x: backend.jvp(x, v),
+        lambda x: backend.gram(x, x),
+        backend.diagonal,
+    ):
+        leaf = x.clone().requires_grad_()
+        value = function(leaf)
+        weights, direction, step = torch.randn_like(value), torch.randn_like(x), 1e-6
+        (gradient,) = torch.autograd.grad((value * weights).sum(), leaf)
+        difference = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), (difference * weights).sum(), rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    outputs=st.integers(1, 4),
+    positions=st.integers(1, 4),
+    biases=st.booleans(),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    activation=st.sampled_from([nn.Tanh, nn.SiLU, nn.Softplus, nn.Identity]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    selection=st.sampled_from([None, "*weight", "net.0.*", "readout"]),
+)
+def test_structured_products_on_random_networks(
+    widths, outputs, positions, biases, rows, columns, activation, dtype, selection
+) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = [3, *widths, outputs]
+            layers = [
+                layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o, bias=biases), activation())
+            ]
+            self.net = nn.Sequential(*layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).sum(1)
+
+    torch.manual_seed(rows + 10 * columns)
+    module = Shared().to(dtype)
+    network = gpntk.freeze(module, selection, input_shape=(positions, 3))
+    xs = [torch.randn(count, positions * 3).to(dtype) for count in (rows, columns)]
+    exact = [
+        reference_jacobian(copy.deepcopy(module).double(), x.double().view(-1, positions, 3), list(network.names))
+        for x in xs
+    ]
+    assert_products(gpntk.StructuredBackend(network), xs, exact, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_auto_takes_structured_exactly_where_it_is_right(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpntk.jacobians.auto._DENSE_MAX_PARAMS", 0)
+    choice = gpntk.AutoBackend.select(gpntk.freeze(case.module(), input_shape=case.input_shape), case.x(5).unsqueeze(0))
+    assert isinstance(choice.backend, gpntk.StructuredBackend if case.structured else gpntk.AutodiffBackend)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cnn-batchnorm", r"layer '0' \(Conv2d\) has no structured rule"),
+        ("tied", "'encode.weight' is tied"),
+        ("called-twice", "layer 'layer' runs 2 times"),
+        ("functional-use", "'layer.weight' acts outside its layer's own forward"),
+    ],
+)
+def test_the_reason_for_a_fallback_names_the_layer(name: str, message: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    network = gpntk.freeze(case.module(), input_shape=case.input_shape)
+    with pytest.raises(NetworkError, match=message):
+        gpntk.StructuredBackend(network).check(case.x(3).unsqueeze(0))
+
+
+def test_small_networks_take_the_dense_jacobian() -> None:
+    network = gpntk.freeze(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
+    choice = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1))
+    assert isinstance(choice.backend, gpntk.DenseBackend)
+    assert "P = 91 is small" in choice.reason
+    tight = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1), memory_budget=10_000)
+    assert isinstance(tight.backend, gpntk.StructuredBackend)
+
+
+def test_average_is_the_mean_of_the_outputs_kernels() -> None:
+    case = next(case for case in CASES if case.name == "mlp-c3")
+    module, x1, x2 = case.module(), case.x(4), case.x(3)
+    network = gpntk.freeze(module)
+    backend = AverageBackend(network, gpntk.StructuredBackend)
+    check_backend(backend, x1.unsqueeze(0), x2.unsqueeze(0))
+    j1, j2 = (j.unflatten(0, (-1, 3)) for j in references(case, module, x1, x2))
+    torch.testing.assert_close(backend.gram(x1[None], x2[None])[0, 0], torch.einsum("ncp,mcp->nm", j1, j2) / 3)
+    assert backend.num_features == 3 * network.num_params
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+def test_cached_factors_follow_in_place_changes_of_x(make: type) -> None:
+    backend = make(gpntk.freeze(CASES[0].module()))
+    x = CASES[0].x(4).unsqueeze(0)
+    before = backend.gram(x, x)
+    x.mul_(2.0)
+    fresh = make(gpntk.freeze(CASES[0].module())).gram(x.clone(), x.clone())
+    torch.testing.assert_close(backend.gram(x, x), fresh, rtol=1e-12, atol=0)
+    assert not torch.allclose(before, fresh)
+
+
+def test_cache_is_not_fooled_by_reused_memory() -> None:
+    backend = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()))
+    diagonals = [backend.diagonal(torch.full((1, 3, 5), float(value), dtype=torch.float64)) for value in range(20)]
+    fresh = [
+        gpntk.StructuredBackend(gpntk.freeze(CASES[0].module())).diagonal(
+            torch.full((1, 3, 5), float(value), dtype=torch.float64)
+        )
+        for value in range(20)
+    ]
+    torch.testing.assert_close(torch.stack(diagonals), torch.stack(fresh))
+
+
+def test_cache_stays_within_its_budget() -> None:
+    backend = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=20_000)
+    for rows in range(1, 12):
+        backend.diagonal(CASES[0].x(rows).unsqueeze(0))
+    assert sum(size for *_, size in backend.cache._entries.values()) <= 20_000
+
+
+@pytest.mark.parametrize("make", [*BACKENDS, gpntk.AutoBackend, functools.partial(AverageBackend, factory=BACKENDS[2])])
+def test_backends_pickle_and_copy(make) -> None:
+    backend = make(gpntk.freeze(CASES[1].module()))
+    x = CASES[1].x(4).unsqueeze(0)
+    gram = backend.gram(x, x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(backend)).gram(x, x), gram)
+    torch.testing.assert_close(copy.deepcopy(backend).gram(x, x), gram)
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_without_grad_mode(make: type, mode) -> None:
+    case = CASES[1]
+    module, x = case.module(), case.x(4)
+    backend = make(gpntk.freeze(module))
+    with mode():
+        inside = x.clone().unsqueeze(0)
+        gram = backend.gram(inside, inside)[0, 0]
+    (j,) = references(case, module, x)
+    assert relative_error(gram.clone(), j @ j.T) < 1e-10
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+def test_results_live_where_x_lives(make: type) -> None:
+    # No default-device tensor may sneak in: build every fresh tensor of torch's factories on meta and see none used.
+    backend = make(gpntk.freeze(CASES[1].module()))
+    x = CASES[1].x(3).unsqueeze(0)
+    with torch.device("meta"):
+        gram, diagonal = backend.gram(x, x), backend.diagonal(x)
+        image = backend.vjp(x, torch.ones(1, 2, 9, dtype=torch.float64, device="cpu"))
+    assert {gram.device.type, diagonal.device.type, image.device.type} == {"cpu"}
