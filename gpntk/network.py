@@ -369,25 +369,28 @@ def _check_module(module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     if not parameters:
         raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")
+    _check_parameters(parameters)
+    devices = {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}
+    for kind, values in (("dtypes", {str(parameter.dtype) for parameter in parameters.values()}), ("devices", devices)):
+        if len(values) > 1:
+            raise NetworkError(
+                f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...)."
+            )
+    for name, parameter in parameters.items():
+        if not torch.isfinite(parameter).all():
+            raise NetworkError(
+                f"parameter {name!r} contains NaN or infinite values: check how the network was trained."
+            )
+    for name, child in module.named_modules():
+        _check_mode(name or "network", child)
+
+
+def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise NetworkError(f"parameter {name!r} is not initialised yet: run the network once on an input first.")
         if not parameter.is_floating_point():
             raise NetworkError(f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J.")
-        if not torch.isfinite(parameter).all():
-            raise NetworkError(
-                f"parameter {name!r} contains NaN or infinite values: check how the network was trained."
-            )
-    for kind, values in (
-        ("dtypes", {str(parameter.dtype) for parameter in parameters.values()}),
-        ("devices", {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}),
-    ):
-        if len(values) > 1:
-            raise NetworkError(
-                f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...)."
-            )
-    for name, child in module.named_modules():
-        _check_mode(name or "network", child)
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

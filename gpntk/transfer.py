@@ -97,7 +97,7 @@ class TransferGP:
     def fit(self) -> float:
         """Maximise the marginal likelihood over scale, noise and constants; return it in nats, in the units of y.
 
-        One eigendecomposition up to N*C = 5,000 with a single scale: exact and global. Else gradient ascent from
+        One eigendecomposition up to N*C = 5,000 with a single scale: exact and global. Else L-BFGS from
         that solution on (at most 5,000 of) the data.
         """
         fit = self._spectral_fit()

@@ -32,9 +32,12 @@ def workspace(device: torch.device, budget: int) -> int:
 
 
 def chunks(total: int, bytes_each: float, budget: int) -> Iterator[slice]:
-    """Slices of ``range(total)`` in which ``bytes_each`` times the length stays within ``budget`` (at least 1 each)."""
+    """Slices of ``range(total)`` in which ``bytes_each`` times the length stays within ``budget``.
+
+    At least one item each; nothing at all is one empty slice.
+    """
     size = max(1, int(budget // max(bytes_each, 1)))
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+    return (slice(start, min(start + size, total)) for start in range(0, max(total, 1), size))
 
 
 def tracks_gradient(x: Tensor) -> bool:
@@ -52,11 +55,11 @@ def frozen(x: Tensor) -> Tensor:
 
 @final
 class TensorCache:
-    """Results of pure functions of tensors, keyed by the tensors' memory and version.
+    """Results of pure functions of tensors, found by the tensors' memory and confirmed by their values.
 
-    Python ids change when autograd unpacks a tensor, the data pointer does not. Each entry keeps its key tensors alive,
-    so a pointer cannot be reused by other data while the entry exists; an in-place change moves the version and misses.
-    Least recently used entries go first. Deep copies share the cache; pickles leave it behind.
+    Python ids change when autograd unpacks a tensor, the data pointer does not; but memory is reused, and ``x.data``
+    can be changed without a trace. So each entry keeps a copy of its key tensors, and a hit costs one comparison, small
+    beside any product. The least recently used go first. Deep copies share the cache; pickles leave it behind.
     """
 
     def __init__(self, budget: int) -> None:
@@ -69,12 +72,15 @@ class TensorCache:
             return compute()
         key = (kind, *(_fingerprint(tensor) for tensor in tensors))
         if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][1]
+            snapshots, result, _ = self._entries[key]
+            if all(map(torch.equal, snapshots, tensors)):
+                self._entries.move_to_end(key)
+                return result
+            del self._entries[key]
         result = compute()
-        size = _bytes(result)
+        size = _bytes(result) + _bytes(tensors)
         if size <= self.budget:
-            self._entries[key] = (tuple(tensor.detach() for tensor in tensors), result, size)
+            self._entries[key] = (tuple(tensor.detach().clone() for tensor in tensors), result, size)
             self._evict()
         return result
 
@@ -90,7 +96,7 @@ class TensorCache:
 
 
 def _fingerprint(x: Tensor) -> Hashable:
-    return x.data_ptr(), x.shape, x.stride(), x._version, x.dtype, x.device
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
 
 
 def _bytes(result: Any) -> int:

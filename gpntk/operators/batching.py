@@ -34,7 +34,7 @@ def batch_product(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Ten
 
 def flatten_batch(x: Tensor, batch: torch.Size) -> Tensor:
     """`[..., N, D]` expanded to ``batch`` as `[B, N, D]`."""
-    return x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+    return x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:])
 
 
 def row_to_sample(index: Index, num_rows: int, outputs: int) -> Index | None:
