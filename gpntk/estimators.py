@@ -198,7 +198,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         self._row_shape, self._y_ndim = X.shape[1:], y.ndim
         self._network = self._freeze()
         self._x = self._tensor(X)
-        self._y = torch.as_tensor(y.reshape(len(y), -1)).to(self._x)
+        self._y = torch.tensor(y.reshape(len(y), -1)).to(self._x)
         self._gp = TransferGP(self._network, self._x, self._y, self.mean, self.layer_variances)
 
     def _freeze(self) -> FrozenNetwork:
@@ -219,7 +219,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         return self._tensor(checked)
 
     def _tensor(self, X: NDArray[Any]) -> Tensor:
-        return torch.as_tensor(X, device=self._network.device).flatten(1)
+        return torch.tensor(X, device=self._network.device).flatten(1)
 
     def _shaped(self, values: Tensor) -> NDArray[Any]:
         """`[N*C]` as y was given to `fit`."""

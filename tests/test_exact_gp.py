@@ -85,7 +85,7 @@ def test_marginal_likelihood_and_its_gradients() -> None:
 
 
 def test_gradient_of_the_posterior_in_x() -> None:
-    model, x, y = fitted(20)
+    model, _, _ = fitted(20)
     z = torch.randn(3, 5).double().requires_grad_()
 
     def moments(z: Tensor) -> tuple[Tensor, Tensor]:

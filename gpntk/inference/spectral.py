@@ -69,7 +69,7 @@ class SpectralMarginalLikelihood:
         self._eigenvalues = eigenvalues.clamp_min(0)
         self._y = vectors.mT @ y
         self._basis = vectors.mT @ (y.new_zeros(y.shape[0], 0) if basis is None else basis)
-        self._level = max(self._eigenvalues.mean().item(), torch.finfo(y.dtype).tiny)
+        self._level = self._eigenvalues.mean().item() or 1.0
         self._smallest_ratio = smallest_noise(y.dtype) * max(self._eigenvalues.max().item(), self._level)
 
     def __call__(self, scale: float, noise: float, coefficients: Tensor | None = None) -> float:

@@ -109,7 +109,11 @@ class TangentGP(gpytorch.models.ExactGP):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = objective(self(*inputs), targets)
+            # The same random probes in every evaluation: large problems estimate the log-determinant stochastically,
+            # and a line search needs one function to descend, not a new one at each point.
+            with torch.random.fork_rng(devices=[targets.device] if targets.is_cuda else []):
+                torch.manual_seed(0)
+                value = objective(self(*inputs), targets)
             assert isinstance(value, Tensor)
             value = -value * targets.numel()  # the host's value is per observation
             value.backward()
@@ -118,7 +122,7 @@ class TangentGP(gpytorch.models.ExactGP):
         best, best_state, stalled = -float("inf"), self._snapshot(), 0
         for step in (progress := tqdm(range(max_steps), desc="marginal likelihood", delay=2, leave=False)):
             before = self._snapshot()
-            value = -float(optimizer.step(loss))  # at the point the step started from
+            value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
             stalled = 0 if value > best + _RELATIVE_CHANGE * (1 + abs(value)) else stalled + 1
             if value > best:
                 best, best_state = value, before

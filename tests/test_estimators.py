@@ -1,0 +1,295 @@
+"""TransferRegressor: predictions, scikit-learn's own checks, files, refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.base import clone
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import Tensor, nn
+
+import gpntk
+from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
+from gpntk.io import save_tensors
+from tests.cases import CASES, mlp, reference_jacobian
+
+MODULE = mlp(3).double().eval()
+SINGLE = mlp(1).double().eval()
+
+
+class AnyWidth(nn.Module):
+    """scikit-learn's checks bring any number of features; a network wants one: pad or fold to ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = nn.functional.pad(x, (0, -x.shape[-1] % 10))
+        return self.net(padded.unflatten(-1, (-1, 10)).sum(-2))
+
+
+@parametrize_with_checks(
+    [gpntk.TransferRegressor(AnyWidth(), mean="constant")],
+    expected_failed_checks=lambda _: {
+        "check_supervised_y_2d": "a column y keeps its shape, without a warning",
+        "check_estimators_overwrite_params": "joblib hashes two equal torch tensors differently",
+    },
+)
+def test_scikit_learn_checks(estimator, check) -> None:
+    check(estimator)
+
+
+def data(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((rows, 5))
+    return x, np.sin(x[:, 0]) + 0.1 * generator.standard_normal(rows)
+
+
+@pytest.mark.parametrize("mean", ["network", "constant", "zero"])
+def test_posterior_equals_the_dense_formula(mean: str) -> None:
+    x, y = data(30)
+    z, _ = data(7, seed=1)
+    model = gpntk.TransferRegressor(SINGLE, mean=mean).fit(x, y)
+    j, k = (reference_jacobian(SINGLE, torch.as_tensor(points)).numpy() for points in (x, z))
+    noisy = model.scale_ * j @ j.T + model.noise_variance_ * np.eye(30)
+    cross = model.scale_ * k @ j.T
+    inverse = np.linalg.inv(noisy)
+    constant = inverse.sum(0) @ y / inverse.sum()  # generalised least squares
+    offset = {
+        "network": [SINGLE(torch.as_tensor(points)).detach().numpy()[:, 0] for points in (x, z)],
+        "constant": [constant, constant],
+        "zero": [0.0, 0.0],
+    }[mean]
+    predicted, std = model.predict(z, return_std=True)
+    np.testing.assert_allclose(predicted, offset[1] + cross @ inverse @ (y - offset[0]), rtol=1e-6, atol=1e-8)
+    covariance = model.scale_ * k @ k.T - cross @ inverse @ cross.T + model.noise_variance_ * np.eye(7)
+    np.testing.assert_allclose(std, np.sqrt(covariance.diagonal()), rtol=1e-6)
+    np.testing.assert_allclose(model.predict(z, return_cov=True)[1], covariance, rtol=1e-5, atol=1e-9)
+    latent = model.predict(z, return_std=True, observation_noise=False)[1]
+    np.testing.assert_allclose(latent**2 + model.noise_variance_, std**2, rtol=1e-9)
+    residual = torch.as_tensor(y - offset[0])
+    exact = torch.distributions.MultivariateNormal(torch.zeros(30).double(), torch.as_tensor(noisy)).log_prob(residual)
+    assert model.log_marginal_likelihood_ == pytest.approx(exact.item(), rel=1e-7)
+
+
+def test_multi_output() -> None:
+    x, _ = data(20)
+    y = np.stack([np.sin(x[:, 0]), x[:, 1], x[:, 2] * x[:, 3]], axis=-1)
+    model = gpntk.TransferRegressor(MODULE, mean="constant").fit(x, y)
+    mean, std = model.predict(x, return_std=True)
+    assert mean.shape == std.shape == (20, 3)
+    assert model.sample(x[:4], 5, random_state=0).shape == (5, 4, 3)
+    assert model.predict(x[:4], return_cov=True)[1].shape == (12, 12)
+    assert model.score(x, y) > 0.8
+
+
+@pytest.mark.parametrize("layer_variances", [False, True])
+def test_the_unit_of_the_targets_does_not_matter(layer_variances: bool) -> None:
+    x, y = data(25)
+    z, _ = data(5, seed=1)
+    one = gpntk.TransferRegressor(SINGLE, mean="constant", layer_variances=layer_variances).fit(x, y)
+    two = gpntk.TransferRegressor(SINGLE, mean="constant", layer_variances=layer_variances).fit(x, 1e6 * y - 3e6)
+    (m1, s1), (m2, s2) = one.predict(z, return_std=True), two.predict(z, return_std=True)
+    np.testing.assert_allclose(m2, 1e6 * m1 - 3e6, rtol=1e-4)
+    np.testing.assert_allclose(s2, 1e6 * s1, rtol=1e-3)
+    assert two.log_marginal_likelihood_ == pytest.approx(one.log_marginal_likelihood_ - 25 * np.log(1e6), abs=1e-3)
+
+
+def test_layer_variances_raise_the_marginal_likelihood() -> None:
+    x, y = data(40)
+    single = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    layered = gpntk.TransferRegressor(SINGLE, layer_variances=True).fit(x, y)
+    assert layered.log_marginal_likelihood_ > single.log_marginal_likelihood_
+    assert layered.scale_.shape == (3,)
+
+
+def test_the_network_as_it_is_where_there_is_nothing_to_learn() -> None:
+    x, _ = data(20)
+    y = SINGLE(torch.as_tensor(x)).detach().numpy()[:, 0]
+    z, _ = data(5, seed=1)
+    mean, std = gpntk.TransferRegressor(SINGLE).fit(x, y).predict(z, return_std=True)
+    np.testing.assert_allclose(mean, SINGLE(torch.as_tensor(z)).detach().numpy()[:, 0], atol=1e-8)
+    assert (std < 1e-4).all()
+
+
+def test_large_problems_take_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data(60)
+    z, _ = data(9, seed=1)
+    exact = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    monkeypatch.setattr("gpntk.transfer.DENSE_LIMIT", 40)
+    general = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    mean, std = general.predict(z, return_std=True)
+    np.testing.assert_allclose(mean, exact.predict(z), atol=0.05)
+    assert np.isfinite(std).all()
+    assert general.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=1)
+
+
+def test_images_keep_their_shape() -> None:
+    case = next(case for case in CASES if case.name == "cnn-batchnorm")
+    images = case.x(12).view(12, 1, 6, 6).numpy()
+    y = images.mean((1, 2, 3))
+    model = gpntk.TransferRegressor(case.module(), mean="zero").fit(images, np.stack([y, -y], axis=-1))
+    flat = gpntk.TransferRegressor(case.module(), mean="zero", input_shape=(1, 6, 6))
+    flat.fit(images.reshape(12, -1), np.stack([y, -y], axis=-1))
+    np.testing.assert_allclose(model.predict(images), flat.predict(images.reshape(12, -1)))
+
+
+def test_samples_follow_the_posterior() -> None:
+    x, y = data(15)
+    z, _ = data(3, seed=1)
+    model = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    samples = model.sample(z, 20_000, random_state=0)
+    mean, covariance = model.predict(z, return_cov=True, observation_noise=False)
+    deviation = np.sqrt(covariance.diagonal())
+    assert (np.abs(samples.mean(0) - mean) < 5 * deviation / np.sqrt(20_000)).all()
+    bound = 5 * np.sqrt(2 / 20_000) * np.outer(deviation, deviation)
+    assert (np.abs(np.cov(samples.T) - covariance) < bound).all()
+    np.testing.assert_array_equal(samples, model.sample(z, 20_000, random_state=0))
+
+
+def test_within_scikit_learn() -> None:
+    x, y = data(40)
+    estimator = make_pipeline(StandardScaler(), gpntk.TransferRegressor(mlp(1).eval(), mean="constant"))
+    assert cross_val_score(estimator, x, y, cv=3).shape == (3,)
+    twin = clone(gpntk.TransferRegressor(SINGLE, mean="zero", parameters="readout"))
+    assert twin.get_params()["parameters"] == "readout"
+
+
+def test_frozen_networks_are_taken_as_they_are() -> None:
+    x, y = data(20)
+    frozen = gpntk.freeze(SINGLE, "readout")
+    np.testing.assert_allclose(
+        gpntk.TransferRegressor(frozen).fit(x, y).predict(x),
+        gpntk.TransferRegressor(SINGLE, parameters="readout").fit(x, y).predict(x),
+    )
+    with pytest.raises(SelectionError, match="frozen already"):
+        gpntk.TransferRegressor(frozen, parameters="readout").fit(x, y)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_variances", [False, True])
+@pytest.mark.parametrize("mean", ["network", "constant"])
+def test_save_and_load(tmp_path: Path, mean: str, layer_variances: bool) -> None:
+    x, y = data(20)
+    model = gpntk.TransferRegressor(SINGLE, mean=mean, layer_variances=layer_variances, parameters="*weight").fit(x, y)
+    model.save(tmp_path / "model.safetensors")
+    other = mlp(1).double().eval()  # same architecture, other weights
+    with torch.no_grad():
+        other[0].weight.zero_()
+    loaded = gpntk.TransferRegressor.load(tmp_path / "model.safetensors", other)
+    assert (other[0].weight == 0).all()
+    for one, two in zip(model.predict(x, return_std=True), loaded.predict(x, return_std=True), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+    assert loaded.log_marginal_likelihood_ == model.log_marginal_likelihood_
+    assert loaded.noise_variance_ == pytest.approx(model.noise_variance_, rel=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_save_and_load_images(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "cnn-batchnorm")
+    images, y = case.x(6).view(6, 1, 6, 6).numpy(), np.ones((6, 2)) * np.arange(6)[:, None]
+    model = gpntk.TransferRegressor(case.module()).fit(images, y)
+    model.save(tmp_path / "m")
+    loaded = gpntk.TransferRegressor.load(tmp_path / "m", case.module())
+    np.testing.assert_allclose(loaded.predict(images), model.predict(images), rtol=1e-12)
+
+
+def test_damaged_and_foreign_files(tmp_path: Path) -> None:
+    x, y = data(20)
+    path = tmp_path / "model.safetensors"
+    gpntk.TransferRegressor(SINGLE).fit(x, y).save(path)
+    content = path.read_bytes()
+    load = gpntk.TransferRegressor.load
+
+    path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+    with pytest.raises(FileFormatError, match="checksum does not match"):
+        load(path, SINGLE)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FileFormatError, match="no readable safetensors file"):
+        load(path, SINGLE)
+    path.write_bytes(b"hello")
+    with pytest.raises(FileFormatError, match="no readable safetensors file"):
+        load(path, SINGLE)
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match="belongs to another network"):
+        load(path, MODULE)
+    with pytest.raises(FileFormatError, match="belongs to another network: tensors"):
+        load(path, nn.Linear(5, 1))
+    save_tensors(path, "SomethingElse", {}, {})
+    with pytest.raises(FileFormatError, match="holds a SomethingElse, not a TransferRegressor"):
+        load(path, SINGLE)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load(tmp_path / "nothing", SINGLE)
+
+
+def test_newer_and_unrelated_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "plain")
+    with pytest.raises(FileFormatError, match="was not written by gpntk"):
+        gpntk.TransferRegressor.load(tmp_path / "plain", SINGLE)
+    monkeypatch.setattr("gpntk.io.FORMAT_VERSION", 2)
+    save_tensors(tmp_path / "new", "TransferRegressor", {}, {})
+    monkeypatch.undo()
+    with pytest.raises(FileFormatError, match="format version 2, newer than 1"):
+        gpntk.TransferRegressor.load(tmp_path / "new", SINGLE)
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data(20)
+    path = tmp_path / "model"
+    model = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    model.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        model.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fit", "error", "message"),
+    [
+        (lambda x, y: gpntk.TransferRegressor(SINGLE, mean="prior").fit(x, y), InputError, "mean='prior': choose"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE, dtype="half").fit(x, y), InputError, "dtype='half': choose"),
+        (lambda x, y: gpntk.TransferRegressor(MODULE).fit(x, y), InputError, r"y has shape \(20, 1\).*3 output"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y[:-1]), ValueError, "inconsistent numbers of samples"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y * np.nan), ValueError, "y contains NaN"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(np.where(x > 1, np.inf, x), y), ValueError, "X contains inf"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x[:0], y[:0]), ValueError, r"0 sample\(s\)"),
+        (lambda x, y: gpntk.TransferRegressor(mlp(1)).fit(x, y), NetworkError, "Dropout.*train mode"),
+        (
+            lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).predict(x, return_std=True, return_cov=True),
+            InputError,
+            "exclude each other",
+        ),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).sample(x, 0), InputError, "num_samples=0"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).predict(x[:, :4]), ValueError, "expecting 5 features"),
+        (
+            lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).predict(x[:, :, None]),
+            InputError,
+            r"rows of shape \(5, 1\), but fit saw rows of shape \(5,\)",
+        ),
+    ],
+)
+def test_refusals(fit, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        fit(*data(20))
+
+
+def test_one_example_is_enough() -> None:
+    x, y = data(1)
+    mean, std = gpntk.TransferRegressor(SINGLE).fit(x, y).predict(data(3, seed=1)[0], return_std=True)
+    assert np.isfinite(mean).all()
+    assert (std > 0).all()
