@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
+from gpntk.freezing import with_weights
 from gpntk.io import load_tensors, save_tensors
-from gpntk.network import FrozenNetwork, with_weights
+from gpntk.network import FrozenNetwork
 from gpntk.transfer import MeanChoice, TransferGP, freeze
 
 _KIND = "TransferRegressor"
@@ -29,8 +30,9 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
     """Gaussian process regression in the tangent space of a pretrained network.
 
     The network is frozen; the posterior over small moves of its weights is found in closed form. Use it with a network
-    trained on a related task and few target labels. Output scale and noise are set by the exact marginal likelihood, so
-    there is nothing to tune, stop early or hold out, and results do not depend on the units of y.
+    trained on a related task and few target labels. Output scale and noise are set by the exact marginal likelihood:
+    nothing is tuned or held out, and results do not depend on the units of y. With about ten labels that likelihood is
+    nearly flat and may take noise for signal; compare with the network as it is.
 
     Args:
         network: The source network, in eval mode. It is copied when `fit` is called and never changed.

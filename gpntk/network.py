@@ -1,6 +1,7 @@
 """A frozen network: the pure function (parameters, x) -> f(x; parameters) behind an ``nn.Module``.
 
-This is the only file that touches the inside of an ``nn.Module``. It splits the user's module into
+This file, with `gpntk.freezing` and `gpntk.selection` below it, is the only one that touches the inside of an
+``nn.Module``. It splits the user's module into
 
 * a *skeleton*: the module's structure with its tensors replaced by empty ones on the meta device, called through
   ``torch.func.functional_call``;
@@ -24,12 +25,10 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parameter import is_lazy
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.freezing import check_module, skeleton_of
 from gpntk.primitives import differentiable_operations
 from gpntk.selection import layer_name, readout_name, select_parameters
 
@@ -83,7 +82,7 @@ class FrozenNetwork(nn.Module):
         extract: Extract | None = None,
     ) -> None:
         super().__init__()
-        _check_module(module)
+        check_module(module)
         named = dict(module.named_parameters())
         selected = select_parameters(module, named, parameters)
         self.names = tuple(selected)
@@ -100,7 +99,7 @@ class FrozenNetwork(nn.Module):
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         # `object.__setattr__` keeps the skeleton from being registered: GPyTorch's .to(), .train(), requires_grad_()
         # and state_dict() must not reach it.
-        object.__setattr__(self, "_skeleton", _skeleton(module))
+        object.__setattr__(self, "_skeleton", skeleton_of(module))
         self._tensor_names = tuple(chain(named, dict(module.named_buffers())))
         with torch.inference_mode(False):
             for index, tensor in enumerate(chain(named.values(), module.buffers())):
@@ -326,84 +325,3 @@ class FrozenNetwork(nn.Module):
                 f"{executed[-1]!r} last: pass parameters={executed[-1] + '.*'!r} to choose the readout by name."
             )
         return both.shape[-1]
-
-
-def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers are ``tensors``, by name.
-
-    Raises:
-        NetworkError: Names or shapes differ.
-    """
-    twin = copy.deepcopy(module)
-    own = dict(chain(twin.named_parameters(), twin.named_buffers()))
-    if set(own) != set(tensors):
-        raise NetworkError(f"tensors {sorted(set(own) ^ set(tensors))[:4]} are on one side only.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise NetworkError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}.")
-            tensor.copy_(tensors[name])
-    return twin
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with empty tensors on the meta device; ties between parameters are kept."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise NetworkError(
-            f"the module cannot be copied ({error}). Tensors computed from parameters and kept as attributes are the "
-            "usual cause; torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm helps."
-        ) from error
-
-
-def _check_module(module: nn.Module) -> None:
-    """Raise `NetworkError` for anything that would make J(x) wrong or undefined."""
-    if not isinstance(module, nn.Module):
-        raise NetworkError(f"network must be a torch.nn.Module, got {type(module).__name__}.")
-    parameters = dict(module.named_parameters())
-    if not parameters:
-        raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")
-    _check_parameters(parameters)
-    devices = {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}
-    for kind, values in (("dtypes", {str(parameter.dtype) for parameter in parameters.values()}), ("devices", devices)):
-        if len(values) > 1:
-            raise NetworkError(
-                f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...)."
-            )
-    for name, parameter in parameters.items():
-        if not torch.isfinite(parameter).all():
-            raise NetworkError(
-                f"parameter {name!r} contains NaN or infinite values: check how the network was trained."
-            )
-    for name, child in module.named_modules():
-        _check_mode(name or "network", child)
-
-
-def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if is_lazy(parameter):
-            raise NetworkError(f"parameter {name!r} is not initialised yet: run the network once on an input first.")
-        if not parameter.is_floating_point():
-            raise NetworkError(f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J.")
-
-
-def _check_mode(name: str, module: nn.Module) -> None:
-    kind = type(module).__name__
-    if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-        raise NetworkError(f"{name!r} ({kind}) is in train mode, so outputs are random: call module.eval() first.")
-    if isinstance(module, _BatchNorm):
-        if module.running_mean is None:
-            raise NetworkError(
-                f"{name!r} ({kind}) keeps no running statistics, so a row's output depends on its batch: train with "
-                "track_running_stats=True, or use GroupNorm or LayerNorm."
-            )
-        if module.training:
-            raise NetworkError(
-                f"{name!r} ({kind}) is in train mode, so a row's output depends on its batch: call module.eval() first."
-            )

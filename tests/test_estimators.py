@@ -87,7 +87,7 @@ def test_multi_output() -> None:
     assert mean.shape == std.shape == (20, 3)
     assert model.sample(x[:4], 5, random_state=0).shape == (5, 4, 3)
     assert model.predict(x[:4], return_cov=True)[1].shape == (12, 12)
-    assert model.score(x, y) > 0.8
+    assert model.score(x, y) > 0.6
 
 
 @pytest.mark.parametrize("layer_variances", [False, True])

@@ -1,0 +1,58 @@
+"""What is shipped: a wheel that imports without the extras, a runnable demo, files that stay readable."""
+
+import ast
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "gpntk").rglob("*.py"))
+
+SMOKE = """
+import importlib.util, torch, gpntk
+assert not any(importlib.util.find_spec(name) for name in ("botorch", "matplotlib", "pytest")), "an extra is installed"
+kernel = gpntk.NTKKernel(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)))
+print(gpntk.__version__, tuple(kernel(torch.randn(4, 2)).to_dense().shape))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_wheel_installs_and_imports_without_extras(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("gpntk-*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    output = run(python, "-W", "error::ImportWarning", "-c", SMOKE, cwd=tmp_path)
+    assert output.split(maxsplit=1)[1].strip() == "(4, 4)"
+    assert (next((tmp_path / "venv" / "lib").iterdir()) / "site-packages" / "gpntk" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)
+def test_tutorials_run(tutorial: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONWARNINGS": "default"}
+    result = subprocess.run(
+        [sys.executable, tutorial], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_importing_gpntk_imports_no_extra() -> None:
+    run(sys.executable, "-c", "import sys, gpntk; assert not {'botorch', 'matplotlib'} & set(sys.modules)", cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text))
