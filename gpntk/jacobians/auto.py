@@ -27,11 +27,11 @@ class Choice(NamedTuple):
 class AutoBackend(AbstractJacobianBackend):
     """The backend that suits the network, chosen at the first x it sees.
 
-    | condition, first that holds | backend |
-    |---|---|
-    | P <= 512, and J `[N*C, P]` fits the budget | `DenseBackend`: one GEMM beats a loop over layers |
-    | every selected parameter's layer has a rule, and two rows agree with autodiff | `StructuredBackend` |
-    | else | `AutodiffBackend`, with the reason |
+    The first that holds:
+
+    1. P <= 512, and J `[N*C, P]` fits the budget: `DenseBackend`, because one GEMM beats a loop over layers.
+    2. Every selected parameter's layer has a rule, and two rows agree with autodiff: `StructuredBackend`.
+    3. Else `AutodiffBackend`, with the reason.
 
     Example:
         >>> import torch
