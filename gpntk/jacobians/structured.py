@@ -26,6 +26,9 @@ from gpntk.selection import layer_name
 
 LayerFactors = dict[str, Factors]
 
+# Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations.
+_SYMMETRIC_BLOCKS = 8
+
 
 @final
 class StructuredBackend(AbstractJacobianBackend):
@@ -62,7 +65,10 @@ class StructuredBackend(AbstractJacobianBackend):
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         blocks = []
         for left in self._blocks(x1):
-            rights = (left,) if x1 is x2 and _num_rows(left) == x1.shape[1] else self._blocks(x2)
+            whole = x1 is x2 and _num_rows(left) == x1.shape[1]
+            if whole and not tracks_gradient(x1):
+                return self._symmetric_gram(left, per_layer)
+            rights = (left,) if whole else self._blocks(x2)
             blocks.append(torch.cat([self._gram_rows(left, right, per_layer) for right in rights], dim=-1))
         return torch.cat(blocks, dim=-2)
 
@@ -152,16 +158,26 @@ class StructuredBackend(AbstractJacobianBackend):
         return torch.cat(parts, dim=1)
 
     def _gram_rows(self, left: LayerFactors, right: LayerFactors, per_layer: bool) -> Tensor:
-        outputs = max((layer.g.shape[2] for layer in left.values()), default=1)
-        positions = max((layer.a.shape[2] for layer in left.values()), default=1)
-        item = next(iter(left.values())).a.element_size() if left else 1
-        batch = next(iter(left.values())).a.shape[0] if left else 1
-        pair_bytes = 2 * item * batch * _num_rows(right) * outputs**2 * positions
-        parts = []
-        for rows in chunks(_num_rows(left), pair_bytes, self.memory_budget):
-            terms = {name: self._rules[name].gram(left[name].rows(rows), right[name]) for name in left}
-            parts.append(self._grouped(terms, per_layer).flatten(4, 5).flatten(2, 3))
-        return torch.cat(parts, dim=-2)
+        rows = _row_chunks(left, _num_rows(right), self.memory_budget)
+        return torch.cat([self._gram_block(_rows(left, part), right, per_layer) for part in rows], dim=-2)
+
+    def _symmetric_gram(self, factors: LayerFactors, per_layer: bool) -> Tensor:
+        """The Gram of one set of rows: blocks on and below the diagonal, mirrored."""
+        total, result = _num_rows(factors), None
+        for part in _row_chunks(factors, total, self.memory_budget, at_least=_SYMMETRIC_BLOCKS):
+            block = self._gram_block(_rows(factors, part), _rows(factors, slice(0, part.stop)), per_layer)
+            outputs = block.shape[-1] // max(part.stop, 1)
+            if result is None:
+                result = block.new_empty(*block.shape[:2], total * outputs, total * outputs)
+            start, stop = part.start * outputs, part.stop * outputs
+            result[..., start:stop, :stop] = block
+            result[..., :start, start:stop] = block[..., :start].mT
+        assert result is not None
+        return result
+
+    def _gram_block(self, left: LayerFactors, right: LayerFactors, per_layer: bool) -> Tensor:
+        terms = {name: self._rules[name].gram(left[name], right[name]) for name in left}
+        return self._grouped(terms, per_layer).flatten(4, 5).flatten(2, 3)
 
     def _grouped(self, terms: dict[str, Tensor], per_layer: bool) -> Tensor:
         """Sum the layers' terms `[B, ...]` into groups `[B, G, ...]`."""
@@ -170,7 +186,7 @@ class StructuredBackend(AbstractJacobianBackend):
             return torch.stack([terms.get(name, torch.zeros_like(like)) for name, _ in self.network.layers], dim=1)
         total = like
         for term in list(terms.values())[1:]:
-            total = total + term
+            total = total + term if term.requires_grad else total.add_(term)
         return total.unsqueeze(1)
 
     def _columns(self, factors: LayerFactors, columns: int) -> Iterator[slice]:
@@ -227,3 +243,17 @@ def _output_backwards(outputs: Tensor, points: list[Tensor], graph: bool) -> lis
 
 def _num_rows(factors: LayerFactors) -> int:
     return next((layer.a.shape[1] for layer in factors.values()), 0)
+
+
+def _rows(factors: LayerFactors, rows: slice) -> LayerFactors:
+    return {name: layer.rows(rows) for name, layer in factors.items()}
+
+
+def _row_chunks(left: LayerFactors, others: int, budget: int, at_least: int = 1) -> Iterator[slice]:
+    """Chunks of rows whose block of the Gram with ``others`` rows, and a temporary, fit the workspace."""
+    batch, rows, outputs, positions, _ = next(iter(left.values())).g.shape
+    positions = max(layer.a.shape[2] for layer in left.values())
+    example = next(iter(left.values())).a
+    row_bytes = 2 * example.element_size() * batch * others * outputs**2 * positions
+    limit = workspace(example.device, budget)
+    return chunks(rows, max(row_bytes, limit * at_least / max(rows, 1)), limit)

@@ -98,8 +98,10 @@ class FeatureGramLinearOperator(LinearOperator):
         grams = self._backend.cache.get(
             ("gram", self._per_layer), (one, two), lambda: self._backend.gram(one, two, self._per_layer)
         )
-        dense = (grams.unflatten(0, batch) if batch else grams[0]) * self._variances.unsqueeze(-1)
-        return dense.sum(-3).expand(self.shape)
+        grams = grams.unflatten(0, batch) if batch else grams[0]
+        if not self._per_layer:
+            return (grams.squeeze(-3) * self._variances).expand(self.shape)
+        return (grams * self._variances.unsqueeze(-1)).sum(-3).expand(self.shape)
 
     def _diagonal(self) -> Tensor:
         if not self._same_inputs:
