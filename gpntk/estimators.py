@@ -49,7 +49,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         log_marginal_likelihood_: Log marginal likelihood of the fitted model, in nats, in the units of y.
         noise_variance_: Variance of the observation noise, in the units of y squared.
         scale_: Prior variance of the weights, in the units of y squared; one per layer with ``layer_variances``.
-        n_features_in_: Number of features of X, if X was two-dimensional.
+        n_features_in_: Size of the second dimension of X in `fit`.
 
     Example:
         >>> import torch, gpntk
@@ -165,7 +165,8 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         facts: dict[str, Any] = {name: getattr(self, name) for name in _STORED}
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape), "y_ndim": self._y_ndim}
         facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_}
-        facts["input_shape"] = None if self.input_shape is None else list(self.input_shape)
+        shape = self._network.input_shape
+        facts["input_shape"] = None if shape is None else list(shape)
         save_tensors(path, _KIND, tensors, facts)
 
     @classmethod
@@ -232,8 +233,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         self.noise_variance_ = float(self._gp.noise)
         scale = self._gp.scale.cpu().numpy()
         self.scale_ = scale if self.layer_variances else float(scale[0])
-        if self._x.dim() == 2 and not hasattr(self, "n_features_in_"):
-            self.n_features_in_ = self._row_shape[0]
+        self.n_features_in_ = self._row_shape[0]
 
 
 def _validated(estimator: BaseEstimator, X: ArrayLike, **kwargs: Any) -> Any:

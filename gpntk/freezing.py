@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,33 @@ def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return twin
 
 
-def skeleton_of(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with empty tensors on the meta device; ties between parameters are kept."""
+@final
+class Skeleton:
+    """A copy of a module with empty tensors on the meta device, and the lock under which it runs.
+
+    ``functional_call`` and hooks change a module while it runs, so only one thread may. Ties between parameters are
+    kept. Copies are the same object; pickles carry the module without the lock.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = _emptied(module)
+        self.lock = threading.RLock()
+
+    def __copy__(self) -> Skeleton:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Skeleton:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module = state["module"]
+        self.lock = threading.RLock()
+
+
+def _emptied(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -54,6 +80,10 @@ def check_module(module: nn.Module) -> None:
     """Raise `NetworkError` for anything that would make J(x) wrong or undefined."""
     if not isinstance(module, nn.Module):
         raise NetworkError(f"network must be a torch.nn.Module, got {type(module).__name__}.")
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise NetworkError(f"network is wrapped in {type(module).__name__}: pass module.module.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NetworkError("network is a TorchScript module, whose weights cannot be replaced: pass the nn.Module.")
     parameters = dict(module.named_parameters())
     if not parameters:
         raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")

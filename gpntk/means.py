@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import final
 
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
 from gpntk._checks import check_input
+from gpntk.errors import SelectionError
 from gpntk.network import FrozenNetwork
 
 
@@ -30,7 +32,10 @@ class NetworkMean(Mean):
 
     def __init__(self, network: nn.Module, input_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        self.network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network, None, input_shape)
+        if isinstance(network, FrozenNetwork) and input_shape is not None:
+            raise SelectionError("the network is frozen already: give input_shape to gpntk.freeze instead.")
+        frozen = isinstance(network, FrozenNetwork)
+        self.network = copy.deepcopy(network) if frozen else FrozenNetwork(network, None, input_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x; w*) for x `[..., N, D]`."""

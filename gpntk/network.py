@@ -19,16 +19,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, NetworkError, SelectionError
-from gpntk.freezing import check_module, skeleton_of
+from gpntk.freezing import Skeleton, check_module
 from gpntk.primitives import differentiable_operations
 from gpntk.selection import layer_name, readout_name, select_parameters
 
@@ -72,7 +73,6 @@ class FrozenNetwork(nn.Module):
     shapes: Mapping[str, torch.Size]
     input_shape: tuple[int, ...] | None
     output: OutputSelection
-    _skeleton: nn.Module
 
     def __init__(
         self,
@@ -87,19 +87,21 @@ class FrozenNetwork(nn.Module):
         selected = select_parameters(module, named, parameters)
         self.names = tuple(selected)
         self.shapes = {name: named[name].shape for name in selected}
-        ends = torch.tensor([named[name].numel() for name in selected]).cumsum(0).tolist()
+        ends = list(accumulate(named[name].numel() for name in selected))
         self.slices = {
             name: slice(start, end) for name, start, end in zip(selected, [0, *ends[:-1]], ends, strict=True)
         }
+        if isinstance(input_shape, int):
+            raise InputError(f"input_shape={input_shape} must be a sequence: pass ({input_shape},).")
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = "full"
         self._extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
         self._num_outputs: int | None = None
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        # `object.__setattr__` keeps the skeleton from being registered: GPyTorch's .to(), .train(), requires_grad_()
-        # and state_dict() must not reach it.
-        object.__setattr__(self, "_skeleton", skeleton_of(module))
+        self._identity = [object()]
+        # No nn.Module, hence not registered: GPyTorch's .to(), .train(), requires_grad_() and state_dict() stay away.
+        self._skeleton = Skeleton(module)
         self._tensor_names = tuple(chain(named, dict(module.named_buffers())))
         with torch.inference_mode(False):
             for index, tensor in enumerate(chain(named.values(), module.buffers())):
@@ -110,8 +112,9 @@ class FrozenNetwork(nn.Module):
     def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
         tensors = {**self.tensors(x.dtype, x.device), **(parameters or {})}
-        with differentiable_operations():
-            returned = functional_call(self._skeleton, tensors, (self._shaped(x),))
+        # A copy of x: the first layer may work in place.
+        with self._skeleton.lock, differentiable_operations():
+            returned = functional_call(self._skeleton.module, tensors, (self._shaped(x).clone(),))
         return self._outputs(returned, x.shape[0])
 
     def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -157,6 +160,11 @@ class FrozenNetwork(nn.Module):
         return self._first.device
 
     @property
+    def version(self) -> object:
+        """Changes whenever the stored weights do, by a cast or a move."""
+        return self._identity[0]
+
+    @property
     def layers(self) -> tuple[tuple[str, slice], ...]:
         """Name and slice of the P-vector of each layer that owns selected parameters, in order."""
         groups = groupby(self.names, key=layer_name)
@@ -193,12 +201,12 @@ class FrozenNetwork(nn.Module):
 
     def submodule(self, name: str) -> nn.Module:
         """The skeleton's layer of that name: for reading its type and options, its tensors are empty."""
-        return self._skeleton.get_submodule(name)
+        return self._skeleton.module.get_submodule(name)
 
     def tied_names(self) -> set[str]:
         """Selected parameters that the module knows under more than one name."""
         counts: dict[int, list[str]] = {}
-        for name, parameter in self._skeleton.named_parameters(remove_duplicate=False):
+        for name, parameter in self._skeleton.module.named_parameters(remove_duplicate=False):
             counts.setdefault(id(parameter), []).append(name)
         return {name for names in counts.values() if len(names) > 1 for name in names if name in self.slices}
 
@@ -206,30 +214,23 @@ class FrozenNetwork(nn.Module):
         """f(x) `[N, C]`, and the calls made of each named layer, with a graph from each layer's output to f.
 
         A layer's output is cloned before it is passed on, so that an in-place activation cannot rewrite what was
-        recorded. The first recorded output is made to require grad if x does not.
+        recorded. An output that does not require grad yet is made to.
         """
         calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
 
-        def record(name: str, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:
-                output.requires_grad_()
-            calls[name].append(LayerCall(args[0], output))
-            return output.clone()
+        def hook(name: str) -> Any:
+            def record(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+                if not output.requires_grad:
+                    output.requires_grad_()
+                calls[name].append(LayerCall([*args, *kwargs.values()][0], output))
+                return output.clone()
 
-        with torch.enable_grad(), self._hooks({name: lambda a, o, n=name: record(n, a, o) for name in layers}):
-            return self(x), calls
+            return record
 
-    @contextmanager
-    def _hooks(self, hooks: Mapping[str, Any]) -> Iterator[None]:
-        handles = [
-            self.submodule(name).register_forward_hook(lambda _, args, output, h=hook: h(args, output))
-            for name, hook in hooks.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._skeleton.lock, torch.enable_grad():
+            handles = [self.submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in layers]
+            with _removing(handles):
+                return self(x), calls
 
     # --- nn.Module's own protocol ------------------------------------------------------------------------------
 
@@ -239,6 +240,7 @@ class FrozenNetwork(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._cast.clear()
+        self._identity[0] = object()
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
@@ -250,8 +252,7 @@ class FrozenNetwork(nn.Module):
     def _shell(self) -> FrozenNetwork:
         """A new object over the same tensors; moving or casting it leaves the original alone."""
         shell = FrozenNetwork.__new__(FrozenNetwork)
-        shell.__dict__ = {key: copy.copy(value) for key, value in self.__dict__.items() if key != "_skeleton"}
-        object.__setattr__(shell, "_skeleton", self._skeleton)
+        shell.__dict__ = {key: copy.copy(value) for key, value in self.__dict__.items()}
         return shell
 
     # --- private -----------------------------------------------------------------------------------------------
@@ -298,10 +299,7 @@ class FrozenNetwork(nn.Module):
         pair = torch.stack([rows[0], rows[-1]])
         if torch.equal(pair[0], pair[1]):
             pair[1] = pair[0] * 0.9 + 0.1
-        executed: list[str] = []
-        names = {layer_name(name) for name, _ in self._skeleton.named_parameters()} if self._readout is not None else ()
-        with self._hooks({name: lambda _args, _output, n=name: executed.append(n) for name in names}):
-            both, again, alone = self(pair), self(pair), self(pair[:1])
+        both, again, alone = self(pair), self(pair), self(pair[:1])
         if not torch.isfinite(both).all():
             raise InputError(
                 "the network returns NaN or infinite values on the first or last row of x: check x for NaN, and its "
@@ -310,8 +308,8 @@ class FrozenNetwork(nn.Module):
         tolerance = math.sqrt(torch.finfo(both.dtype).eps)
         if not torch.allclose(both, again, rtol=tolerance, atol=tolerance):
             raise NetworkError(
-                "two runs of the network on the same rows differ: it is stochastic, probably dropout in train mode. "
-                "Call module.eval() before freezing."
+                "two runs of the network on the same rows differ: it is stochastic (dropout in train mode?) or "
+                "changes its own buffers. Call module.eval() before freezing."
             )
         if not torch.allclose(both[:1], alone, rtol=tolerance, atol=tolerance):
             raise NetworkError(
@@ -319,9 +317,29 @@ class FrozenNetwork(nn.Module):
                 "operation across the batch dimension), so it defines no kernel. Use running statistics (eval mode) "
                 "or a normalisation within the row."
             )
-        if executed and executed[-1] != self._readout:
+        if self._readout is not None:
+            self._check_readout(pair)
+        return both.shape[-1]
+
+    def _check_readout(self, rows: Tensor) -> None:
+        """Raise unless the chosen readout is the last layer with parameters to start running."""
+        started: list[str] = []
+        with self._skeleton.lock:
+            layers = {layer_name(name) for name, _ in self._skeleton.module.named_parameters()}
+            hooks = {name: lambda *_, n=name: started.append(n) for name in layers}
+            with _removing([self.submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]):
+                self(rows)
+        if started and started[-1] != self._readout:
             raise SelectionError(
                 f"parameters='readout' took the last registered layer, {self._readout!r}, but the network runs "
-                f"{executed[-1]!r} last: pass parameters={executed[-1] + '.*'!r} to choose the readout by name."
+                f"{started[-1]!r} last: pass parameters={started[-1] + '.*'!r} to choose the readout by name."
             )
-        return both.shape[-1]
+
+
+@contextmanager
+def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

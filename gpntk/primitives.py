@@ -71,8 +71,20 @@ def _instance_norm(
     return scaled if bias is None else scaled + bias.view(channel)
 
 
+def _torch_layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001
+) -> Tensor:
+    return _layer_norm(input, normalized_shape, weight, bias, eps)
+
+
 _PRIMITIVES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
+    torch.layer_norm: _torch_layer_norm,
     functional.instance_norm: _instance_norm,
 }
 

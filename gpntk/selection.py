@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -40,6 +40,8 @@ def select_parameters(
     if selection == "readout":
         readout = readout_name(module)
         return tuple(name for name in named if layer_name(name) == readout)
+    if not isinstance(selection, (str, Sequence)):
+        raise SelectionError(f"parameters={selection!r}: pass None, a glob, a list of globs, 'readout' or a predicate.")
     globs = [selection] if isinstance(selection, str) else list(selection)
     if not globs:
         raise SelectionError("parameters=[] selects nothing: pass None for all parameters, or at least one glob.")

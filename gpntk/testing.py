@@ -24,10 +24,10 @@ def check_backend(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, tole
         >>> check_backend(gpntk.AutodiffBackend(network), *torch.randn(2, 1, 4, 3, dtype=torch.float64))
     """
     outputs = backend.num_outputs(x1)
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(x1.shape[0], 3, x1.shape[1] * outputs, generator=generator).to(x1)
-    w = torch.randn(x2.shape[0], 3, x2.shape[1] * outputs, generator=generator).to(x2)
-    v = torch.randn(x1.shape[0], 3, backend.num_features, generator=generator).to(x1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    u = torch.randn(x1.shape[0], 3, x1.shape[1] * outputs, generator=generator, device="cpu").to(x1)
+    w = torch.randn(x2.shape[0], 3, x2.shape[1] * outputs, generator=generator, device="cpu").to(x2)
+    v = torch.randn(x1.shape[0], 3, backend.num_features, generator=generator, device="cpu").to(x1)
 
     _close(
         "adjoint: <u, J v> = <Jᵀ u, v>", (u * backend.jvp(x1, v)).sum(-1), (backend.vjp(x1, u) * v).sum(-1), tolerance

@@ -154,7 +154,9 @@ class TransferGP:
         x, targets = self._x, self._targets
         most = max(1, DENSE_LIMIT // self._outputs)
         if x.shape[0] > most:
-            chosen = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(0))[:most].to(x.device)
+            chosen = torch.randperm(x.shape[0], generator=torch.Generator("cpu").manual_seed(0), device="cpu")[
+                :most
+            ].to(x.device)
             x, targets = x[chosen], targets[chosen]
         kernel = NTKKernel(self._network)
         with torch.no_grad():

@@ -23,7 +23,8 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
     The host rebuilds a plain operator there, whose conjugate gradients stall near a relative residual of 1e-5 and give
     wrong variances without a word. Here the training covariance is factorised once (up to
     ``settings.max_cholesky_size``) or solved to a relative residual of 1e-6, and the covariance of the test points
-    comes back dense. ``fast_pred_var``, batches of models and missing observations take the host's own path.
+    comes back dense. Observations that ``settings.observation_nan_policy`` says to ignore are left out of it (the host
+    leaves them out of the mean only). ``fast_pred_var`` takes the host's own path.
     """
 
     @property
@@ -36,32 +37,44 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
         self, test_test_covar: LinearOperator, test_train_covar: LinearOperator
     ) -> LinearOperator:
         """K** - K* (K + noise)⁻¹ K*ᵀ."""
-        host_path = (
-            settings.fast_pred_var.on()
-            or settings.skip_posterior_variances.on()
-            or settings.observation_nan_policy.value() != "ignore"
-        )
-        if host_path:
+        if settings.fast_pred_var.on() or settings.skip_posterior_variances.on():
             return super().exact_predictive_covar(test_test_covar, test_train_covar)
         cross = to_dense(test_train_covar).mT
-        noisy = self._noisy_train_covar()
+        policy = settings.observation_nan_policy.value() or "ignore"
+        noisy, observed = self._noisy_train_covar(policy), self._observed(policy)
+        cross = cross if observed is None else cross[..., observed, :]
         if noisy.shape[-1] <= (settings.max_cholesky_size.value() or 0):
             # K* (L Lᵀ)⁻¹ K*ᵀ = (L⁻¹ K*ᵀ)ᵀ (L⁻¹ K*ᵀ): symmetric, and never larger than K** by more than rounding.
-            half = torch.linalg.solve_triangular(self._train_cholesky(), cross, upper=False)
+            half = torch.linalg.solve_triangular(self._train_cholesky(policy), cross, upper=False)
             correction = half.mT @ half
         else:
             with _tight_solves():
                 correction = cross.mT @ noisy.solve(cross)
         return DenseLinearOperator(to_dense(test_test_covar) - correction)
 
+    def _observed(self, nan_policy: str) -> Tensor | None:
+        """Index of the observations that count, or None for all of them."""
+        if nan_policy == "ignore":
+            return None
+        missing = self.train_labels.isnan()
+        return (~missing.reshape(-1, missing.shape[-1]).any(0)).nonzero().squeeze(-1) if missing.any() else None
+
     @cached(name="noisy_train_covar")
-    def _noisy_train_covar(self) -> LinearOperator:
-        covar = self.lik_train_train_covar
-        return (covar.detach() if settings.detach_test_caches.on() else covar).evaluate_kernel()
+    def _noisy_train_covar(self, nan_policy: str) -> LinearOperator:
+        covar, observed = self.lik_train_train_covar, self._observed(nan_policy)
+        if settings.detach_test_caches.on():
+            # Detaching a lazily evaluated kernel detaches its inputs, not its hyperparameters.
+            with torch.no_grad():
+                covar = covar.detach().evaluate_kernel().detach()
+        else:
+            covar = covar.evaluate_kernel()
+        if observed is None:
+            return covar
+        return DenseLinearOperator(to_dense(covar)[..., observed, :][..., observed])
 
     @cached(name="train_cholesky")
-    def _train_cholesky(self) -> Tensor:
-        return to_dense(self._noisy_train_covar().cholesky())
+    def _train_cholesky(self, nan_policy: str) -> Tensor:
+        return to_dense(self._noisy_train_covar(nan_policy).cholesky())
 
 
 def _tight_solves() -> settings.cg_tolerance:

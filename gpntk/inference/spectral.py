@@ -102,5 +102,7 @@ class SpectralMarginalLikelihood:
         coefficients = torch.linalg.lstsq(weighted.mT @ self._basis, weighted.mT @ self._y).solution
         residual = self._y - self._basis @ coefficients
         scale = max((residual.square() / variances).mean().item(), _MIN_VARIANCE / (self._level + ratio))
-        noise = max(scale * ratio, min_noise)
-        return SpectralFit(scale, noise, coefficients, self(scale, noise, coefficients))
+        if scale * ratio < min_noise:
+            # On the bound the ratio sweeps the scale instead.
+            scale = min_noise / ratio
+        return SpectralFit(scale, scale * ratio, coefficients, self(scale, scale * ratio, coefficients))

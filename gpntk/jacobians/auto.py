@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 from torch import Tensor
@@ -30,7 +31,7 @@ class AutoBackend(AbstractJacobianBackend):
     The first that holds:
 
     1. P <= 512, and J `[N*C, P]` fits the budget: `DenseBackend`, because one GEMM beats a loop over layers.
-    2. Every selected parameter's layer has a rule, and two rows agree with autodiff: `StructuredBackend`.
+    2. Every selected parameter's layer has a rule, and a sample of rows agrees with autodiff: `StructuredBackend`.
     3. Else `AutodiffBackend`, with the reason.
 
     Example:
@@ -56,7 +57,7 @@ class AutoBackend(AbstractJacobianBackend):
             structured = StructuredBackend(network, memory_budget)
             structured.check(x)
         except NetworkError as error:
-            return Choice(AutodiffBackend(network, memory_budget), f"automatic differentiation, because {error}")
+            return _by_autodiff(network, memory_budget, error)
         return Choice(structured, "every selected parameter belongs to a layer with a structured rule")
 
     def choice(self, x: Tensor) -> Choice:
@@ -66,16 +67,31 @@ class AutoBackend(AbstractJacobianBackend):
         return self._choice
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        return self.choice(x).backend.jvp(x, v)
+        return self._run(x, lambda backend: backend.jvp(x, v))
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        return self.choice(x).backend.vjp(x, u)
+        return self._run(x, lambda backend: backend.vjp(x, u))
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
-        return self.choice(x1).backend.gram(x1, x2, per_layer)
+        return self._run(x1, lambda backend: backend.gram(x1, x2, per_layer))
 
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
-        return self.choice(x).backend.diagonal(x, per_layer)
+        return self._run(x, lambda backend: backend.diagonal(x, per_layer))
 
     def jacobian(self, x: Tensor) -> Tensor:
-        return self.choice(x).backend.jacobian(x)
+        return self._run(x, lambda backend: backend.jacobian(x))
+
+    def _run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Tensor]) -> Tensor:
+        """``product`` with the chosen backend; if later inputs show that its rules do not apply, with autodiff."""
+        choice = self.choice(x)
+        if not isinstance(choice.backend, StructuredBackend):
+            return product(choice.backend)
+        try:
+            return product(choice.backend)
+        except NetworkError as error:
+            self._choice = _by_autodiff(self.network, self.memory_budget, error)
+            return product(self._choice.backend)
+
+
+def _by_autodiff(network: FrozenNetwork, memory_budget: int | None, error: NetworkError) -> Choice:
+    return Choice(AutodiffBackend(network, memory_budget), f"automatic differentiation, because {error}")

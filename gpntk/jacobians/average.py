@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from gpntk.errors import InputError
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.network import FrozenNetwork
 
@@ -34,6 +35,8 @@ class AverageBackend(AbstractJacobianBackend):
 
     @property
     def num_features(self) -> int:
+        if not self._count:
+            raise InputError("the number of features is C * P, and C is known only once the kernel has seen an input.")
         return self._count * self.network.num_params
 
     def num_outputs(self, x: Tensor) -> int:

@@ -18,6 +18,8 @@ Laws, for every backend (see `gpntk.testing`):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,10 @@ class AbstractJacobianBackend(ABC):
         self.network = network
         self.memory_budget = default_budget(network.device) if memory_budget is None else int(memory_budget)
         self.cache = TensorCache(self.memory_budget)
+
+    def remember(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
+        return self.cache.get((kind, self.network.version), tensors, compute)
 
     @property
     def num_features(self) -> int:

@@ -26,7 +26,7 @@ class DenseBackend(AbstractJacobianBackend):
         self._autodiff = AutodiffBackend(network, self.memory_budget)
 
     def jacobian(self, x: Tensor) -> Tensor:
-        return self.cache.get("jacobian", (x,), lambda: self._autodiff.jacobian(x))
+        return self.remember("jacobian", (x,), lambda: self._autodiff.jacobian(x))
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
         return torch.cat([v @ self.jacobian(x[:, rows]).mT for rows in row_chunks(self, x)], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, final
@@ -65,22 +66,27 @@ class TensorCache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._entries: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it returned the last time for the same tensors."""
         if any(tensor.is_inference() or tracks_gradient(tensor) for tensor in tensors):
             return compute()
         key = (kind, *(_fingerprint(tensor) for tensor in tensors))
-        if key in self._entries:
-            snapshots, result, _ = self._entries[key]
-            if all(map(torch.equal, snapshots, tensors)):
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
                 self._entries.move_to_end(key)
-                return result
-            del self._entries[key]
-        result = compute()
+        if entry is not None and all(map(torch.equal, entry[0], tensors)):
+            return entry[1]
+        # What is kept must serve later calls in any mode, so it is no inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            result = compute()
+            snapshots = tuple(tensor.detach().clone() for tensor in tensors)
         size = _bytes(result) + _bytes(tensors)
-        if size <= self.budget:
-            self._entries[key] = (tuple(tensor.detach().clone() for tensor in tensors), result, size)
+        with self._lock:
+            if size <= self.budget:
+                self._entries[key] = (snapshots, result, size)
             self._evict()
         return result
 

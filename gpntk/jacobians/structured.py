@@ -26,6 +26,8 @@ from gpntk.selection import layer_name
 
 LayerFactors = dict[str, Factors]
 
+_CHECKED_ROWS = 32
+
 # Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations.
 _SYMMETRIC_BLOCKS = 8
 
@@ -87,7 +89,7 @@ class StructuredBackend(AbstractJacobianBackend):
         row_bytes = x.shape[0] * self._row_values * x.element_size()
         for rows in chunks(x.shape[1], row_bytes, self.memory_budget):
             if rows == slice(0, x.shape[1]):
-                yield self.cache.get("factors", (x,), lambda: self._factors(x))
+                yield self.remember("factors", (x,), lambda: self._factors(x))
             else:
                 yield self._factors(x[:, rows])
 
@@ -97,7 +99,7 @@ class StructuredBackend(AbstractJacobianBackend):
         with torch.inference_mode(False):
             inputs = x if graph else frozen(x)
             outputs, calls = self.network.trace(inputs.flatten(0, 1), tuple(self._rules))
-            reached = {name: _only_call(name, made) for name, made in calls.items() if made}
+            reached = {name: _only_call(name, made, batch * rows) for name, made in calls.items() if made}
             cotangents = _output_backwards(outputs, [call.output for call in reached.values()], graph)
         factors = {}
         for (name, call), g in zip(reached.items(), cotangents, strict=True):
@@ -107,17 +109,22 @@ class StructuredBackend(AbstractJacobianBackend):
         return factors
 
     def check(self, x: Tensor) -> None:
-        """Once: compare a product with automatic differentiation on two rows, and count the values a row needs."""
+        """Once: compare a product with automatic differentiation on some rows, and count the values a row needs.
+
+        Rows are drawn from all over x and shuffled, so that a layer used otherwise on some inputs (a gate, a sort)
+        is found out; what none of them shows cannot be seen here.
+        """
         if self._row_values:
             return
         with torch.no_grad():
-            sample = frozen(x).flatten(0, 1)[[0, -1]].unsqueeze(0)
+            sample = _sample_rows(frozen(x).flatten(0, 1)).unsqueeze(0)
             factors = self._factors(sample)
             if not factors:
                 raise NetworkError("no selected layer runs by its own forward; use AutodiffBackend.")
             outputs = self.num_outputs(x)
-            u = torch.arange(1, 2 * outputs + 1, dtype=x.dtype, device=x.device).cos().view(1, 1, -1)
-            product = self._vjp_rows(factors, u.unflatten(-1, (2, -1)))
+            size = sample.shape[1] * outputs
+            u = torch.arange(1, size + 1, dtype=x.dtype, device=x.device).cos().view(1, 1, -1)
+            product = self._vjp_rows(factors, u.unflatten(-1, (-1, outputs)))
             reference = AutodiffBackend(self.network, self.memory_budget).vjp(sample, u)
         error = (product - reference).abs().squeeze()
         bound = torch.finfo(x.dtype).eps ** 0.5 * reference.abs().max()
@@ -127,8 +134,9 @@ class StructuredBackend(AbstractJacobianBackend):
                     f"parameter {name!r} acts outside its layer's own forward (used directly, or through a hook), so "
                     "the structured rule for its layer does not apply: use AutodiffBackend."
                 )
+        values = sum(tensor.numel() for layer in factors.values() for tensor in layer)
         # Factors, and as much again for the activations that the backward pass needs on the way.
-        self._row_values = max(1, sum(tensor.numel() for layer in factors.values() for tensor in layer))
+        self._row_values = max(1, 2 * values // sample.shape[1])
 
     # --- products on one block of rows -------------------------------------------------------------------------
 
@@ -216,12 +224,18 @@ def _rules(network: FrozenNetwork) -> dict[str, AbstractLayerRule]:
     return rules
 
 
-def _only_call(name: str, calls: list[LayerCall]) -> LayerCall:
+def _only_call(name: str, calls: list[LayerCall], rows: int) -> LayerCall:
     if len(calls) > 1:
         raise NetworkError(
             f"layer {name!r} runs {len(calls)} times in one forward pass; its structured rule needs one."
         )
-    return calls[0]
+    (call,) = calls
+    if call.input.shape[0] != rows or call.output.shape[0] != rows:
+        raise NetworkError(
+            f"layer {name!r} sees {call.input.shape[0]} rows where the network sees {rows}; its structured rule needs "
+            "the rows of x in its leading dimension."
+        )
+    return call
 
 
 def _output_backwards(outputs: Tensor, points: list[Tensor], graph: bool) -> list[Tensor]:
@@ -257,3 +271,10 @@ def _row_chunks(left: LayerFactors, others: int, budget: int, at_least: int = 1)
     row_bytes = 2 * example.element_size() * batch * others * outputs**2 * positions
     limit = workspace(example.device, budget)
     return chunks(rows, max(row_bytes, limit * at_least / max(rows, 1)), limit)
+
+
+def _sample_rows(x: Tensor) -> Tensor:
+    """Up to 32 rows of x `[N, D]` from all over it, in shuffled order; at least two different ones."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    chosen = x[torch.randperm(x.shape[0], generator=generator, device="cpu")[:_CHECKED_ROWS].to(x.device)]
+    return torch.cat([chosen, x[:1] * 0.9 + 0.1]) if x.shape[0] == 1 else chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable
 from typing import Any
@@ -110,6 +111,10 @@ class AbstractFeatureKernel(Kernel, ABC):
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:  # noqa: ARG002
         """C' rows of the Gram per input: C for ``output="full"``, else 1."""
+        # Inside a sum or product of kernels, the host asks with all columns of x.
+        active_dims = self._buffers["active_dims"]
+        if active_dims is not None and x1.shape[-1] != active_dims.numel():
+            x1 = x1.index_select(-1, active_dims)
         return self.backend.num_outputs(x1)
 
     def prediction_strategy(
@@ -156,7 +161,7 @@ def _freeze(network: nn.Module, parameters: ParameterSelection, input_shape: tup
         return FrozenNetwork(network, parameters, input_shape)
     if parameters is not None or input_shape is not None:
         raise SelectionError("the network is frozen already: give parameters and input_shape to gpntk.freeze instead.")
-    return network.select_output("full")
+    return copy.deepcopy(network)  # shares the weights; moving or casting the kernel leaves the user's object alone
 
 
 def _check_output(output: OutputSelection) -> None:

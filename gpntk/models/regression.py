@@ -19,6 +19,8 @@ from gpntk.inference.spectral import smallest_noise
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 
 _RELATIVE_CHANGE = 1e-7
+# Stands in for the size of targets that are all zero.
+_SMALLEST_SQUARE = 1e-12
 _PATIENCE = 3
 
 
@@ -50,7 +52,7 @@ class TangentGP(gpytorch.models.ExactGP):
 
     def __init__(self, x: Tensor, y: Tensor, kernel: AbstractFeatureKernel, constant_mean: bool = False) -> None:
         outputs = kernel.num_outputs_per_input(x, x)
-        self.min_noise = smallest_noise(y.dtype) * y.square().mean().item()
+        self.min_noise = smallest_noise(y.dtype) * max(y.square().mean().item(), _SMALLEST_SQUARE)
         super().__init__(x, y, _likelihood(outputs, self.min_noise))
         mean = ConstantMean() if constant_mean else ZeroMean()
         self.mean_module = mean if outputs == 1 else MultitaskMean(mean, num_tasks=outputs)
@@ -83,7 +85,7 @@ class TangentGP(gpytorch.models.ExactGP):
     def set_hyperparameters(self, scale: float, noise: float, constants: Tensor) -> None:
         """Set s (every layer's variance alike), the noise variance, and the constants `[C]` (or none)."""
         # As float64 tensors: the host would round a Python number to float32 on the way.
-        prior_variance, noise_variance = torch.tensor([scale, noise], dtype=torch.float64)
+        prior_variance, noise_variance = torch.tensor([scale, noise], dtype=torch.float64, device="cpu")
         if isinstance(self.covar_module, ScaleKernel):
             self.covar_module.outputscale = prior_variance
         else:

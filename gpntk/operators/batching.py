@@ -7,11 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gpntk.jacobians.memory import tracks_gradient
+
 Index = slice | Tensor | int
 
 
 def collapse(x: Tensor) -> Tensor:
-    """x with every batch dimension that is only an ``expand`` reduced to size one."""
+    """Reduce every batch dimension of x that is only an ``expand`` to size one, unless a gradient tells them apart."""
+    if tracks_gradient(x):
+        return x
     for dim in range(x.dim() - 2):
         if x.shape[dim] > 1 and x.stride(dim) == 0:
             x = x.narrow(dim, 0, 1)
@@ -23,11 +27,12 @@ def batch_product(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Ten
 
     Where x has a single batch element, all batches of columns go through one product.
     """
-    x = collapse(x)
     batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    if x.shape[:-2].numel() == 1:
-        result = product(x.reshape(1, *x.shape[-2:]), w.reshape(1, -1, w.shape[-1]))
-        return result.reshape(*w.shape[:-1], -1).expand(*batch, *w.shape[-2:-1], result.shape[-1])
+    single = collapse(x)
+    if single.shape[:-2].numel() == 1:
+        columns = w.shape[:-1].numel()
+        result = product(single.reshape(1, *x.shape[-2:]), w.reshape(1, columns, w.shape[-1]))
+        return result.reshape(*w.shape[:-1], result.shape[-1]).expand(*batch, w.shape[-2], result.shape[-1])
     result = product(flatten_batch(x, batch), flatten_batch(w, batch))
     return result.reshape(*batch, *result.shape[-2:])
 

@@ -69,6 +69,10 @@ class FeatureGramLinearOperator(LinearOperator):
     # --- products ----------------------------------------------------------------------------------------------
 
     def _matmul(self, rhs: Tensor) -> Tensor:
+        if 0 in self.shape or rhs.shape[-1] == 0:
+            return rhs.new_zeros(
+                *torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2]), self.shape[-2], rhs.shape[-1]
+            )
         features = batch_product(self._backend.vjp, self._x2, rhs.mT)
         if self._per_layer:
             return batch_product(self._backend.jvp, self._x1, features * self._feature_variances.unsqueeze(-2)).mT
@@ -91,11 +95,13 @@ class FeatureGramLinearOperator(LinearOperator):
 
     @cached
     def to_dense(self) -> Tensor:
+        if 0 in self.shape:
+            return self._x1.new_zeros(self.shape)
         x1, x2 = collapse(self._x1), collapse(self._x2)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         one = flatten_batch(x1, batch)
         two = one if self._same_inputs else flatten_batch(x2, batch)
-        grams = self._backend.cache.get(
+        grams = self._backend.remember(
             ("gram", self._per_layer), (one, two), lambda: self._backend.gram(one, two, self._per_layer)
         )
         grams = grams.unflatten(0, batch) if batch else grams[0]
@@ -104,6 +110,8 @@ class FeatureGramLinearOperator(LinearOperator):
         return (grams * self._variances.unsqueeze(-1)).sum(-3).expand(self.shape)
 
     def _diagonal(self) -> Tensor:
+        if 0 in self.shape:
+            return self._x1.new_zeros(self.shape[:-1])
         if not self._same_inputs:
             batch = self.batch_shape
             one, two = (flatten_batch(x, batch).flatten(0, 1).unsqueeze(1) for x in (self._x1, self._x2))
@@ -119,6 +127,7 @@ class FeatureGramLinearOperator(LinearOperator):
         """Exact samples of N(0, K) `[S, ..., N*C]`: one tangent product J S^(1/2) e per sample, no root of K."""
         if not self._same_inputs:
             return super().zero_mean_mvn_samples(num_samples)
+        self._backend.num_outputs(self._x1)  # the number of features may depend on it
         size = self._backend.num_features
         scale = self._feature_variances.sqrt().unsqueeze(-2)
         batch, samples = self.batch_shape, []

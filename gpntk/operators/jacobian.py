@@ -44,6 +44,10 @@ class JacobianLinearOperator(LinearOperator):
         return torch.Size([*self._x.shape[:-2], *(reversed(matrix) if self._transposed else matrix)])
 
     def _matmul(self, rhs: Tensor) -> Tensor:
+        if 0 in self.shape or rhs.shape[-1] == 0:
+            return rhs.new_zeros(
+                *torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2]), self.shape[-2], rhs.shape[-1]
+            )
         product = self._backend.vjp if self._transposed else self._backend.jvp
         return batch_product(product, self._x, rhs.mT).mT
 
@@ -55,8 +59,11 @@ class JacobianLinearOperator(LinearOperator):
 
     @cached
     def to_dense(self) -> Tensor:
+        if 0 in self.shape:
+            return self._x.new_zeros(self.shape)
         flat = self._backend.jacobian(self._x.reshape(-1, *self._x.shape[-2:]))
-        dense = flat.reshape(*self._x.shape[:-2], *flat.shape[-2:])
+        # A copy: what a backend keeps for later products is not the caller's to change.
+        dense = flat.reshape(*self._x.shape[:-2], *flat.shape[-2:]).clone()
         return dense.mT if self._transposed else dense
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
