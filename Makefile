@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test env lint bench docs slow
+.PHONY: demo test env lint bench docs
 
 demo: $(STAMP)
 	$(BIN)/python tutorials/01_transfer_regression.py
@@ -22,9 +22,6 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
-
-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -74,8 +74,6 @@ class TestGramBatch(GramCase, unittest.TestCase):
 
 class TestGramMultiBatch(GramCase, unittest.TestCase):
     batch = (2, 3)
-    should_test_sample = False  # one Lanczos root for six matrices: the host's own multi-batch cases skip it as well
-    skip_slq_tests = True  # stochastic estimates, checked on the unbatched operator
 
 
 class TestGramOutputs(GramCase, unittest.TestCase):
