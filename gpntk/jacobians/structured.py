@@ -274,7 +274,7 @@ def _row_chunks(left: LayerFactors, others: int, budget: int, at_least: int = 1)
 
 
 def _sample_rows(x: Tensor) -> Tensor:
-    """Up to 32 rows of x `[N, D]` from all over it, in shuffled order; at least two different ones."""
+    """Up to 32 rows of x `[N, D]` from all over it, in shuffled order; a single row with a perturbed one."""
     generator = torch.Generator("cpu").manual_seed(0)
     chosen = x[torch.randperm(x.shape[0], generator=generator, device="cpu")[:_CHECKED_ROWS].to(x.device)]
     return torch.cat([chosen, x[:1] * 0.9 + 0.1]) if x.shape[0] == 1 else chosen

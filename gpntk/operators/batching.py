@@ -37,6 +37,11 @@ def batch_product(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Ten
     return result.reshape(*batch, *result.shape[-2:])
 
 
+def zero_product(shape: torch.Size, rhs: Tensor) -> Tensor:
+    """The product of a matrix `[..., R, S]` with ``rhs`` `[..., S, K]` where some dimension is zero."""
+    return rhs.new_zeros(*torch.broadcast_shapes(shape[:-2], rhs.shape[:-2]), shape[-2], rhs.shape[-1])
+
+
 def flatten_batch(x: Tensor, batch: torch.Size) -> Tensor:
     """`[..., N, D]` expanded to ``batch`` as `[B, N, D]`."""
     return x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:])

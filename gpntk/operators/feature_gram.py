@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.memory import chunks, tracks_gradient
-from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample
+from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample, zero_product
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator, noisy_gram
 
 _ALL = slice(None)
@@ -69,10 +69,8 @@ class FeatureGramLinearOperator(LinearOperator):
     # --- products ----------------------------------------------------------------------------------------------
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        if 0 in self.shape or rhs.shape[-1] == 0:
-            return rhs.new_zeros(
-                *torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2]), self.shape[-2], rhs.shape[-1]
-            )
+        if 0 in self.shape or 0 in rhs.shape:
+            return zero_product(self.shape, rhs)
         features = batch_product(self._backend.vjp, self._x2, rhs.mT)
         if self._per_layer:
             return batch_product(self._backend.jvp, self._x1, features * self._feature_variances.unsqueeze(-2)).mT

@@ -11,7 +11,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.operators.batching import batch_product, row_to_sample
+from gpntk.operators.batching import batch_product, row_to_sample, zero_product
 
 _ALL = slice(None)
 
@@ -44,10 +44,8 @@ class JacobianLinearOperator(LinearOperator):
         return torch.Size([*self._x.shape[:-2], *(reversed(matrix) if self._transposed else matrix)])
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        if 0 in self.shape or rhs.shape[-1] == 0:
-            return rhs.new_zeros(
-                *torch.broadcast_shapes(self.batch_shape, rhs.shape[:-2]), self.shape[-2], rhs.shape[-1]
-            )
+        if 0 in self.shape or 0 in rhs.shape:
+            return zero_product(self.shape, rhs)
         product = self._backend.vjp if self._transposed else self._backend.jvp
         return batch_product(product, self._x, rhs.mT).mT
 
