@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpntk.errors import InputError
 
@@ -17,6 +18,8 @@ def check_input(x: Tensor, device: torch.device, name: str = "x") -> None:
             f"{name} must be floating point, got {x.dtype}: pass {name}.float() or {name}.double(), and let a network "
             "that needs integers (token ids, say) cast its own input."
         )
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise InputError(f"{name} carries a forward-mode tangent; kernels are differentiable in reverse mode only.")
     if x.device != device:
         raise InputError(
             f"{name} is on {x.device} but the network's frozen weights are on {device}: move the kernel with "

@@ -7,6 +7,7 @@ word (pytorch issues #175754, #186256). The fused attention and recurrent kernel
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -17,23 +18,25 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_SWITCHES = threading.RLock()
+
+
+def differentiable_operations() -> TorchFunctionMode:
+    """A context in which norms, attention and recurrent layers are differentiable to any order; local to a thread."""
+    return _Primitives()
+
 
 @contextmanager
-def differentiable_operations() -> Iterator[None]:
-    """Within this context, norms, attention and recurrent layers are differentiable to any order."""
-    with sdpa_kernel(SDPBackend.MATH), _Primitives():
-        yield
-
-
-@contextmanager
-def _no_mkldnn() -> Iterator[None]:
+def _plain_recurrent_kernels() -> Iterator[None]:
+    """Composite recurrent layers, by switches of the whole process: one thread at a time may turn them."""
     # torch.backends.mkldnn.flags would also touch an Intel GPU setting, with a warning on every other machine.
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+    with _SWITCHES, torch.backends.cudnn.flags(enabled=False):
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
 
 
 def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -90,6 +93,7 @@ _PRIMITIVES: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+_ATTENTION = frozenset({functional.multi_head_attention_forward, functional.scaled_dot_product_attention})
 
 
 @final
@@ -99,6 +103,9 @@ class _Primitives(TorchFunctionMode):
     ) -> Any:
         del types
         if func in _RECURRENT:
-            with _no_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+            with _plain_recurrent_kernels():
+                return func(*args, **(kwargs or {}))
+        if func in _ATTENTION:
+            with _SWITCHES, sdpa_kernel(SDPBackend.MATH):
                 return func(*args, **(kwargs or {}))
         return _PRIMITIVES.get(func, func)(*args, **(kwargs or {}))

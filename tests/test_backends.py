@@ -141,7 +141,7 @@ def test_auto_takes_structured_exactly_where_it_is_right(case: Case, monkeypatch
         ("cnn-batchnorm", r"layer '0' \(Conv2d\) has no structured rule"),
         ("tied", "'encode.weight' is tied"),
         ("called-twice", "layer 'layer' runs 2 times"),
-        ("functional-use", "'layer.weight' acts outside its layer's own forward"),
+        ("functional-use", "parameter 'layer.weight' disagrees with automatic differentiation"),
     ],
 )
 def test_the_reason_for_a_fallback_names_the_layer(name: str, message: str) -> None:
@@ -155,6 +155,7 @@ def test_small_networks_take_the_dense_jacobian() -> None:
     network = gpntk.freeze(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
     choice = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1))
     assert isinstance(choice.backend, gpntk.DenseBackend)
+    assert gpntk.AutoBackend.select(nn.Linear(1, 1), torch.randn(200, 1)).reason.startswith("P = 2 is small")
     assert "P = 91 is small" in choice.reason
     tight = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1), memory_budget=10_000)
     assert isinstance(tight.backend, gpntk.StructuredBackend)
@@ -199,6 +200,10 @@ def test_cache_stays_within_its_budget() -> None:
     for rows in range(1, 12):
         backend.diagonal(CASES[0].x(rows).unsqueeze(0))
     assert sum(size for *_, size in backend.cache._entries.values()) <= 20_000
+    roomy = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=10**9)
+    for rows in range(1, 20):
+        roomy.diagonal(CASES[0].x(rows).unsqueeze(0))
+    assert len(roomy.cache._entries) <= 8
 
 
 @pytest.mark.parametrize("make", [*BACKENDS, gpntk.AutoBackend, functools.partial(AverageBackend, factory=BACKENDS[2])])

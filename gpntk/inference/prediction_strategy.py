@@ -24,7 +24,8 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
     wrong variances without a word. Here the training covariance is factorised once (up to
     ``settings.max_cholesky_size``) or solved to a relative residual of 1e-6, and the covariance of the test points
     comes back dense. Observations that ``settings.observation_nan_policy`` says to ignore are left out of it (the host
-    leaves them out of the mean only). ``fast_pred_var`` takes the host's own path.
+    leaves them out of the mean only); with batches of labels, a row that is missing in one is left out for all.
+    ``fast_pred_var`` takes the host's own path.
     """
 
     @property
@@ -41,11 +42,13 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
             return super().exact_predictive_covar(test_test_covar, test_train_covar)
         cross = to_dense(test_train_covar).mT
         policy = settings.observation_nan_policy.value() or "ignore"
-        noisy, observed = self._noisy_train_covar(policy), self._observed(policy)
+        detached, observed = settings.detach_test_caches.on(), self._observed(policy)
+        noisy = self._detached_covar(policy) if detached else self._noisy_covar(policy)
         cross = cross if observed is None else cross[..., observed, :]
         if noisy.shape[-1] <= (settings.max_cholesky_size.value() or 0):
             # K* (L Lᵀ)⁻¹ K*ᵀ = (L⁻¹ K*ᵀ)ᵀ (L⁻¹ K*ᵀ): symmetric, and never larger than K** by more than rounding.
-            half = torch.linalg.solve_triangular(self._train_cholesky(policy), cross, upper=False)
+            root = self._detached_cholesky(policy) if detached else to_dense(noisy.cholesky())
+            half = torch.linalg.solve_triangular(root, cross, upper=False)
             correction = half.mT @ half
         else:
             with _tight_solves():
@@ -59,22 +62,24 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
         missing = self.train_labels.isnan()
         return (~missing.reshape(-1, missing.shape[-1]).any(0)).nonzero().squeeze(-1) if missing.any() else None
 
-    @cached(name="noisy_train_covar")
-    def _noisy_train_covar(self, nan_policy: str) -> LinearOperator:
-        covar, observed = self.lik_train_train_covar, self._observed(nan_policy)
-        if settings.detach_test_caches.on():
-            # Detaching a lazily evaluated kernel detaches its inputs, not its hyperparameters.
-            with torch.no_grad():
-                covar = covar.detach().evaluate_kernel().detach()
-        else:
-            covar = covar.evaluate_kernel()
+    def _noisy_covar(self, nan_policy: str) -> LinearOperator:
+        """K + noise of the training data, with its graph."""
+        covar, observed = self.lik_train_train_covar.evaluate_kernel(), self._observed(nan_policy)
         if observed is None:
             return covar
         return DenseLinearOperator(to_dense(covar)[..., observed, :][..., observed])
 
-    @cached(name="train_cholesky")
-    def _train_cholesky(self, nan_policy: str) -> Tensor:
-        return to_dense(self._noisy_train_covar(nan_policy).cholesky())
+    # What carries a graph is not kept: a graph serves one backward pass, and a cache every later one.
+
+    @cached(name="detached_covar")
+    def _detached_covar(self, nan_policy: str) -> LinearOperator:
+        with torch.no_grad():
+            return self._noisy_covar(nan_policy).detach()
+
+    @cached(name="detached_cholesky")
+    def _detached_cholesky(self, nan_policy: str) -> Tensor:
+        with torch.no_grad():
+            return to_dense(self._detached_covar(nan_policy).cholesky())
 
 
 def _tight_solves() -> settings.cg_tolerance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpntk.errors import NetworkError
 from gpntk.jacobians.autodiff import AutodiffBackend
@@ -47,8 +47,10 @@ class AutoBackend(AbstractJacobianBackend):
         self._choice: Choice | None = None
 
     @staticmethod
-    def select(network: FrozenNetwork, x: Tensor, memory_budget: int | None = None) -> Choice:
-        """The backend for this network and x `[B, N, D]`, with the reason in words."""
+    def select(network: nn.Module, x: Tensor, memory_budget: int | None = None) -> Choice:
+        """The backend for this network and x `[..., N, D]`, with the reason in words."""
+        network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
+        x = x.reshape(-1, *x.shape[-2:])
         dense = DenseBackend(network, memory_budget)
         entries = x.shape[:-1].numel() * network.num_outputs(x) * network.num_params
         if network.num_params <= _DENSE_MAX_PARAMS and 2 * entries * x.element_size() <= dense.memory_budget:
@@ -64,6 +66,7 @@ class AutoBackend(AbstractJacobianBackend):
         """The choice in force, made now if x is the first input seen."""
         if self._choice is None:
             self._choice = self.select(self.network, x, self.memory_budget)
+            self._choice.backend.cache = self.cache  # one budget for both
         return self._choice
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -82,7 +85,11 @@ class AutoBackend(AbstractJacobianBackend):
         return self._run(x, lambda backend: backend.jacobian(x))
 
     def _run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Tensor]) -> Tensor:
-        """``product`` with the chosen backend; if later inputs show that its rules do not apply, with autodiff."""
+        """``product`` with the chosen backend; if that finds its rules broken by a later input, with autodiff.
+
+        A layer that runs again, or on other rows, is found out on any input; other misuse only on the rows that were
+        checked when the choice was made.
+        """
         choice = self.choice(x)
         if not isinstance(choice.backend, StructuredBackend):
             return product(choice.backend)

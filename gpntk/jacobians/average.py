@@ -67,6 +67,8 @@ class AverageBackend(AbstractJacobianBackend):
         if not self._single:
             self._count = self.network.num_outputs(x)
             self._single = tuple(self._factory(self.network.select_output(c)) for c in range(self._count))
+            for backend in self._single:
+                backend.cache = self.cache  # one budget for all
         return self._single
 
     def __getstate__(self) -> dict[str, Any]:

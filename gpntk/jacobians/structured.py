@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk.errors import NetworkError
+from gpntk.errors import InputError, NetworkError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.layers import AbstractLayerRule, Factors, rule_for
@@ -28,8 +28,9 @@ LayerFactors = dict[str, Factors]
 
 _CHECKED_ROWS = 32
 
-# Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations.
+# Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations, where N is large enough.
 _SYMMETRIC_BLOCKS = 8
+_SYMMETRIC_ROWS = 256
 
 
 @final
@@ -68,7 +69,7 @@ class StructuredBackend(AbstractJacobianBackend):
         blocks = []
         for left in self._blocks(x1):
             whole = x1 is x2 and _num_rows(left) == x1.shape[1]
-            if whole and not tracks_gradient(x1):
+            if whole and not tracks_gradient(x1) and _worth_mirroring(left):
                 return self._symmetric_gram(left, per_layer)
             rights = (left,) if whole else self._blocks(x2)
             blocks.append(torch.cat([self._gram_rows(left, right, per_layer) for right in rights], dim=-1))
@@ -129,10 +130,10 @@ class StructuredBackend(AbstractJacobianBackend):
         error = (product - reference).abs().squeeze()
         bound = torch.finfo(x.dtype).eps ** 0.5 * reference.abs().max()
         for name, columns in self.network.slices.items():
-            if (error.view(-1)[columns] > bound).any():
+            if not (error.view(-1)[columns] <= bound).all():
                 raise NetworkError(
-                    f"parameter {name!r} acts outside its layer's own forward (used directly, or through a hook), so "
-                    "the structured rule for its layer does not apply: use AutodiffBackend."
+                    f"the structured product for parameter {name!r} disagrees with automatic differentiation: it acts "
+                    "outside its layer's own forward (used directly, or through a hook); use AutodiffBackend."
                 )
         values = sum(tensor.numel() for layer in factors.values() for tensor in layer)
         # Factors, and as much again for the activations that the backward pass needs on the way.
@@ -166,13 +167,14 @@ class StructuredBackend(AbstractJacobianBackend):
         return torch.cat(parts, dim=1)
 
     def _gram_rows(self, left: LayerFactors, right: LayerFactors, per_layer: bool) -> Tensor:
-        rows = _row_chunks(left, _num_rows(right), self.memory_budget)
+        rows = chunks(_num_rows(left), _gram_row_bytes(left, _num_rows(right)), self._gram_limit(left))
         return torch.cat([self._gram_block(_rows(left, part), right, per_layer) for part in rows], dim=-2)
 
     def _symmetric_gram(self, factors: LayerFactors, per_layer: bool) -> Tensor:
         """The Gram of one set of rows: blocks on and below the diagonal, mirrored."""
         total, result = _num_rows(factors), None
-        for part in _row_chunks(factors, total, self.memory_budget, at_least=_SYMMETRIC_BLOCKS):
+        limit = min(self._gram_limit(factors), _gram_row_bytes(factors, total) * total // _SYMMETRIC_BLOCKS)
+        for part in chunks(total, _gram_row_bytes(factors, total), limit):
             block = self._gram_block(_rows(factors, part), _rows(factors, slice(0, part.stop)), per_layer)
             outputs = block.shape[-1] // max(part.stop, 1)
             if result is None:
@@ -182,6 +184,12 @@ class StructuredBackend(AbstractJacobianBackend):
             result[..., :start, start:stop] = block[..., :start].mT
         assert result is not None
         return result
+
+    def _gram_limit(self, factors: LayerFactors) -> int:
+        """Bytes for a block of the Gram: little, unless a block costs per-sample gradients of its columns anew."""
+        if any(layer.a.shape[2] > 1 for layer in factors.values()):
+            return self.memory_budget
+        return workspace(next(iter(factors.values())).a.device, self.memory_budget)
 
     def _gram_block(self, left: LayerFactors, right: LayerFactors, per_layer: bool) -> Tensor:
         terms = {name: self._rules[name].gram(left[name], right[name]) for name in left}
@@ -263,18 +271,23 @@ def _rows(factors: LayerFactors, rows: slice) -> LayerFactors:
     return {name: layer.rows(rows) for name, layer in factors.items()}
 
 
-def _row_chunks(left: LayerFactors, others: int, budget: int, at_least: int = 1) -> Iterator[slice]:
-    """Chunks of rows whose block of the Gram with ``others`` rows, and a temporary, fit the workspace."""
-    batch, rows, outputs, positions, _ = next(iter(left.values())).g.shape
+def _worth_mirroring(factors: LayerFactors) -> bool:
+    return _num_rows(factors) >= _SYMMETRIC_ROWS and all(layer.a.shape[2] == 1 for layer in factors.values())
+
+
+def _gram_row_bytes(left: LayerFactors, others: int) -> int:
+    """Bytes of one row's block of the Gram with ``others`` rows, and of a temporary of its size."""
+    example = next(iter(left.values()))
+    batch, _, outputs = example.g.shape[:3]
     positions = max(layer.a.shape[2] for layer in left.values())
-    example = next(iter(left.values())).a
-    row_bytes = 2 * example.element_size() * batch * others * outputs**2 * positions
-    limit = workspace(example.device, budget)
-    return chunks(rows, max(row_bytes, limit * at_least / max(rows, 1)), limit)
+    return 2 * example.a.element_size() * batch * max(others, 1) * outputs**2 * positions
 
 
 def _sample_rows(x: Tensor) -> Tensor:
-    """Up to 32 rows of x `[N, D]` from all over it, in shuffled order; a single row with a perturbed one."""
+    """Up to 32 finite rows of x `[N, D]` from all over it, in shuffled order; a single row with a perturbed one."""
+    x = x[x.isfinite().all(-1)]
+    if not len(x):
+        raise InputError("x has no row without NaN or infinite values.")
     generator = torch.Generator("cpu").manual_seed(0)
     chosen = x[torch.randperm(x.shape[0], generator=generator, device="cpu")[:_CHECKED_ROWS].to(x.device)]
     return torch.cat([chosen, x[:1] * 0.9 + 0.1]) if x.shape[0] == 1 else chosen

@@ -62,7 +62,7 @@ class AbstractFeatureKernel(Kernel, ABC):
         self.output = output
         if output == "independent":
             self.network = frozen
-            self.backend: AbstractJacobianBackend = AverageBackend(frozen, factory)
+            self.backend: AbstractJacobianBackend = AverageBackend(frozen, factory, factory(frozen).memory_budget)
         else:
             self.network = frozen if output == "full" else frozen.select_output(output)
             self.backend = factory(self.network)

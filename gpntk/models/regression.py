@@ -15,6 +15,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Tensor
 from tqdm import tqdm
 
+from gpntk.errors import InputError
 from gpntk.inference.spectral import smallest_noise
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 
@@ -33,7 +34,8 @@ class TangentGP(gpytorch.models.ExactGP):
 
     Args:
         x: Inputs `[N, D]`.
-        y: Targets `[N]`, or `[N, C]` if the kernel has C > 1 outputs per input.
+        y: Targets `[N]`, or `[N, C]` if the kernel has C > 1 outputs per input; NaN for missing ones, to be used with
+            ``gpytorch.settings.observation_nan_policy``.
         kernel: The feature kernel.
         constant_mean: Whether m is learned; otherwise it is zero.
 
@@ -52,7 +54,9 @@ class TangentGP(gpytorch.models.ExactGP):
 
     def __init__(self, x: Tensor, y: Tensor, kernel: AbstractFeatureKernel, constant_mean: bool = False) -> None:
         outputs = kernel.num_outputs_per_input(x, x)
-        self.min_noise = smallest_noise(y.dtype) * max(y.square().mean().item(), _SMALLEST_SQUARE)
+        if not y.is_floating_point():
+            raise InputError(f"y must be floating point, got {y.dtype}: pass y.double().")
+        self.min_noise = smallest_noise(y.dtype) * max(y.square().nanmean().item(), _SMALLEST_SQUARE)
         super().__init__(x, y, _likelihood(outputs, self.min_noise))
         mean = ConstantMean() if constant_mean else ZeroMean()
         self.mean_module = mean if outputs == 1 else MultitaskMean(mean, num_tasks=outputs)
