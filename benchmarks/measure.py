@@ -17,11 +17,17 @@ import torch
 
 def seconds(function: Callable[[], object], repeats: int = 7) -> float:
     """Median wall time of ``function`` after one warm-up call, the device synchronised before each reading."""
+    return seconds_on(lambda _: function(), lambda: None, repeats)
+
+
+def seconds_on(function: Callable[[Any], object], prepare: Callable[[], Any], repeats: int = 7) -> float:
+    """The same for ``function(prepare())``, without the time of ``prepare``: new data each time defeats every cache."""
     times = []
     for _ in range(repeats + 1):
+        prepared = prepare()
         _synchronize()
         start = time.perf_counter()
-        function()
+        function(prepared)
         _synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
