@@ -25,6 +25,13 @@ def save_tensors(
 ) -> None:
     """Write ``tensors`` and JSON-serialisable ``facts`` to ``path``, whole or not at all.
 
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_tensors(f"{folder}/file", "Example", {"a": torch.ones(2)}, {"answer": 42})
+        ...     load_tensors(f"{folder}/file", "Example")
+        ({'a': tensor([1., 1.])}, {'answer': 42})
+
     Args:
         path: File to write; an existing one is replaced only once the new one is complete.
         kind: What the file holds, e.g. ``"TransferRegressor"``; `load_tensors` refuses another kind.

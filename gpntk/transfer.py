@@ -69,6 +69,19 @@ class TransferGP:
 
     Raises:
         InputError: The targets do not have the network's number of outputs.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> x = torch.rand(20, 2, dtype=torch.float64)
+        >>> gp = TransferGP(gpntk.freeze(network), x, x.sum(-1, keepdim=True), mean="constant")
+        >>> evidence = gp.fit()
+        >>> gp.predict(x[:3]).mean.shape, gp.predict(x[:3], covariance=True).spread.shape
+        (torch.Size([3]), torch.Size([3, 3]))
+
+    References:
+        Maddox et al. (2021), Fast Adaptation with Linearized Neural Networks, https://arxiv.org/abs/2103.01439.
+        Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.23-2.26 and section 2.7.
     """
 
     def __init__(

@@ -23,6 +23,13 @@ class AutodiffBackend(AbstractJacobianBackend):
 
     Use it when a module has no structured rule. Cost per column: about one forward and one backward pass in each
     direction, 2 to 4 times the structured backend. The Gram contracts per-sample Jacobians block by block.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(32, 1))
+        >>> backend = AutodiffBackend(gpntk.freeze(network, input_shape=(1, 10)))
+        >>> backend.jvp(torch.randn(1, 7, 10), torch.randn(1, 2, 49)).shape
+        torch.Size([1, 2, 7])
     """
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:

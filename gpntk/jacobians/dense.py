@@ -19,6 +19,11 @@ class DenseBackend(AbstractJacobianBackend):
 
     Use it when P is small (hundreds), where one GEMM beats anything layer by layer. Memory N*C*P values; beyond the
     budget J is formed again by chunks of rows in each product.
+
+    Example:
+        >>> import torch, gpntk
+        >>> DenseBackend(gpntk.freeze(torch.nn.Linear(3, 2))).jacobian(torch.randn(1, 10, 3)).shape
+        torch.Size([1, 20, 8])
     """
 
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:

@@ -44,6 +44,14 @@ class StructuredBackend(AbstractJacobianBackend):
     Raises:
         NetworkError: A selected parameter belongs to a layer without a rule, is tied, or its layer runs more than once
             or not by its own forward; the message names it. `AutoBackend` falls back then.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 50), torch.nn.Tanh(), torch.nn.Linear(50, 2))
+        >>> backend = StructuredBackend(gpntk.freeze(network), memory_budget=2**20)
+        >>> x = torch.randn(1, 10, 3)
+        >>> backend.vjp(x, torch.ones(1, 4, 20)).shape, backend.gram(x, x, per_layer=True).shape
+        (torch.Size([1, 4, 302]), torch.Size([1, 2, 20, 20]))
     """
 
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:

@@ -18,6 +18,12 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
     The host's iteration stops improving at a relative residual near 1e-5 in any precision, because it guards divisions
     with a constant 1e-10 (squared quantities). Here the guard is the smallest normal number of the dtype, so
     ``linear_operator.settings.cg_tolerance`` means what it says.
+
+    Example:
+        >>> import torch, gpntk
+        >>> noisy = gpntk.NTKKernel(torch.nn.Linear(3, 1))(torch.randn(5, 3)).evaluate_kernel().add_jitter(0.1)
+        >>> type(noisy).__name__, noisy.solve(torch.ones(5)).shape
+        ('NoisyGramLinearOperator', torch.Size([5]))
     """
 
     def _solve(
