@@ -129,6 +129,9 @@ def test_large_problems_take_the_general_path(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(mean, exact.predict(z), atol=0.05)
     assert np.isfinite(std).all()
     assert general.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=1)
+    torch.manual_seed(99)  # the stochastic estimates have their own seed
+    again = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    assert again.log_marginal_likelihood_ == general.log_marginal_likelihood_
 
 
 def test_images_keep_their_shape() -> None:
