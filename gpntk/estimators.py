@@ -40,7 +40,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
             number per output; or ``"zero"``. Take the network's where source and target labels mean the same.
         parameters: Which parameters may move: ``None`` for all, glob(s) over their names, ``"readout"`` for the last
             layer, or a predicate of name and parameter.
-        layer_variances: Learn one prior variance per layer (gradient ascent) instead of a single one (closed form).
+        layer_variances: Learn one prior variance per layer (L-BFGS) instead of a single one (closed form).
         input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
         extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
         dtype: Precision of the computation, ``"float64"`` or ``"float32"``; the network's weights are cast to it.

@@ -50,6 +50,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001 (only torch.layer_norm has it)
 ) -> Tensor:
     scaled = _standardized(input, tuple(range(-len(normalized_shape), 0)), eps)
     scaled = scaled if weight is None else scaled * weight
@@ -74,24 +75,11 @@ def _instance_norm(
     return scaled if bias is None else scaled + bias.view(channel)
 
 
-def _torch_layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001
-) -> Tensor:
-    return _layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 _PRIMITIVES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
-    torch.layer_norm: _torch_layer_norm,
+    torch.layer_norm: _layer_norm,
     functional.instance_norm: _instance_norm,
 }
-
-
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 _ATTENTION = frozenset({functional.multi_head_attention_forward, functional.scaled_dot_product_attention})
 

@@ -119,10 +119,11 @@ class Unused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head, self.unused = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(3, 2)
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.unused = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.first(x)))
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 class PlainNorm(nn.Module):

@@ -4,6 +4,9 @@ import linear_operator.settings
 import pytest
 import torch
 
+# Two workers on two cores, and small problems: more threads only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:

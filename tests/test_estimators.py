@@ -126,9 +126,9 @@ def test_large_problems_take_the_general_path(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("gpntk.transfer.DENSE_LIMIT", 40)
     general = gpntk.TransferRegressor(SINGLE).fit(x, y)
     mean, std = general.predict(z, return_std=True)
-    np.testing.assert_allclose(mean, exact.predict(z), atol=0.05)
+    np.testing.assert_allclose(mean, exact.predict(z), atol=1e-3)
     assert np.isfinite(std).all()
-    assert general.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=1)
+    assert general.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=0.05)
     torch.manual_seed(99)  # the stochastic estimates have their own seed
     again = gpntk.TransferRegressor(SINGLE).fit(x, y)
     assert again.log_marginal_likelihood_ == general.log_marginal_likelihood_

@@ -22,7 +22,7 @@ class AutodiffBackend(AbstractJacobianBackend):
     """torch.func products, chunked over rows and columns; the fallback, and the referee of every other backend.
 
     Use it when a module has no structured rule. Cost per column: about one forward and one backward pass in each
-    direction, 2 to 4 times the structured backend. The Gram contracts per-sample Jacobians block by block.
+    direction, 2 to 3 times the structured backend. The Gram contracts per-sample Jacobians block by block.
 
     Example:
         >>> import torch, gpntk

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.memory import TensorCache
 from gpntk.network import FrozenNetwork
 
 
@@ -68,7 +69,7 @@ class AverageBackend(AbstractJacobianBackend):
             self._count = self.network.num_outputs(x)
             self._single = tuple(self._factory(self.network.select_output(c)) for c in range(self._count))
             for backend in self._single:
-                backend.cache = self.cache  # one budget for all
+                backend.cache = TensorCache(self.memory_budget // self._count)
         return self._single
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class AbstractJacobianBackend(ABC):
 
     def remember(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
-        return self.cache.get((kind, self.network.version, self.network.output), tensors, compute)
+        return self.cache.get((kind, self.network.version), tensors, compute)
 
     @property
     def num_features(self) -> int:

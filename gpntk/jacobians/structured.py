@@ -37,7 +37,7 @@ _SYMMETRIC_ROWS = 256
 class StructuredBackend(AbstractJacobianBackend):
     """Products from cached layer factors (a, g); `nn.Linear` has a rule, other layers need no parameters selected.
 
-    Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third of automatic
+    Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
     differentiation's. Memory for N rows: the factors, N * sum_l T*(I + C*O) values, kept while they fit the budget and
     recomputed by chunks of rows, shared by all columns, when they do not.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import final
 
@@ -12,6 +13,7 @@ from gpytorch.kernels import ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
 from gpytorch.means import ConstantMean, Mean, MultitaskMean, ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,8 +104,12 @@ class TangentGP(gpytorch.models.ExactGP):
     def fit(self, max_steps: int = 200, callback: Callable[[int, float], None] | None = None) -> float:
         """Maximise the marginal likelihood by L-BFGS from the present hyperparameters; return its value in nats.
 
-        Stops when three steps in a row improve it by less than 1e-7 of its size. ``callback(step, value)`` runs after
-        each step. A progress bar appears when the fit takes longer than two seconds.
+        Stops when three steps in a row improve it by less than 1e-7 of its size, or at a step whose covariance cannot
+        be factorised. ``callback(step, value)`` runs after each step. A progress bar appears when the fit takes longer
+        than two seconds.
+
+        Raises:
+            NotPSDError, NanError: The covariance cannot be factorised at the start already.
         """
         self.train()
         objective = ExactMarginalLogLikelihood(self.likelihood, self)
@@ -128,7 +134,12 @@ class TangentGP(gpytorch.models.ExactGP):
         best, best_state, stalled = -float("inf"), self._snapshot(), 0
         for step in (progress := tqdm(range(max_steps), desc="marginal likelihood", delay=2, leave=False)):
             before = self._snapshot()
-            value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
+            try:
+                value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
+            except (NotPSDError, NanError):
+                if not math.isfinite(best):
+                    raise
+                break
             stalled = 0 if value > best + _RELATIVE_CHANGE * (1 + abs(value)) else stalled + 1
             if value > best:
                 best, best_state = value, before
