@@ -21,3 +21,20 @@ class InputError(GpntkError, ValueError):
 
 class FileFormatError(GpntkError, ValueError):
     """A saved file is damaged, foreign, or belongs to another network."""
+
+
+class UnruledError(NetworkError):
+    """Some selected parameters are used in ways that no structured rule covers.
+
+    Attributes:
+        reasons: Why, by the parameter's name.
+    """
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+        name, reason = next(iter(reasons.items()))
+        others = f" ({len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        super().__init__(f"parameter {name!r} has no structured rule: {reason}{others}; use AutodiffBackend for it.")
+
+    def __reduce__(self) -> tuple[type[UnruledError], tuple[dict[str, str]]]:
+        return UnruledError, (self.reasons,)

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from typing import Any, Self, final
 
@@ -32,14 +31,6 @@ from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.freezing import Skeleton, check_module
 from gpntk.primitives import differentiable_operations
 from gpntk.selection import layer_name, readout_name, select_parameters
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer in a forward pass: its first input and its output, as nodes of the autograd graph."""
-
-    input: Tensor
-    output: Tensor
 
 
 @final
@@ -85,12 +76,7 @@ class FrozenNetwork(nn.Module):
         check_module(module)
         named = dict(module.named_parameters())
         selected = select_parameters(module, named, parameters)
-        self.names = tuple(selected)
-        self.shapes = {name: named[name].shape for name in selected}
-        ends = list(accumulate(named[name].numel() for name in selected))
-        self.slices = {
-            name: slice(start, end) for name, start, end in zip(selected, [0, *ends[:-1]], ends, strict=True)
-        }
+        self._lay_out(selected, {name: parameter.shape for name, parameter in named.items()})
         if isinstance(input_shape, int):
             raise InputError(f"input_shape={input_shape} must be a sequence: pass ({input_shape},).")
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
@@ -140,6 +126,13 @@ class FrozenNetwork(nn.Module):
         view = FrozenNetwork.__new__(FrozenNetwork)
         # The view shares the dictionaries of tensors, so that it follows when this network is moved or cast.
         view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": None}
+        return view
+
+    def restrict(self, names: Collection[str]) -> FrozenNetwork:
+        """The same network with only some of the selected parameters still selected, in the same order."""
+        view = FrozenNetwork.__new__(FrozenNetwork)
+        view.__dict__ = {**self.__dict__}
+        view._lay_out([name for name in self.names if name in names], self.shapes)
         return view
 
     # --- sizes and layout --------------------------------------------------------------------------------------
@@ -197,41 +190,6 @@ class FrozenNetwork(nn.Module):
             self._num_outputs = self._probe(x.detach().flatten(0, -2))
         return self._num_outputs
 
-    # --- what layer rules need ---------------------------------------------------------------------------------
-
-    def submodule(self, name: str) -> nn.Module:
-        """The skeleton's layer of that name: for reading its type and options, its tensors are empty."""
-        return self._skeleton.module.get_submodule(name)
-
-    def tied_names(self) -> set[str]:
-        """Selected parameters that the module knows under more than one name."""
-        counts: dict[int, list[str]] = {}
-        for name, parameter in self._skeleton.module.named_parameters(remove_duplicate=False):
-            counts.setdefault(id(parameter), []).append(name)
-        return {name for names in counts.values() if len(names) > 1 for name in names if name in self.slices}
-
-    def trace(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, list[LayerCall]]]:
-        """f(x) `[N, C]`, and the calls made of each named layer, with a graph from each layer's output to f.
-
-        A layer's output is cloned before it is passed on, so that an in-place activation cannot rewrite what was
-        recorded. An output that does not require grad yet is made to.
-        """
-        calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
-
-        def hook(name: str) -> Any:
-            def record(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-                if not output.requires_grad:
-                    output.requires_grad_()
-                calls[name].append(LayerCall([*args, *kwargs.values()][0], output))
-                return output.clone()
-
-            return record
-
-        with self._skeleton.lock, torch.enable_grad():
-            handles = [self.submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in layers]
-            with _removing(handles):
-                return self(x), calls
-
     # --- nn.Module's own protocol ------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
@@ -248,6 +206,12 @@ class FrozenNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cast": {}}
+
+    def _lay_out(self, names: Sequence[str], shapes: Mapping[str, torch.Size]) -> None:
+        self.names = tuple(names)
+        self.shapes = {name: shapes[name] for name in names}
+        ends = list(accumulate(shape.numel() for shape in self.shapes.values()))
+        self.slices = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
 
     def _shell(self) -> FrozenNetwork:
         """A new object over the same tensors; moving or casting it leaves the original alone."""
@@ -327,7 +291,12 @@ class FrozenNetwork(nn.Module):
         with self._skeleton.lock:
             layers = {layer_name(name) for name, _ in self._skeleton.module.named_parameters()}
             hooks = {name: lambda *_, n=name: started.append(n) for name in layers}
-            with _removing([self.submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]):
+            with _removing(
+                [
+                    self._skeleton.module.get_submodule(name).register_forward_pre_hook(hook)
+                    for name, hook in hooks.items()
+                ]
+            ):
                 self(rows)
         if started and started[-1] != self._readout:
             raise SelectionError(

@@ -178,22 +178,22 @@ CASES = [
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)
         ),
         (1, 6, 6),
-        structured=False,
+        structured=True,
     ),
-    Case("layernorm", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), (4,), False),
+    Case("layernorm", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), (4,), True),
     Case("plain-layernorm", PlainNorm, (4,), structured=True),
     Case(
         "instance-norm",
         lambda: nn.Sequential(nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(6, 2)),
         (2, 3),
-        False,
+        True,
     ),
-    Case("attention", Attention, (4, 6), structured=False),
-    Case("tied", Tied, (4,), structured=False),
-    Case("called-twice", Twice, (4,), structured=False),
-    Case("functional-use", Functional, (4,), structured=False),
-    Case("residual-scalar-unused", Residual, (4,), structured=False),
-    Case("lstm", lambda: nn.Sequential(nn.LSTM(3, 4, batch_first=True), LastState(), nn.Linear(4, 2)), (5, 3), False),
+    Case("attention", Attention, (4, 6), structured=True),
+    Case("tied", Tied, (4,), structured=True),
+    Case("called-twice", Twice, (4,), structured=True),
+    Case("functional-use", Functional, (4,), structured=True),
+    Case("residual-scalar-unused", Residual, (4,), structured=True),
+    Case("lstm", lambda: nn.Sequential(nn.LSTM(3, 4, batch_first=True), LastState(), nn.Linear(4, 2)), (5, 3), True),
 ]
 
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gpntk
-from gpntk.errors import NetworkError
 from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
 from gpntk.testing import check_backend
 from tests.cases import CASES, Case, reference_jacobian
 
 BACKENDS = [gpntk.DenseBackend, gpntk.AutodiffBackend, gpntk.StructuredBackend]
-PAIRS = [(case, backend) for case in CASES for backend in BACKENDS if case.structured or backend is not BACKENDS[2]]
+PAIRS = [(case, backend) for case in CASES for backend in BACKENDS]
 IDS = [f"{case.name}-{backend.__name__}" for case, backend in PAIRS]
 
 
@@ -128,34 +127,10 @@ def test_structured_products_on_random_networks(
     assert_products(gpntk.StructuredBackend(network), xs, exact, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_auto_takes_structured_exactly_where_it_is_right(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpntk.jacobians.auto._DENSE_MAX_PARAMS", 0)
-    choice = gpntk.AutoBackend.select(gpntk.freeze(case.module(), input_shape=case.input_shape), case.x(5).unsqueeze(0))
-    assert isinstance(choice.backend, gpntk.StructuredBackend if case.structured else gpntk.AutodiffBackend)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("cnn-batchnorm", r"layer '0' \(Conv2d\) has no structured rule"),
-        ("tied", "'encode.weight' is tied"),
-        ("called-twice", "layer 'layer' runs 2 times"),
-        ("functional-use", "parameter 'layer.weight' disagrees with automatic differentiation"),
-    ],
-)
-def test_the_reason_for_a_fallback_names_the_layer(name: str, message: str) -> None:
-    case = next(case for case in CASES if case.name == name)
-    network = gpntk.freeze(case.module(), input_shape=case.input_shape)
-    with pytest.raises(NetworkError, match=message):
-        gpntk.StructuredBackend(network).check(case.x(3).unsqueeze(0))
-
-
 def test_small_networks_take_the_dense_jacobian() -> None:
     network = gpntk.freeze(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
     choice = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1))
     assert isinstance(choice.backend, gpntk.DenseBackend)
-    assert gpntk.AutoBackend.select(nn.Linear(1, 1), torch.randn(200, 1)).reason.startswith("P = 2 is small")
     assert "P = 91 is small" in choice.reason
     tight = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1), memory_budget=10_000)
     assert isinstance(tight.backend, gpntk.StructuredBackend)

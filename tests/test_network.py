@@ -113,7 +113,7 @@ def test_train_leaves_the_frozen_mode_alone() -> None:
     kernel, x = gpntk.NTKKernel(mlp(2).eval()), torch.randn(3, 5)
     before = kernel.network(x)
     kernel.train()
-    assert not kernel.network.submodule("4").training  # the dropout layer
+    assert not kernel.network._skeleton.module.get_submodule("4").training  # the dropout layer
     torch.testing.assert_close(kernel.network(x), before, rtol=0, atol=0)
 
 

@@ -5,6 +5,7 @@ from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.average import AverageBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.dense import DenseBackend
+from gpntk.jacobians.split import SplitBackend
 from gpntk.jacobians.structured import StructuredBackend
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "AverageBackend",
     "Choice",
     "DenseBackend",
+    "SplitBackend",
     "StructuredBackend",
 ]

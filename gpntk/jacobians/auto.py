@@ -2,71 +2,93 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, final
 
 from torch import Tensor, nn
 
-from gpntk.errors import NetworkError
+from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.cost import Cost, Machine, table
 from gpntk.jacobians.dense import DenseBackend
+from gpntk.jacobians.split import SplitBackend
 from gpntk.jacobians.structured import StructuredBackend
 from gpntk.network import FrozenNetwork
 
-_DENSE_MAX_PARAMS = 512
+# Columns of a product, and products in all, for which the choice is made: a few solves by conjugate gradients.
+_COLUMNS = 10
+_PRODUCTS = 50
+# How many times more rows than those it was made for a choice is good for.
+_GROWTH = 8
 
 
 class Choice(NamedTuple):
-    """A backend and the reason it was chosen."""
+    """A backend, the reason it was chosen, and what each strategy would have cost; ``print`` shows them."""
 
     backend: AbstractJacobianBackend
     reason: str
+    costs: tuple[Cost, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{type(self.backend).__name__}: {self.reason}"
+        return f"{head}\n{table(self.costs)}" if self.costs else head
 
 
 @final
 class AutoBackend(AbstractJacobianBackend):
     """The backend that suits the network, chosen at the first x it sees.
 
-    The first that holds:
+    1. Parameters that are used by functions with a rule, all other parameters taken out: `StructuredBackend`, unless
+       counting says that the explicit J `[N*C, P]` is cheaper and it fits the budget: then `DenseBackend` for all.
+       (A network of few parameters: one GEMM beats a loop over layers.)
+    2. The other parameters, if any, by automatic differentiation, and only those: `SplitBackend` of both. Their part
+       of J is kept (`DenseBackend`) if it fits a quarter of the budget.
+    3. `AutodiffBackend` for all where the network's path through its layers depends on the rows of x.
 
-    1. P <= 512, and J `[N*C, P]` fits the budget: `DenseBackend`, because one GEMM beats a loop over layers.
-    2. Every selected parameter's layer has a rule, and a sample of rows agrees with autodiff: `StructuredBackend`.
-    3. Else `AutodiffBackend`, with the reason.
+    Counted are 50 products with 10 columns each; see `gpntk.jacobians.cost`.
 
     Example:
         >>> import torch
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(30, 99), torch.nn.Tanh(), torch.nn.Linear(99, 1))
-        >>> choice = AutoBackend.select(FrozenNetwork(mlp), torch.randn(1, 20, 30))
+        >>> choice = AutoBackend.select(FrozenNetwork(mlp), torch.randn(1, 200, 30))
         >>> type(choice.backend).__name__, choice.reason
-        ('StructuredBackend', 'every selected parameter belongs to a layer with a structured rule')
+        ('StructuredBackend', 'every selected parameter is used by functions with a structured rule')
     """
 
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
         super().__init__(network, memory_budget)
         self._choice: Choice | None = None
+        self._rows = 0
 
     @staticmethod
     def select(network: nn.Module, x: Tensor, memory_budget: int | None = None) -> Choice:
-        """The backend for this network and x `[..., N, D]`, with the reason in words."""
+        """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
         x = x.reshape(-1, *x.shape[-2:])
-        dense = DenseBackend(network, memory_budget)
-        entries = x.shape[:-1].numel() * network.num_outputs(x) * network.num_params
-        if network.num_params <= _DENSE_MAX_PARAMS and 2 * entries * x.element_size() <= dense.memory_budget:
-            return Choice(dense, f"P = {network.num_params} is small and the whole Jacobian fits the memory budget")
-        try:
-            structured = StructuredBackend(network, memory_budget)
-            structured.check(x)
-        except NetworkError as error:
-            return _by_autodiff(network, memory_budget, error)
-        return Choice(structured, "every selected parameter belongs to a layer with a structured rule")
+        reasons: dict[str, str] = {}
+        while True:
+            ruled = network.restrict([name for name in network.names if name not in reasons])
+            if not ruled.names:
+                return _by_autodiff(network, memory_budget, UnruledError(reasons))
+            structured = StructuredBackend(ruled if reasons else network, memory_budget)
+            try:
+                structured.check(x)
+            except UnruledError as error:
+                reasons |= error.reasons
+            except NetworkError as error:
+                return _by_autodiff(network, memory_budget, error)
+            else:
+                return _by_rules(network, x, structured, reasons)
 
     def choice(self, x: Tensor) -> Choice:
-        """The choice in force, made now if x is the first input seen."""
-        if self._choice is None:
+        """The choice in force, made now if x is the first input seen, or far larger than the one it was made for."""
+        rows = x.shape[:-1].numel()
+        if self._choice is None or rows > _GROWTH * self._rows:
             self._choice = self.select(self.network, x, self.memory_budget)
-            self._choice.backend.cache = self.cache  # one budget for both
+            self._choice.backend.share_cache(self.cache)  # one budget for both
+            self._rows = rows
         return self._choice
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -81,23 +103,46 @@ class AutoBackend(AbstractJacobianBackend):
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         return self._run(x, lambda backend: backend.diagonal(x, per_layer))
 
+    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
+        return self.choice(x).backend.costs(x, columns)
+
     def jacobian(self, x: Tensor) -> Tensor:
         return self._run(x, lambda backend: backend.jacobian(x))
 
     def _run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Tensor]) -> Tensor:
         """``product`` with the chosen backend; if that finds its rules broken by a later input, with autodiff.
 
-        A layer that runs again, or on other rows, is found out on any input; other misuse only on the rows that were
-        checked when the choice was made.
+        Another path through the network is found out on any input; a use of parameters that torch does not show only
+        on the rows that were checked when the choice was made.
         """
         choice = self.choice(x)
-        if not isinstance(choice.backend, StructuredBackend):
+        if not isinstance(choice.backend, (StructuredBackend, SplitBackend)):
             return product(choice.backend)
         try:
             return product(choice.backend)
         except NetworkError as error:
             self._choice = _by_autodiff(self.network, self.memory_budget, error)
+            self._rows = sys.maxsize
             return product(self._choice.backend)
+
+
+def _by_rules(network: FrozenNetwork, x: Tensor, structured: StructuredBackend, reasons: dict[str, str]) -> Choice:
+    costs = structured.costs(x, _COLUMNS)
+    total = {
+        cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(Machine()) for cost in costs if cost.fits
+    }
+    factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
+    if total.get("dense Jacobian", float("inf")) < factors:
+        reason = f"P = {network.num_params} is small, and products with the whole Jacobian cost less"
+        return Choice(DenseBackend(network, structured.memory_budget), reason, costs)
+    if not reasons:
+        return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
+    rest = network.restrict(list(reasons))
+    size = 2 * x.shape[:-1].numel() * network.num_outputs(x) * rest.num_params * x.element_size()
+    plain = DenseBackend if size <= structured.memory_budget // 4 else AutodiffBackend
+    listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
+    split = SplitBackend(network, [structured, plain(rest, structured.memory_budget)], structured.memory_budget)
+    return Choice(split, f"structured rules, and {plain.__name__} for {listed}", costs)
 
 
 def _by_autodiff(network: FrozenNetwork, memory_budget: int | None, error: NetworkError) -> Choice:

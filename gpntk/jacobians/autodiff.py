@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import final
 
@@ -71,7 +72,13 @@ class AutodiffBackend(AbstractJacobianBackend):
 
     def _jvp_columns(self, x: Tensor, v: Tensor) -> Tensor:
         function, at = self._function(x)
-        return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
+        try:
+            return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
+        except NotImplementedError:
+            # An operation without a forward-mode formula: the adjoint of the adjoint.
+            value, pullback, *_ = vjp(function, at)
+            _, pushforward, *_ = vjp(lambda u: pullback(u)[0], torch.zeros_like(value))
+            return _vmap(lambda t: pushforward(self.network.unflatten(t))[0].flatten(), v)
 
     def _vjp_columns(self, x: Tensor, u: Tensor) -> Tensor:
         function, at = self._function(x)
@@ -84,7 +91,11 @@ def _vmap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     if args[0].shape[0] == 1:
         return function(*(arg[0] for arg in args)).unsqueeze(0)
     try:
-        return vmap(function, randomness="error")(*args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return vmap(function, randomness="error")(*args)
+    except NotImplementedError:
+        raise
     except RuntimeError:
         # Recurrent layers, data-dependent control flow, operators without a batching rule: the loop runs what vmap
         # cannot, and raises again what is really wrong.

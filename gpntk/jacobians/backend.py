@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpntk.jacobians.cost import Cost
 from gpntk.jacobians.memory import TensorCache, default_budget
 from gpntk.network import FrozenNetwork
 
@@ -42,6 +43,10 @@ class AbstractJacobianBackend(ABC):
     def remember(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
         return self.cache.get((kind, self.network.version), tensors, compute)
+
+    def share_cache(self, cache: TensorCache) -> None:
+        """Keep what is kept in ``cache``, within its budget."""
+        self.cache = cache
 
     @property
     def num_features(self) -> int:
@@ -67,6 +72,10 @@ class AbstractJacobianBackend(ABC):
     @abstractmethod
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         """Diagonal of ``gram(x, x)``, `[B, G, N*C]`, without forming it."""
+
+    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:  # noqa: ARG002
+        """What products with so many columns cost by each strategy, the cheapest first; empty if not counted."""
+        return ()
 
     def jacobian(self, x: Tensor) -> Tensor:
         """J(x) itself, `[B, N*C, F]`: each row of x as a batch of its own, one unit cotangent per output."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -39,6 +40,33 @@ def chunks(total: int, bytes_each: float, budget: int) -> Iterator[slice]:
     """
     size = max(1, int(budget // max(bytes_each, 1)))
     return (slice(start, min(start + size, total)) for start in range(0, max(total, 1), size))
+
+
+Part = TypeVar("Part")
+
+
+def halving(items: slice, compute: Callable[[slice], Part]) -> list[Part]:
+    """``[compute(items)]``; where the device has no memory for that, of halves of the items, with one warning."""
+    try:
+        return [compute(items)]
+    except RuntimeError as error:
+        if not _out_of_memory(error) or items.stop - items.start < 2:
+            raise
+    warnings.warn(
+        f"out of memory on {items.stop - items.start} items at once: going on with half as many; a smaller "
+        "memory_budget avoids this.",
+        stacklevel=2,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = (items.start + items.stop) // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [*halving(slice(items.start, middle), compute), *halving(slice(middle, items.stop), compute)]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def tracks_gradient(x: Tensor) -> bool:
@@ -110,4 +138,4 @@ def _bytes(result: Any) -> int:
         return result.untyped_storage().nbytes()
     if isinstance(result, dict):
         return sum(_bytes(value) for value in result.values())
-    return sum(_bytes(value) for value in result)
+    return sum(_bytes(value) for value in result) if isinstance(result, (tuple, list)) else 0

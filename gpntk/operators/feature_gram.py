@@ -11,6 +11,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.cost import Machine
 from gpntk.jacobians.memory import chunks, tracks_gradient
 from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample, zero_product
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator, noisy_gram
@@ -71,10 +72,29 @@ class FeatureGramLinearOperator(LinearOperator):
     def _matmul(self, rhs: Tensor) -> Tensor:
         if 0 in self.shape or 0 in rhs.shape:
             return zero_product(self.shape, rhs)
+        if self._gram_pays(rhs.shape[-1]):
+            return self.to_dense() @ rhs
         features = batch_product(self._backend.vjp, self._x2, rhs.mT)
         if self._per_layer:
             return batch_product(self._backend.jvp, self._x1, features * self._feature_variances.unsqueeze(-2)).mT
         return batch_product(self._backend.jvp, self._x1, features).mT * self._variances
+
+    def _gram_pays(self, columns: int) -> bool:
+        """Whether products have cost, or are about to cost, as much as the Gram itself: from then on they go by it."""
+        x = collapse(self._x1)
+        if not self._same_inputs or tracks_gradient(x) or x.shape[:-2].numel() > 1:
+            return False
+        x = x.reshape(1, *x.shape[-2:])
+        costs = {cost.strategy: cost for cost in self._backend.costs(x, columns) if cost.fits}
+        if "Gram" not in costs:
+            return False
+        groups = self._variances.shape[-2]
+        if (1 + groups) * costs["Gram"].kept > self._backend.memory_budget // 2:
+            return False
+        lazy = min(cost.product.seconds(Machine()) for name, cost in costs.items() if name.startswith("factors"))
+        spent = self._backend.remember("seconds spent on products", (x,), lambda: [0.0])
+        spent[0] += lazy
+        return spent[0] >= costs["Gram"].once.seconds(Machine())
 
     def _t_matmul(self, rhs: Any) -> Tensor:
         return self._transpose_nonbatch()._matmul(rhs)
@@ -207,7 +227,10 @@ class FeatureGramLinearOperator(LinearOperator):
         """K[rows][:, columns] for sorted rows and columns, through the samples they belong to."""
         outputs = self._backend.num_outputs(self._x1)
         one, two = torch.unique(rows // outputs), torch.unique(columns // outputs)
-        block = self._like(self._x1[one], self._x2[two], self._variances).to_dense()
+        # All samples are the same tensor still, whose factors are at hand.
+        x1 = self._x1 if one.numel() == self._x1.shape[-2] else self._x1[one]
+        x2 = self._x2 if two.numel() == self._x2.shape[-2] else self._x2[two]
+        block = self._like(x1, x2, self._variances).to_dense()
         left = torch.searchsorted(one, rows // outputs) * outputs + rows % outputs
         right = torch.searchsorted(two, columns // outputs) * outputs + columns % outputs
         return block[left][:, right]

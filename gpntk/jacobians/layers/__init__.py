@@ -1,6 +1,20 @@
-"""One file per layer family: how products with the Jacobian of that layer's parameters are computed."""
+"""One file per family of functions: how products with the Jacobian of their parameters are computed."""
 
+from gpntk.jacobians.layers.conv import ConvRule
+from gpntk.jacobians.layers.elementwise import ElementwiseRule
+from gpntk.jacobians.layers.embedding import EmbeddingRule
 from gpntk.jacobians.layers.linear import LinearRule
-from gpntk.jacobians.layers.rule import AbstractLayerRule, Factors, rule_for
+from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, bind, register
 
-__all__ = ["AbstractLayerRule", "Factors", "LinearRule", "rule_for"]
+__all__ = [
+    "AbstractLayerRule",
+    "Binding",
+    "ConvRule",
+    "ElementwiseRule",
+    "EmbeddingRule",
+    "Factors",
+    "LinearRule",
+    "Operations",
+    "bind",
+    "register",
+]

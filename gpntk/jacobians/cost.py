@@ -1,0 +1,145 @@
+"""What a kernel-vector product costs by each strategy, counted before it is run.
+
+Counts are of operations, bytes and calls for K V `[N*C, K]`, one vjp and one jvp; `Work.seconds` weighs them by the
+speed of a machine, of which only the ratios matter for a choice. With q multiplications of a row, column and direction
+(q = P for layers that are called once at one position) and r = N rows:
+
+    strategy              once                     per product                        kept
+    factors, kept         r q (2 + 2 C)            4 r q K                            factors
+    factors, recomputed   -                        2 r q (2 + 2 C) + 4 r q K          -
+    Gram                  factors + its own        2 (N C)² K                         (N C)²
+    dense Jacobian        r C q 4                  4 r C P K                          r C P
+    autodiff              -                        4 r q + 8 r q K                    -
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds of a device: flops and bytes in a second, and calls of a torch function."""
+
+    flops: float = 1e11
+    bandwidth: float = 1e10
+    calls: float = 1e5
+
+
+class Work(NamedTuple):
+    """An amount of work; ``a + b`` is both, one after the other."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: object) -> Work:
+        if not isinstance(other, Work):
+            return NotImplemented
+        return Work(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> Work:
+        """The work done so many times."""
+        return Work(*(factor * part for part in self))
+
+    def seconds(self, machine: Machine) -> float:
+        """Time on a machine that does one after the other."""
+        return self.flops / machine.flops + self.moved / machine.bandwidth + self.calls / machine.calls
+
+
+class Cost(NamedTuple):
+    """The cost of one strategy.
+
+    Attributes:
+        strategy: Its name.
+        once: Work before the first product.
+        product: Work of each product with the given number of columns.
+        kept: Bytes kept between products.
+        fits: Whether those fit the memory budget.
+    """
+
+    strategy: str
+    once: Work
+    product: Work
+    kept: float
+    fits: bool
+
+
+class Sizes(NamedTuple):
+    """What the counts are made from.
+
+    Attributes:
+        rows: N; outputs: C; parameters: P; columns: K; itemsize: bytes of a value.
+        multiplications: q, of a row, one column and one direction; pair: of two rows in the Gram.
+        kept: Values of a row's factors; activations: of a row's forward pass.
+        calls: Calls of torch functions in a forward pass; uses: of parameters by functions with a rule.
+    """
+
+    rows: int
+    outputs: int
+    parameters: int
+    columns: int
+    itemsize: int
+    multiplications: float
+    pair: float
+    kept: float
+    activations: float
+    calls: int
+    uses: int
+
+
+# Calls of torch functions that a use takes in a product, one way; and those by which a pass exceeds a plain forward one.
+_CALLS_PER_USE = 12
+_CALLS_PER_PASS = 4
+
+
+def count(sizes: Sizes, budget: int) -> tuple[Cost, ...]:
+    """The cost of every strategy, the cheapest for many products first, those beyond the budget last."""
+    n, c, p, k, item, q, pair, kept, activations, calls, uses = sizes
+    passes = Work(
+        2 * n * q * (1 + c),
+        item * n * (2 * (1 + c) * activations + 2 * kept),
+        _CALLS_PER_PASS * calls,
+    )
+    columns = Work(4 * n * q * k, 2 * item * (n * kept * min(k, 2) + p * k), 2 * _CALLS_PER_USE * uses)
+    gram = Work(2 * n**2 * pair, 4 * item * (n * c) ** 2, _CALLS_PER_USE * uses)
+    jacobian = item * n * c * p
+    chunk = item * (kept + activations)
+    counted = (
+        Cost("factors, kept", passes, columns, item * n * kept, fits=2 * item * n * kept <= budget),
+        Cost("factors, recomputed", Work(), passes.times(2) + columns, chunk, fits=chunk <= budget),
+        Cost(
+            "Gram",
+            passes + gram,
+            Work(2 * (n * c) ** 2 * k, item * (n * c) ** 2, 1),
+            item * (n * c) ** 2,
+            fits=2 * item * (n * c) ** 2 <= budget,
+        ),
+        Cost(
+            "dense Jacobian",
+            Work(4 * n * c * q, 4 * jacobian, 2 * _CALLS_PER_PASS * calls),
+            Work(4 * n * c * p * k, 2 * jacobian, 4),
+            jacobian,
+            fits=2 * jacobian <= budget,
+        ),
+        Cost(
+            "autodiff",
+            Work(),
+            Work(4 * n * q + 8 * n * q * k, 8 * item * n * activations * (1 + k), 4 * _CALLS_PER_PASS * calls),
+            0.0,
+            fits=True,
+        ),
+    )
+    return tuple(sorted(counted, key=lambda cost: (not cost.fits, cost.product.seconds(Machine()))))
+
+
+def table(costs: tuple[Cost, ...]) -> str:
+    """The costs as text, one line each."""
+    lines = [f"{'strategy':22s}{'once, Gflop':>14s}{'product, Gflop':>16s}{'kept, MB':>12s}  fits"]
+    lines += [
+        f"{cost.strategy:22s}{cost.once.flops / 1e9:14.3g}{cost.product.flops / 1e9:16.3g}{cost.kept / 1e6:12.3g}"
+        f"  {'yes' if cost.fits else 'no'}"
+        for cost in costs
+    ]
+    return "\n".join(lines)

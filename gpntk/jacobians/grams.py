@@ -1,0 +1,150 @@
+"""J Jᵀ and its diagonal from the factors of every bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gpntk.jacobians.bundles import Bundle, parameter_images
+from gpntk.jacobians.layers import Factors
+from gpntk.jacobians.memory import chunks, workspace
+from gpntk.jacobians.passes import Parts
+from gpntk.selection import layer_name
+
+# Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations, where N is large enough.
+_SYMMETRIC_BLOCKS = 8
+_SYMMETRIC_ROWS = 256
+
+
+@final
+class Grams:
+    """Sums of the bundles' terms into groups of parameters.
+
+    Args:
+        bundles: The bundles.
+        layers: Names of the network's layers, each a group of its own; empty for one group of all.
+        memory_budget: Bytes that temporaries stay within.
+    """
+
+    def __init__(self, bundles: Sequence[Bundle], layers: Sequence[str], memory_budget: int) -> None:
+        self._joined = [bundle for bundle in bundles if not bundle.entangled]
+        self._entangled = [bundle for bundle in bundles if bundle.entangled]
+        self._layers = {name: index for index, name in enumerate(layers)}
+        self._memory_budget = memory_budget
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return max(1, len(self._layers))
+
+    def add(self, result: Tensor, left: Parts, right: Parts) -> None:
+        """Add J J'ᵀ to ``result`` `[B, G, N, C, M, C]`, a block that is zero so far."""
+        flat = [bundle for bundle in self._joined if _is_flat(bundle, left)]
+        if flat:
+            self._add_flat(result, left, right, flat)
+        for bundle in self._joined:
+            if bundle not in flat:
+                one, two = _only(left, bundle), _only(right, bundle)
+                result[:, self._group(bundle.layer)] += bundle.rule.gram(one, one if left is right else two)
+        if self._entangled:
+            self._add_entangled(result, left, right)
+
+    def diagonal(self, parts: Parts) -> Tensor:
+        """`[B, G, N, C]`."""
+        terms = [(bundle.layer, bundle.rule.diagonal(_only(parts, bundle))) for bundle in self._joined]
+        if self._entangled:
+            rows = num_rows(parts)
+            blocks = [self._gradients(parts, chosen) for chosen in chunks(rows, self._row_bytes(parts), self._limit)]
+            for name in blocks[0]:
+                squares = [block[name].square().sum(-1) for block in blocks]
+                terms.append((layer_name(name), torch.cat(squares, 1)))
+        like = terms[0][1]
+        total = like.new_zeros(like.shape[0], self.num_groups, *like.shape[1:])
+        for layer, term in terms:
+            total[:, self._group(layer)] += term
+        return total
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    @property
+    def _limit(self) -> int:
+        return self._memory_budget // 4
+
+    def _group(self, layer: str) -> int:
+        return self._layers.get(layer, 0)
+
+    def _add_flat(self, result: Tensor, left: Parts, right: Parts, flat: list[Bundle]) -> None:
+        """What costs no more in pieces, in pieces that stay in the processor's cache, summed over the layers first."""
+        rows, outputs, columns = result.shape[2:5]
+        symmetric = left is right and rows >= _SYMMETRIC_ROWS
+        row_bytes = 2 * result.element_size() * result.shape[0] * max(columns, 1) * outputs**2
+        limit = workspace(result.device, self._memory_budget)
+        limit = min(limit, row_bytes * rows // _SYMMETRIC_BLOCKS) if symmetric else limit
+        for chosen in chunks(rows, row_bytes, limit):
+            others = slice(0, chosen.stop if symmetric else columns)
+            totals: dict[int, Tensor] = {}
+            for bundle in flat:
+                term = bundle.rule.gram(_only(left, bundle).rows(chosen), _only(right, bundle).rows(others))
+                group = self._group(bundle.layer)
+                if group not in totals:
+                    totals[group] = term
+                else:
+                    totals[group] = totals[group] + term if term.requires_grad else totals[group].add_(term)
+            for group, total in totals.items():
+                result[:, group, chosen, :, others] = total
+                if symmetric:
+                    mirrored = total[:, :, :, : chosen.start].permute(0, 3, 4, 1, 2)
+                    result[:, group, : chosen.start, :, chosen] = mirrored
+
+    def _add_entangled(self, result: Tensor, left: Parts, right: Parts) -> None:
+        for rows in chunks(result.shape[2], self._row_bytes(left), self._limit):
+            one = self._gradients(left, rows)
+            for columns in chunks(result.shape[4], self._row_bytes(right), self._limit):
+                two = one if left is right and rows == columns else self._gradients(right, columns)
+                for name, gradient in one.items():
+                    term = gradient.flatten(1, 2) @ two[name].flatten(1, 2).mT
+                    term = term.unflatten(1, gradient.shape[1:3]).unflatten(3, two[name].shape[1:3])
+                    result[:, self._group(layer_name(name)), rows, :, columns] += term
+
+    def _gradients(self, parts: Parts, rows: slice) -> dict[str, Tensor]:
+        """Per-sample gradients of every entangled parameter, `[B, N, C, P]`, summed over its uses."""
+        total: dict[str, Tensor] = {}
+        for bundle in self._entangled:
+            part = parts[bundle.key].rows(rows)
+            for factors in part.factors:
+                for name, image in parameter_images(bundle, part, bundle.rule.gradients(factors), lead=3):
+                    total[name] = total[name] + image if name in total else image
+        return total
+
+    def _row_bytes(self, parts: Parts) -> int:
+        """Bytes of one row's gradients, and as much again for their making."""
+        size = {name: 0 for bundle in self._entangled for name in bundle.names}
+        for bundle in self._entangled:
+            for operand in bundle.operands.values():
+                size |= {name: max(size[name], operand.form.numel()) for name in operand.names}
+        example = next(iter(parts.values())).factors[0]
+        outputs = _num_outputs(parts)
+        assert example.g is not None
+        return 3 * sum(size.values()) * outputs * example.g.element_size() * example.g.shape[0]
+
+
+def num_rows(parts: Parts) -> int:
+    """N."""
+    return next(part.factors[0].num_rows for part in parts.values())
+
+
+def _num_outputs(parts: Parts) -> int:
+    cotangents = (factors.g for part in parts.values() for factors in part.factors)
+    return next(g.shape[2] for g in cotangents if g is not None)
+
+
+def _only(parts: Parts, bundle: Bundle) -> Factors:
+    (factors,) = parts[bundle.key].factors
+    return factors
+
+
+def _is_flat(bundle: Bundle, parts: Parts) -> bool:
+    return bundle.rule.flat(_only(parts, bundle))

@@ -1,0 +1,60 @@
+"""Embeddings as plain lookups.
+
+torch's own leave the row of ``padding_idx`` out of reverse-mode derivatives but not of forward-mode ones, and rescale
+derivatives where ``scale_grad_by_freq`` is set. Here the padding row is constant in both, and derivatives are derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,  # noqa: ARG001
+    sparse: bool = False,  # noqa: ARG001
+) -> Tensor:
+    if max_norm is not None:
+        return functional.embedding(input, weight, padding_idx, max_norm, norm_type)
+    found = functional.embedding(input, weight)
+    if padding_idx is None:
+        return found
+    padding = input == padding_idx % weight.shape[0]
+    return torch.where(padding.unsqueeze(-1), found.detach(), found)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if input.dim() != 2 or mode == "max" or max_norm is not None or padding_idx is not None:
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
+        return functional.embedding_bag(input, weight, offsets, *options, padding_idx)
+    found = functional.embedding(input, weight)
+    if per_sample_weights is not None:
+        found = found * per_sample_weights.unsqueeze(-1)
+    return found.mean(-2) if mode == "mean" else found.sum(-2)
+
+
+PRIMITIVES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.embedding: _embedding,
+    functional.embedding_bag: _embedding_bag,
+}
