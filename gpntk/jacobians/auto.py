@@ -51,8 +51,8 @@ class AutoBackend(AbstractJacobianBackend):
 
     Example:
         >>> import torch
-        >>> mlp = torch.nn.Sequential(torch.nn.Linear(30, 99), torch.nn.Tanh(), torch.nn.Linear(99, 1))
-        >>> choice = AutoBackend.select(FrozenNetwork(mlp), torch.randn(1, 200, 30))
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(99, 400), torch.nn.Tanh(), torch.nn.Linear(400, 1))
+        >>> choice = AutoBackend.select(FrozenNetwork(mlp), torch.randn(1, 500, 99))
         >>> type(choice.backend).__name__, choice.reason
         ('StructuredBackend', 'every selected parameter is used by functions with a structured rule')
     """

@@ -89,13 +89,13 @@ class Sizes(NamedTuple):
     uses: int
 
 
-# Calls of torch functions that a use takes in a product, one way; and those by which a pass exceeds a plain forward one.
+# Calls of torch functions that a use takes in a product, one way; that passes take for one of a plain forward pass.
 _CALLS_PER_USE = 12
 _CALLS_PER_PASS = 4
 
 
 def count(sizes: Sizes, budget: int) -> tuple[Cost, ...]:
-    """The cost of every strategy, the cheapest for many products first, those beyond the budget last."""
+    """The cost of every strategy: the cheapest for many products first, those beyond the budget last."""
     n, c, p, k, item, q, pair, kept, activations, calls, uses = sizes
     passes = Work(
         2 * n * q * (1 + c),

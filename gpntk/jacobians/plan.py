@@ -74,7 +74,7 @@ def make_plan(network: FrozenNetwork, x: Tensor) -> Plan:
 
 
 def sample_rows(x: Tensor, count: int) -> Tensor:
-    """Up to ``count`` finite rows of x `[N, D]` from all over it, in shuffled order; where x has fewer, perturbed ones."""
+    """Up to ``count`` finite rows of x `[N, D]` from all over it, shuffled; perturbed ones where x has too few."""
     x = x[x.isfinite().all(-1)]
     if not len(x):
         raise InputError("x has no row without NaN or infinite values.")

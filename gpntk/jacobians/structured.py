@@ -197,7 +197,7 @@ class StructuredBackend(AbstractJacobianBackend):
         return paid[0] < outputs
 
     def _blocks(self, x: Tensor) -> Iterable[Parts]:
-        """The factors of the rows of x `[B, N, D]`: in one block, kept, if it fits half the budget, else block by block."""
+        """The factors of the rows of x `[B, N, D]`: one block, kept, if half the budget holds it, else several."""
         passes = self._checked(x)
         assert self._counts is not None
         kept, passing, largest = (x.shape[0] * values * x.element_size() for values in self._counts[:3])
@@ -217,20 +217,19 @@ class StructuredBackend(AbstractJacobianBackend):
     def _jvp_rows(self, passes: FactorPasses, parts: Parts, tangents: dict[str, Tensor]) -> Tensor:
         total: Tensor | None = None
         for bundle in passes.bundles:
-            part = parts[bundle.key]
-            operands = operand_tangents(bundle, part, tangents)
-            for factors in part.factors:
-
-                def product(
-                    columns: slice, rule: AbstractLayerRule = bundle.rule, factors: Factors = factors
-                ) -> Tensor:
-                    return rule.jvp(factors, {own: tangent[:, columns] for own, tangent in operands.items()})
-
-                columns = self._columns(bundle.rule, factors, next(iter(operands.values())).shape[1])
-                term = torch.cat([done for chosen in columns for done in halving(chosen, product)], dim=1)
+            operands = operand_tangents(bundle, parts[bundle.key], tangents)
+            for factors in parts[bundle.key].factors:
+                term = self._bundle_jvp(bundle.rule, factors, operands)
                 total = term if total is None else total + term
         assert total is not None
         return total.flatten(2)
+
+    def _bundle_jvp(self, rule: AbstractLayerRule, factors: Factors, tangents: dict[str, Tensor]) -> Tensor:
+        def product(columns: slice) -> Tensor:
+            return rule.jvp(factors, {own: tangent[:, columns] for own, tangent in tangents.items()})
+
+        columns = self._columns(rule, factors, next(iter(tangents.values())).shape[1])
+        return torch.cat([done for chosen in columns for done in halving(chosen, product)], dim=1)
 
     def _add_vjp(self, passes: FactorPasses, result: Tensor, parts: Parts, u: Tensor) -> None:
         """Add Jᵀ u to ``result`` `[B, K, P]` for u `[B, K, N, C]`."""

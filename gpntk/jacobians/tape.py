@@ -1,7 +1,7 @@
 """Two ways of watching a network run, call by call: a tape of every call, and a replay that takes note at some.
 
-Both count the calls of torch functions (`torch.overrides`) that return tensors, so that a call seen on the tape is found
-again in a replay by its number. (Calls that return shapes and flags vary with what layers remember between runs.)
+Both count the calls of torch functions (`torch.overrides`) that return tensors, so that a call seen on the tape is
+found again in a replay by its number. (Calls that return shapes and flags vary with what layers remember between runs.)
 """
 
 from __future__ import annotations

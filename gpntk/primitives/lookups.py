@@ -1,7 +1,7 @@
 """Embeddings as plain lookups.
 
 torch's own leave the row of ``padding_idx`` out of reverse-mode derivatives but not of forward-mode ones, and rescale
-derivatives where ``scale_grad_by_freq`` is set. Here the padding row is constant in both, and derivatives are derivatives.
+derivatives where ``scale_grad_by_freq`` is set. Here the padding row is constant in both, and nothing is rescaled.
 """
 
 from __future__ import annotations

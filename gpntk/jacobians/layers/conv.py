@@ -295,7 +295,7 @@ def _sizes(value: Any, dims: int) -> Sizes:
 
 
 def _resolved(padding: str, kernel: Sizes, dilation: Sizes) -> Sizes | str:
-    """ "valid" and "same" as numbers; "same" for an even kernel pads unevenly and stays a word, without a rule."""
+    """The words "valid" and "same" as numbers; "same" for an even kernel pads unevenly and has no rule."""
     if padding == "valid":
         return (0,) * len(kernel)
     totals = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]

@@ -57,7 +57,8 @@ class Operations(NamedTuple):
 class AbstractLayerRule(ABC):
     """Products with the Jacobian of one layer's parameters, from its `Factors`.
 
-    Tangents and images are dictionaries by the layer's own names of its parameters ("weight", "bias"): `[B, K, *shape]`.
+    Tangents and images are dictionaries by the layer's own names of its parameters ("weight", "bias"),
+    `[B, K, *shape]`.
 
     Attributes:
         own: The own names of the parameters that are differentiated.
