@@ -9,6 +9,7 @@ from gpntk.jacobians import DenseBackend as DenseBackend
 from gpntk.jacobians import StructuredBackend as StructuredBackend
 from gpntk.kernels import NNGPKernel as NNGPKernel
 from gpntk.kernels import NTKKernel as NTKKernel
+from gpntk.kernels import SketchedNTKKernel as SketchedNTKKernel
 from gpntk.means import NetworkMean as NetworkMean
 from gpntk.network import FrozenNetwork as FrozenNetwork
 from gpntk.operators import FeatureGramLinearOperator as FeatureGramLinearOperator

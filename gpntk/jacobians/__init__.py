@@ -5,6 +5,7 @@ from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.average import AverageBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.dense import DenseBackend
+from gpntk.jacobians.sketch import SketchBackend
 from gpntk.jacobians.split import SplitBackend
 from gpntk.jacobians.structured import StructuredBackend
 
@@ -15,6 +16,7 @@ __all__ = [
     "AverageBackend",
     "Choice",
     "DenseBackend",
+    "SketchBackend",
     "SplitBackend",
     "StructuredBackend",
 ]

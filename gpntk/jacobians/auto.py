@@ -109,6 +109,9 @@ class AutoBackend(AbstractJacobianBackend):
     def jacobian(self, x: Tensor) -> Tensor:
         return self._run(x, lambda backend: backend.jacobian(x))
 
+    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
+        return self._run(x, lambda backend: backend.sketch(x, features, seed))
+
     def _run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Tensor]) -> Tensor:
         """``product`` with the chosen backend; if that finds its rules broken by a later input, with autodiff.
 

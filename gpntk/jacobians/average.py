@@ -32,13 +32,13 @@ class AverageBackend(AbstractJacobianBackend):
         super().__init__(network, memory_budget)
         self._factory = factory
         self._single: tuple[AbstractJacobianBackend, ...] = ()
-        self._count = 0
+        self._features = 0
 
     @property
     def num_features(self) -> int:
-        if not self._count:
+        if not self._features:
             raise InputError("the number of features is C * P, and C is known only once the kernel has seen an input.")
-        return self._count * self.network.num_params
+        return self._features
 
     def num_outputs(self, x: Tensor) -> int:
         self._backends(x)
@@ -66,10 +66,11 @@ class AverageBackend(AbstractJacobianBackend):
 
     def _backends(self, x: Tensor) -> tuple[AbstractJacobianBackend, ...]:
         if not self._single:
-            self._count = self.network.num_outputs(x)
-            self._single = tuple(self._factory(self.network.select_output(c)) for c in range(self._count))
+            count = self.network.num_outputs(x)
+            self._single = tuple(self._factory(self.network.select_output(c)) for c in range(count))
+            self._features = sum(backend.num_features for backend in self._single)
             for backend in self._single:
-                backend.cache = TensorCache(self.memory_budget // self._count)
+                backend.share_cache(TensorCache(self.memory_budget // count))
         return self._single
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.cost import Cost
-from gpntk.jacobians.memory import TensorCache, default_budget
+from gpntk.jacobians.memory import TensorCache, chunks, default_budget
 from gpntk.network import FrozenNetwork
+
+_SKETCH_BLOCK = 32
 
 
 class AbstractJacobianBackend(ABC):
@@ -83,6 +85,22 @@ class AbstractJacobianBackend(ABC):
         outputs = self.num_outputs(x)
         unit = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(batch * rows, outputs, outputs)
         return self.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, self.num_features)
+
+    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
+        """J(x) R / sqrt(F) `[B, N*C, F]` for a standard normal R `[P, F]`, or one that is cheaper and serves as well."""
+        outputs, size = self.num_outputs(x), self.num_features
+        blocks = []
+        for rows in chunks(x.shape[1], 2 * x.shape[0] * outputs * size * x.element_size(), self.memory_budget // 2):
+            jacobian = self.jacobian(x[:, rows])
+            parts = []
+            # R by blocks of one size, so that it depends on the seed alone; drawn on one device for the same reason.
+            for index in range(0, features, _SKETCH_BLOCK):
+                generator = torch.Generator("cpu").manual_seed(seed + index)
+                shape = (min(_SKETCH_BLOCK, features - index), size)
+                r = torch.randn(shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+                parts.append(jacobian @ r.mT / features**0.5)
+            blocks.append(torch.cat(parts, -1))
+        return torch.cat(blocks, 1)
 
     def layer_slices(self, per_layer: bool) -> tuple[slice, ...]:
         """The groups as slices of F."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.bundles import Bundle, parameter_images
-from gpntk.jacobians.layers import Factors
+from gpntk.jacobians.layers import Factors, sketched
 from gpntk.jacobians.memory import chunks, workspace
 from gpntk.jacobians.passes import Parts
 from gpntk.selection import layer_name
@@ -17,6 +17,7 @@ from gpntk.selection import layer_name
 # Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations, where N is large enough.
 _SYMMETRIC_BLOCKS = 8
 _SYMMETRIC_ROWS = 256
+_SKETCH_BYTES = 2**26
 
 
 @final
@@ -66,6 +67,25 @@ class Grams:
         for layer, term in terms:
             total[:, self._group(layer)] += term
         return total
+
+    def sketch(self, parts: Parts, features: int, seed: int) -> Tensor:
+        """Random features `[B, N, C, F]`; see `gpntk.jacobians.sketch`."""
+        positions = max((b.rule.num_positions(_only(parts, b)) for b in self._joined), default=1)
+        example = next(factors.g for part in parts.values() for factors in part.factors if factors.g is not None)
+        batch, rows, outputs = example.shape[:3]
+        row_bytes = example.element_size() * batch * features * positions * (1 + 2 * outputs)
+        done = []
+        for chosen in chunks(rows, row_bytes, min(self._limit, _SKETCH_BYTES)):
+            terms = []
+            for bundle in self._joined:
+                generator = torch.Generator("cpu").manual_seed(seed + 1000 * bundle.key)
+                terms.append(bundle.rule.sketch(_only(parts, bundle).rows(chosen), features, generator))
+            if self._entangled:
+                generator = torch.Generator("cpu").manual_seed(seed + 1000 * len(parts))
+                gradients = self._gradients(parts, chosen)
+                terms += [sketched(gradients[name], features, generator) for name in sorted(gradients)]
+            done.append(torch.stack(terms).sum(0))
+        return torch.cat(done, 1)
 
     # --- private -----------------------------------------------------------------------------------------------
 

@@ -63,6 +63,10 @@ class SplitBackend(AbstractJacobianBackend):
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         return self._sum(lambda backend: backend.diagonal(x, per_layer), per_layer)
 
+    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
+        parts = [backend.sketch(x, features, seed + index) for index, backend in enumerate(self.backends)]
+        return torch.stack(parts).sum(0)
+
     def _sum(self, term: Callable[[AbstractJacobianBackend], Tensor], per_layer: bool) -> Tensor:
         if not per_layer:
             return torch.stack([term(backend) for backend in self.backends]).sum(0)

@@ -111,6 +111,10 @@ class StructuredBackend(AbstractJacobianBackend):
         grams = self._grams(x, per_layer)
         return torch.cat([grams.diagonal(parts).flatten(2) for parts in self._blocks(x)], dim=-1)
 
+    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
+        grams = self._grams(x, per_layer=False)
+        return torch.cat([grams.sketch(parts, features, seed).flatten(1, 2) for parts in self._blocks(x)], dim=1)
+
     def check(self, x: Tensor) -> None:
         """Once: find the uses of parameters, and compare a product with automatic differentiation on some rows.
 

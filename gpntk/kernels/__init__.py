@@ -3,5 +3,6 @@
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
 from gpntk.kernels.nngp import NNGPKernel
 from gpntk.kernels.ntk import NTKKernel
+from gpntk.kernels.sketched import SketchedNTKKernel
 
-__all__ = ["AbstractFeatureKernel", "NNGPKernel", "NTKKernel", "log_scale_constraint"]
+__all__ = ["AbstractFeatureKernel", "NNGPKernel", "NTKKernel", "SketchedNTKKernel", "log_scale_constraint"]

@@ -4,6 +4,7 @@ from gpntk.jacobians.layers.conv import ConvRule
 from gpntk.jacobians.layers.elementwise import ElementwiseRule
 from gpntk.jacobians.layers.embedding import EmbeddingRule
 from gpntk.jacobians.layers.linear import LinearRule
+from gpntk.jacobians.layers.positions import sketched
 from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, bind, register
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Operations",
     "bind",
     "register",
+    "sketched",
 ]

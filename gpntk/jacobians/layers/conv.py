@@ -127,9 +127,12 @@ class ConvRule(AbstractLayerRule):
                 positions.sketch(self.positions(factors, group), features, generator) for group in range(self.groups)
             ]
         if "bias" in self.own:
-            sums = _over_positions(_pair(factors)[1])
-            total.append(sums @ positions.normal((features, sums.shape[-1]), sums, generator).mT / features**0.5)
+            total.append(positions.sketched(_over_positions(_pair(factors)[1]), features, generator))
         return torch.stack(total).sum(0)
+
+    def num_positions(self, factors: Factors) -> int:
+        a, g = _pair(factors)
+        return math.prod((a if self.transposed else g).shape[4 if self.transposed else 5 :]) * a.shape[2]
 
     def positions(self, factors: Factors, group: int) -> Positions:
         """One group as a linear layer over patches: a `[B, N, T, I']`, g `[B, N, C, T, O']`, T over copies too."""

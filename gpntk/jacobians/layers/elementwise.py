@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.layers.positions import normal
+from gpntk.jacobians.layers.positions import sketched
 from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, register
 
 COPY = "copy"
@@ -68,8 +68,7 @@ class ElementwiseRule(AbstractLayerRule):
         return Operations(c * p, c**2 * p)
 
     def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        g = _gradient(factors)
-        return g @ normal((features, g.shape[-1]), g, generator).mT / features**0.5
+        return sketched(_gradient(factors), features, generator)
 
 
 def _gradient(factors: Factors) -> Tensor:

@@ -70,6 +70,9 @@ class EmbeddingRule(AbstractLayerRule):
         _, _, c, t, o = _pair(factors)[1].shape
         return Operations(t * o * c, t**2 * c * o + c**2 * t * o)
 
+    def num_positions(self, factors: Factors) -> int:
+        return 1 if factors.g is None else factors.g.shape[3]
+
     def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
         index, g = _pair(factors)
         first = positions.normal((features, self.vocabulary), g, generator)

@@ -128,6 +128,9 @@ class LinearRule(AbstractLayerRule):
         )
         return Operations(positions_ * size * (inputs + outputs), pair)
 
+    def num_positions(self, factors: Factors) -> int:
+        return 1 if factors.g is None else factors.g.shape[3]
+
     def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
         a, g = factors
         assert a is not None

@@ -123,6 +123,11 @@ def sketch(positions: Positions, features: int, generator: torch.Generator) -> T
     return torch.einsum("bntf,bnctf->bncf", positions.a @ first.mT, positions.g @ second.mT) / features**0.5
 
 
+def sketched(gradients: Tensor, features: int, generator: torch.Generator) -> Tensor:
+    """Gradients `[B, N, C, P]` times a standard normal R `[P, F]` over sqrt(F)."""
+    return gradients @ normal((gradients.shape[-1], features), gradients, generator) / features**0.5
+
+
 def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal numbers, the same on every device."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

@@ -111,6 +111,11 @@ class AbstractLayerRule(ABC):
         """Diagonal of ``gram(factors, factors)``, `[B, N, C]`."""
         return torch.stack([g.flatten(3).square().sum(-1) for g in self.gradients(factors).values()]).sum(0)
 
+    def num_positions(self, factors: Factors) -> int:
+        """T."""
+        del factors
+        return 1
+
     def column_bytes(self, factors: Factors) -> int:
         """Bytes of the largest temporary in a product with one column: the layer's output, unless overridden."""
         g = factors.g
