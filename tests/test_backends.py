@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gpntk
+from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
 from gpntk.testing import check_backend
 from tests.cases import CASES, Case, reference_jacobian
@@ -212,3 +213,32 @@ def test_results_live_where_x_lives(make: type) -> None:
         gram, diagonal = backend.gram(x, x), backend.diagonal(x)
         image = backend.vjp(x, torch.ones(1, 2, 9, dtype=torch.float64, device="cpu"))
     assert {gram.device.type, diagonal.device.type, image.device.type} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["mlp-c3", "tokens-c3", "cnn-batchnorm", "attention"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 1e-3), ("bfloat16", 2e-2)])
+def test_reduced_precision_keeps_to_its_stated_error(name: str, precision, tolerance: float) -> None:
+    case = next(case for case in CASES if case.name == name)
+    module = case.module().float()
+    xs = [case.x(6).float(), case.x(4).float()]
+    exact = references(case, copy.deepcopy(module).double(), *(x.double() for x in xs))
+    before = torch.get_float32_matmul_precision()
+    network = gpntk.freeze(module, input_shape=case.input_shape)
+    backend = gpntk.StructuredBackend(network, precision=precision)
+    x1, x2 = (x.unsqueeze(0) for x in xs)
+    gram = backend.gram(x1, x2)
+    assert gram.dtype == torch.float32
+    assert relative_error(gram[0, 0], exact[0] @ exact[1].T) < tolerance
+    v, u = torch.randn(1, 3, exact[0].shape[1]), torch.randn(1, 3, exact[0].shape[0])
+    assert relative_error(backend.jvp(x1, v)[0], v[0].double() @ exact[0].T) < tolerance
+    assert relative_error(backend.vjp(x1, u)[0], u[0].double() @ exact[0]) < tolerance
+    assert relative_error(backend.diagonal(x1)[0, 0], exact[0].square().sum(-1)) < tolerance
+    assert torch.get_float32_matmul_precision() == before
+    kept = backend._blocks(x1)[0]  # pyright: ignore[reportIndexIssue]
+    half = {t.dtype for part in kept.values() for f in part.factors for t in f if t is not None}
+    assert half == {torch.bfloat16 if precision == "bfloat16" else torch.float32}
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(InputError, match="precision='half': choose one of 'exact', 'tf32', 'bfloat16'"):
+        gpntk.StructuredBackend(gpntk.freeze(nn.Linear(2, 1)), precision="half")  # pyright: ignore[reportArgumentType]

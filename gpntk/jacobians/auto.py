@@ -13,6 +13,7 @@ from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.cost import Cost, Machine, table
 from gpntk.jacobians.dense import DenseBackend
+from gpntk.jacobians.precision import Precision
 from gpntk.jacobians.split import SplitBackend
 from gpntk.jacobians.structured import StructuredBackend
 from gpntk.network import FrozenNetwork
@@ -57,13 +58,18 @@ class AutoBackend(AbstractJacobianBackend):
         ('StructuredBackend', 'every selected parameter is used by functions with a structured rule')
     """
 
-    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+    def __init__(
+        self, network: FrozenNetwork, memory_budget: int | None = None, precision: Precision = "exact"
+    ) -> None:
         super().__init__(network, memory_budget)
+        self.precision: Precision = precision
         self._choice: Choice | None = None
         self._rows = 0
 
     @staticmethod
-    def select(network: nn.Module, x: Tensor, memory_budget: int | None = None) -> Choice:
+    def select(
+        network: nn.Module, x: Tensor, memory_budget: int | None = None, precision: Precision = "exact"
+    ) -> Choice:
         """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
         x = x.reshape(-1, *x.shape[-2:])
@@ -72,7 +78,7 @@ class AutoBackend(AbstractJacobianBackend):
             ruled = network.restrict([name for name in network.names if name not in reasons])
             if not ruled.names:
                 return _by_autodiff(network, memory_budget, UnruledError(reasons))
-            structured = StructuredBackend(ruled if reasons else network, memory_budget)
+            structured = StructuredBackend(ruled if reasons else network, memory_budget, precision)
             try:
                 structured.check(x)
             except UnruledError as error:
@@ -86,7 +92,7 @@ class AutoBackend(AbstractJacobianBackend):
         """The choice in force, made now if x is the first input seen, or far larger than the one it was made for."""
         rows = x.shape[:-1].numel()
         if self._choice is None or rows > _GROWTH * self._rows:
-            self._choice = self.select(self.network, x, self.memory_budget)
+            self._choice = self.select(self.network, x, self.memory_budget, self.precision)
             self._choice.backend.share_cache(self.cache)  # one budget for both
             self._rows = rows
         return self._choice

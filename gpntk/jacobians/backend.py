@@ -87,7 +87,7 @@ class AbstractJacobianBackend(ABC):
         return self.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, self.num_features)
 
     def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        """J(x) R / sqrt(F) `[B, N*C, F]` for a standard normal R `[P, F]`, or one that is cheaper and serves as well."""
+        """J(x) R / sqrt(F) `[B, N*C, F]` for a standard normal R `[P, F]`, or a cheaper one that serves as well."""
         outputs, size = self.num_outputs(x), self.num_features
         blocks = []
         for rows in chunks(x.shape[1], 2 * x.shape[0] * outputs * size * x.element_size(), self.memory_budget // 2):

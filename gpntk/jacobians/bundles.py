@@ -8,7 +8,7 @@ used through a tensor computed from it; its Gram goes through per-sample gradien
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -117,6 +117,13 @@ class Part(NamedTuple):
 
     factors: tuple[Factors, ...]
     derived: dict[str, Derived]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Part:
+        """``function`` of every tensor among the factors."""
+        return Part(
+            tuple(Factors(*(None if t is None else function(t) for t in factors)) for factors in self.factors),
+            self.derived,
+        )
 
     def rows(self, rows: slice) -> Part:
         """The part of some of the N rows."""

@@ -108,6 +108,7 @@ class Grams:
             totals: dict[int, Tensor] = {}
             for bundle in flat:
                 term = bundle.rule.gram(_only(left, bundle).rows(chosen), _only(right, bundle).rows(others))
+                term = term.to(result.dtype)
                 group = self._group(bundle.layer)
                 if group not in totals:
                     totals[group] = term

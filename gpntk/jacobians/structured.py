@@ -16,7 +16,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.errors import UnruledError
+from gpntk.errors import InputError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.bundles import operand_tangents, parameter_images
@@ -26,6 +26,7 @@ from gpntk.jacobians.layers import AbstractLayerRule, Factors, Operations
 from gpntk.jacobians.memory import chunks, frozen, halving, workspace
 from gpntk.jacobians.passes import FactorPasses, Parts, joined
 from gpntk.jacobians.plan import sample_rows
+from gpntk.jacobians.precision import PRECISIONS, Precision, arithmetic, rounded
 from gpntk.network import FrozenNetwork
 
 _CHECKED_ROWS = 32
@@ -52,8 +53,9 @@ class StructuredBackend(AbstractJacobianBackend):
     """Products from layer factors (a, g), for parameters that are used by functions with a rule.
 
     Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
-    differentiation's. Memory for N rows: the factors, N * sum_l T*(I + C*O) values, kept while they fit half the budget
-    and recomputed by chunks of rows, shared by all columns, when they do not.
+    differentiation's, in x's own precision unless ``precision`` says otherwise. Memory for N rows: the factors,
+    N * sum_l T*(I + C*O) values, kept while they fit half the budget and recomputed by chunks of rows, shared by all
+    columns, when they do not. Where C is large and columns few, products take a pass per column instead.
 
     Raises:
         UnruledError: Some selected parameters are used in ways without a rule; `AutoBackend` takes those by automatic
@@ -69,28 +71,37 @@ class StructuredBackend(AbstractJacobianBackend):
         (torch.Size([1, 4, 302]), torch.Size([1, 2, 20, 20]))
     """
 
-    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+    def __init__(
+        self, network: FrozenNetwork, memory_budget: int | None = None, precision: Precision = "exact"
+    ) -> None:
         super().__init__(network, memory_budget)
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision!r}: choose one of {', '.join(map(repr, PRECISIONS))}.")
+        self.precision: Precision = precision
         self._autodiff = AutodiffBackend(network, self.memory_budget)
         self._passes: FactorPasses | None = None
         self._counts: RowCounts | None = None
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        tangents = self.network.unflatten(v)
         passes = self._checked(x)
-        return torch.cat([self._jvp_rows(passes, parts, tangents) for parts in self._blocks(x)], dim=-1)
+        if self._few(x, v.shape[1]):
+            return self._autodiff.jvp(x, v)
+        tangents = self.network.unflatten(v)
+        with arithmetic(self.precision):
+            return torch.cat([self._jvp_rows(passes, parts, tangents) for parts in self._blocks(x)], dim=-1)
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
         passes = self._checked(x)
         if self._few(x, u.shape[1]):
             return self._autodiff.vjp(x, u)
-        u = u.unflatten(-1, (x.shape[1], -1))
         result = u.new_zeros(*u.shape[:2], self.num_features)
+        u = rounded(u, self.precision).unflatten(-1, (x.shape[1], -1))
         start = 0
-        for parts in self._blocks(x):
-            stop = start + num_rows(parts)
-            self._add_vjp(passes, result, parts, u[:, :, start:stop])
-            start = stop
+        with arithmetic(self.precision):
+            for parts in self._blocks(x):
+                stop = start + num_rows(parts)
+                self._add_vjp(passes, result, parts, u[:, :, start:stop])
+                start = stop
         return result
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
@@ -98,22 +109,25 @@ class StructuredBackend(AbstractJacobianBackend):
         rows, columns, outputs = x1.shape[1], x2.shape[1], self.num_outputs(x1)
         result = x1.new_zeros(x1.shape[0], grams.num_groups, rows, outputs, columns, outputs)
         start = 0
-        for left in self._blocks(x1):
-            stop, begin = start + num_rows(left), 0
-            for right in [left] if x1 is x2 and stop - start == rows else self._blocks(x2):
-                end = begin + num_rows(right)
-                grams.add(result[:, :, start:stop, :, begin:end], left, right)
-                begin = end
-            start = stop
+        with arithmetic(self.precision):
+            for left in self._blocks(x1):
+                stop, begin = start + num_rows(left), 0
+                for right in [left] if x1 is x2 and stop - start == rows else self._blocks(x2):
+                    end = begin + num_rows(right)
+                    grams.add(result[:, :, start:stop, :, begin:end], left, right)
+                    begin = end
+                start = stop
         return result.flatten(4, 5).flatten(2, 3)
 
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         grams = self._grams(x, per_layer)
-        return torch.cat([grams.diagonal(parts).flatten(2) for parts in self._blocks(x)], dim=-1)
+        return torch.cat([grams.diagonal(parts).flatten(2).to(x.dtype) for parts in self._blocks(x)], dim=-1)
 
     def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
         grams = self._grams(x, per_layer=False)
-        return torch.cat([grams.sketch(parts, features, seed).flatten(1, 2) for parts in self._blocks(x)], dim=1)
+        return torch.cat(
+            [grams.sketch(parts, features, seed).flatten(1, 2).to(x.dtype) for parts in self._blocks(x)], dim=1
+        )
 
     def check(self, x: Tensor) -> None:
         """Once: find the uses of parameters, and compare a product with automatic differentiation on some rows.
@@ -212,11 +226,19 @@ class StructuredBackend(AbstractJacobianBackend):
         def block(rows: slice) -> Parts:
             steps = chunks(rows.stop - rows.start, step_bytes, half)
             shifted = (slice(rows.start + step.start, rows.start + step.stop) for step in steps)
-            return joined([p for step in shifted for p in halving(step, lambda part: passes.parts(x[:, part]))])
+            return joined(
+                [p for step in shifted for p in halving(step, lambda part: self._rounded(passes, x[:, part]))]
+            )
 
         if kept * x.shape[1] <= half:
             return [self.remember("factors", (x,), lambda: block(slice(0, x.shape[1])))]
         return (parts for rows in chunks(x.shape[1], 2 * kept, half) for parts in halving(rows, block))
+
+    def _rounded(self, passes: FactorPasses, x: Tensor) -> Parts:
+        parts = passes.parts(x)
+        if self.precision != "bfloat16":
+            return parts
+        return {key: part.map(lambda tensor: rounded(tensor, self.precision)) for key, part in parts.items()}
 
     def _jvp_rows(self, passes: FactorPasses, parts: Parts, tangents: dict[str, Tensor]) -> Tensor:
         total: Tensor | None = None
@@ -230,8 +252,10 @@ class StructuredBackend(AbstractJacobianBackend):
 
     def _bundle_jvp(self, rule: AbstractLayerRule, factors: Factors, tangents: dict[str, Tensor]) -> Tensor:
         def product(columns: slice) -> Tensor:
-            return rule.jvp(factors, {own: tangent[:, columns] for own, tangent in tangents.items()})
+            chosen = {own: rounded(tangent[:, columns], self.precision) for own, tangent in tangents.items()}
+            return rule.jvp(factors, chosen).to(dtype)
 
+        dtype = next(iter(tangents.values())).dtype
         columns = self._columns(rule, factors, next(iter(tangents.values())).shape[1])
         return torch.cat([done for chosen in columns for done in halving(chosen, product)], dim=1)
 
