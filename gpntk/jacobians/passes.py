@@ -81,7 +81,7 @@ class FactorPasses:
         bundle = self._bundle_of[tap.use.number]
         if not isinstance(bundle.rule, LinearRule) or bundle.entangled or len(bundle.uses) > 1:
             return False
-        return tap.edge.node is outputs.grad_fn and tap.shape == outputs.shape and tap.use.rows.copies == 1
+        return tap.node is outputs.grad_fn and tap.shape == outputs.shape and tap.use.rows.copies == 1
 
 
 def _output_backwards(outputs: Tensor, taps: list[Tap], graph: bool) -> list[Tensor]:

@@ -172,8 +172,7 @@ def _site(call: Call, changed: Call, longer: Call, used: list[tuple[int, _Origin
             # x @ W.T with W a parameter.
             rule = replace(rule, transposed=not rule.transposed)
             operands["weight"] = operands["weight"]._replace(direct=True, form=weight.mT.shape)
-    overwritten = call.leaves[input_slot]._version != call.versions[input_slot]
-    return Site(call.function, (Use(rule, operands, rows, dims, input_slot, overwritten=overwritten),), None)
+    return Site(call.function, (Use(rule, operands, rows, dims, input_slot),), None)
 
 
 def _slot(leaves: list[Any], tensor: Tensor, origins: dict[int, _Origin]) -> int:

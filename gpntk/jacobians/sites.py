@@ -72,7 +72,6 @@ class Use:
         rows: Where the rows are in input and output (for copied operands: in the output, of ``dims`` dimensions).
         input_slot: Place of the layer's input among the flattened arguments, or -1.
         copied: Whether every row gets a copy of the (only) operand, rather than the output a tap.
-        overwritten: Whether the input is changed in place later on.
         number: Tells the uses of a network apart.
     """
 
@@ -82,7 +81,6 @@ class Use:
     dims: int
     input_slot: int = -1
     copied: bool = False
-    overwritten: bool = False
     number: int = -1
 
     @property

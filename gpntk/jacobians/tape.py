@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -23,15 +23,14 @@ class Call(NamedTuple):
     """One call on a tape.
 
     Attributes:
-        leaves: Its arguments, flattened; versions: how often each tensor among them had been written to by then.
-        outputs: The tensors it returned; values: copies of them as they were; shapes: their shapes.
+        leaves: Its arguments, flattened.
+        outputs: The tensors it returned; values: copies of them as they were.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
-    versions: list[int]
     outputs: list[Tensor]
     values: list[Tensor]
 
@@ -50,12 +49,11 @@ class Tape(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         leaves = tree_flatten((args, kwargs))[0]
-        versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
         returned = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, Tensor)]
         if outputs:
             values = [output.detach().clone() for output in outputs]
-            self.calls.append(Call(func, args, kwargs, leaves, versions, outputs, values))
+            self.calls.append(Call(func, args, kwargs, leaves, outputs, values))
         return returned
 
 
@@ -64,7 +62,7 @@ class Tap(NamedTuple):
 
     Attributes:
         inputs: The layer's inputs, rows first `[N, m, ...]`; None where the rule needs none.
-        edge: The point whose derivative is wanted; shape: of the tensor there.
+        edge: The point whose derivative is wanted; shape: of the tensor there; node: that made what is passed on.
         operands: The operands that are computed from parameters, with their graph, by own name.
     """
 
@@ -72,6 +70,7 @@ class Tap(NamedTuple):
     inputs: Tensor | None
     edge: GradientEdge
     shape: torch.Size
+    node: Node | None
     operands: dict[str, Tensor]
 
 
@@ -115,7 +114,9 @@ class Replay(TorchFunctionMode):
         if self._count != calls:
             raise _another_path()
         if any(tensor._version != version for tensor, version in self._inputs):
-            raise NetworkError("the input of a layer was changed in place on these rows, and not on those checked.")
+            raise NetworkError(
+                "the input of a layer with parameters is changed in place later, which has no derivative."
+            )
 
     def _copy(self, use: Use, leaves: list[Any]) -> Tap:
         """Give every row a copy of the operand."""
@@ -128,7 +129,7 @@ class Replay(TorchFunctionMode):
         copy = padded.expand(sizes).requires_grad_()
         leaves[operand.slot] = use.rows.spread(copy)
         derived = {} if operand.direct else {own: original}
-        return Tap(use, None, get_gradient_edge(copy), copy.shape, derived)
+        return Tap(use, None, get_gradient_edge(copy), copy.shape, None, derived)
 
     def _constants(self, use: Use, leaves: list[Any]) -> dict[str, Tensor]:
         derived = {}
@@ -145,16 +146,13 @@ class Replay(TorchFunctionMode):
         if inputs.shape[use.rows.axis] != self._rows * use.rows.copies:
             raise _another_path()
         inputs = inputs if self._graph else inputs.detach()
-        if use.overwritten:
-            inputs = inputs.clone()
-        else:
-            self._inputs.append((inputs, inputs._version))
+        self._inputs.append((inputs, inputs._version))
         passed_on = returned
         if not returned.requires_grad:
             # A leaf, which nothing may write to.
             passed_on = returned.requires_grad_().clone()
         edge = get_gradient_edge(returned)
-        self.taps.append(Tap(use, use.rows.first(inputs), edge, returned.shape, derived))
+        self.taps.append(Tap(use, use.rows.first(inputs), edge, returned.shape, passed_on.grad_fn, derived))
         return passed_on
 
 

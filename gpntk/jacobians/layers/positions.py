@@ -1,13 +1,13 @@
 """Grams of a weight that many positions share: df_nc/dW = sum_t g_nct a_ntᵀ.
 
 Index legend: b batch, n/m rows, c/d outputs, t/s positions, i input features, o output features. For every pair of rows
-there are three ways, of which `cheapest` takes the one with the fewest operations:
+there are two ways, of which `cheapest` takes the one with fewer operations:
 
 * ``pairs``      sum_ts (a_nt . a_ms)(g_nct . g_mds):     T²(I + C O) + C² T O
-* ``products``   sum_t g_nct . (dW_md a_nt):              C T O I + C² T O
 * ``gradients``  dW_nc . dW_md:                           C² O I
 
-The last two form per-sample gradients dW, C T O I operations a row, for a tile of rows at a time.
+The second forms per-sample gradients dW, C T O I operations a row, for a tile of rows at a time. (A third way, sum_t
+g_nct . (dW_md a_nt) with C T O I + C² T O, is never cheaper than both.)
 """
 
 from __future__ import annotations
@@ -36,14 +36,9 @@ class Positions(NamedTuple):
 
 
 def cheapest(c: int, t: int, i: int, o: int) -> tuple[str, float]:
-    """The way with the fewest multiplications for a pair of rows, and their number."""
-    ways = {
-        "pairs": t**2 * (i + c * o) + c**2 * t * o,
-        "products": c * t * o * i + c**2 * t * o,
-        "gradients": c**2 * o * i,
-    }
-    way = min(ways, key=ways.__getitem__)
-    return way, ways[way]
+    """The way with fewer multiplications for a pair of rows, and their number."""
+    pairs, gradients = t**2 * (i + c * o) + c**2 * t * o, c**2 * o * i
+    return ("pairs", pairs) if pairs < gradients else ("gradients", gradients)
 
 
 def gradients(positions: Positions) -> Tensor:
@@ -89,8 +84,7 @@ def gram(
     c, t, i, o = example.sizes
     way, _ = cheapest(c, t, i, o)
     # Values per row of a square tile: positions, gradients, and what a pair needs times a typical tile side.
-    values = t * i + c * t * o + {"pairs": 16 * t * max(t, c * o), "products": 16 * t * c * o, "gradients": 0}[way]
-    values += 0 if way == "pairs" else c * o * i
+    values = t * i + c * t * o + (16 * t * max(t, c * o) if way == "pairs" else c * o * i)
     bytes_each = 2 * values * example.a.element_size() * example.a.shape[0]
     return blockwise(rows, columns, bytes_each, _block(way, left, right), symmetric)
 
@@ -104,16 +98,11 @@ def _block(
         halfway = torch.einsum("bmnts,bmdso->bnmdto", forward, two.g)
         return torch.einsum("bncto,bnmdto->bncmd", one.g, halfway)
 
-    def products(rows: slice, columns: slice) -> Tensor:
-        one, weights = left(rows), gradients(right(columns))
-        halfway = torch.einsum("bnti,bmdoi->bnmdto", one.a, weights)
-        return torch.einsum("bncto,bnmdto->bncmd", one.g, halfway)
-
     def explicit(rows: slice, columns: slice) -> Tensor:
         one, two = gradients(left(rows)).flatten(3), gradients(right(columns)).flatten(3)
         return (one.flatten(1, 2) @ two.flatten(1, 2).mT).unflatten(1, one.shape[1:3]).unflatten(3, two.shape[1:3])
 
-    return {"pairs": pairs, "products": products, "gradients": explicit}[way]
+    return pairs if way == "pairs" else explicit
 
 
 def sketch(positions: Positions, features: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,174 @@
+"""Budgets, chunks, and the point at which a cheaper strategy takes over."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpntk
+from gpntk.jacobians import memory
+from tests.cases import mlp, reference_jacobian
+
+
+class Largest(TorchDispatchMode):
+    """The sizes of the tensors that operations allocate, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_no_temporary_of_the_size_of_the_parameters() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(300, 300) for _ in range(10)), nn.Linear(300, 1))
+    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    x, v = torch.randn(1, 3, 300), torch.randn(1, 1, backend.num_features)
+    backend.check(x)
+    with Largest() as vjp:
+        backend.vjp(x, torch.randn(1, 1, 3))
+    assert sum(size >= backend.num_features for size in vjp.sizes) == 1  # the result
+    assert sorted(vjp.sizes)[-2] <= 300**2
+    with Largest() as jvp:
+        backend.jvp(x, v)
+    assert max(jvp.sizes) <= 300**2
+
+
+@pytest.mark.parametrize("budget", [2**18, 2**20])
+def test_products_of_a_convolutional_network_stay_within_the_budget(budget: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    backend = gpntk.StructuredBackend(gpntk.freeze(module, input_shape=(1, 8, 8)), budget)
+    x, u = torch.randn(1, 400, 64), torch.randn(1, 2, 1200)
+    v = backend.vjp(x, u)
+    own = 4 * max(x.numel(), u.numel())
+    for product in (lambda: backend.vjp(x, u), lambda: backend.jvp(x, v), lambda: backend.diagonal(x)):
+        with Largest() as seen:
+            product()
+        assert 4 * max(seen.sizes) <= max(budget, own)
+
+
+def test_running_out_of_memory_halves_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, limit = mlp(2).double(), 3
+    x = torch.randn(1, 13, 5, dtype=torch.float64)
+    j = reference_jacobian(module.eval(), x[0])
+    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend.check(x)
+    assert backend._passes is not None
+    parts = backend._passes.parts
+
+    def limited(rows: Tensor):
+        if rows.shape[1] > limit:
+            raise torch.OutOfMemoryError("as a device would")
+        return parts(rows)
+
+    monkeypatch.setattr(backend._passes, "parts", limited)
+    u = torch.randn(1, 2, 26, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="out of memory on 13 items at once: going on with half as many") as caught:
+        torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ j)
+    assert len(caught) == 1
+    limit = 0
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
+        backend.vjp(x + 1, u)
+
+
+def test_halving_leaves_other_errors_alone() -> None:
+    def fail(_items: slice) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        memory.halving(slice(0, 8), fail)
+    with pytest.warns(UserWarning, match="out of memory"):
+        sizes = memory.halving(slice(0, 8), lambda items: _allocate(items.stop - items.start))
+    assert sizes == [2, 2, 2, 2]
+
+
+def _allocate(size: int) -> int:
+    if size > 2:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+    return size
+
+
+def count_passes(backend: gpntk.StructuredBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    assert backend._passes is not None
+    parts = backend._passes.parts
+    monkeypatch.setattr(backend._passes, "parts", lambda x: made.append(x.shape[1]) or parts(x))
+    return made
+
+
+def test_many_outputs_take_a_pass_per_column_until_factors_have_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 20)).double()
+    x = torch.randn(1, 4, 3, dtype=torch.float64)
+    j = reference_jacobian(module, x[0])
+    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend.check(x)
+    made = count_passes(backend, monkeypatch)
+    u, v = torch.randn(1, 3, 80, dtype=torch.float64), torch.randn(1, 3, j.shape[1], dtype=torch.float64)
+    for index in range(1, 6):
+        torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ j)
+        torch.testing.assert_close(backend.jvp(x, v)[0], v[0] @ j.T)
+        # 6 columns each time: 20 have been asked for in the fourth.
+        assert bool(made) == (index >= 4)
+
+
+def test_a_readout_takes_no_backward_pass_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 50)).double()
+    backend = gpntk.StructuredBackend(gpntk.freeze(module, "readout"))
+    x = torch.randn(1, 4, 3, dtype=torch.float64)
+    j = reference_jacobian(module, x[0], ["2.weight", "2.bias"])
+    backend.check(x)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    u = torch.randn(1, 1, 200, dtype=torch.float64)
+    torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ j)
+    torch.testing.assert_close(backend.gram(x, x)[0, 0], j @ j.T)
+    torch.testing.assert_close(backend.diagonal(x)[0, 0], j.square().sum(-1))
+
+
+def test_products_go_by_the_gram_once_they_have_cost_as_much() -> None:
+    module = nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+    kernel = gpntk.NTKKernel(module, layer_variances=True, backend=gpntk.StructuredBackend)
+    kernel.layer_variances = torch.tensor([[0.5], [2.0], [1.0]])
+    x, v = torch.randn(1500, 20, dtype=torch.float64), torch.randn(1500, 1, dtype=torch.float64)
+    first = kernel(x).evaluate_kernel() @ v
+    formed = []
+    for _ in range(40):
+        torch.testing.assert_close(kernel(x).evaluate_kernel() @ v, first)
+        formed.append(any(key[0][0] == ("gram", True) for key in kernel.backend.cache._entries))
+    assert formed[-1]
+    assert not formed[0]
+    # Hyperparameters still learn through it.
+    loss = (v.mT @ (kernel(x).evaluate_kernel() @ v)).trace()
+    (gradient,) = torch.autograd.grad(loss, kernel.raw_layer_variances)
+    dense = (v.mT @ (kernel(x).to_dense() @ v)).trace()
+    torch.testing.assert_close(gradient, torch.autograd.grad(dense, kernel.raw_layer_variances)[0])
+
+
+def test_costs_are_counted() -> None:
+    widths = (784, 512, 512, 1)
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(widths)]
+    network = gpntk.freeze(nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]))
+    x = torch.randn(1, 100, 784)
+    choice = gpntk.AutoBackend.select(network, x)
+    costs = {cost.strategy: cost for cost in choice.costs}
+    weights = sum(i * o for i, o in itertools.pairwise(widths))
+    assert math.isclose(costs["factors, kept"].product.flops, 4 * 100 * weights * 10, rel_tol=0.01)
+    assert costs["dense Jacobian"].kept == 4 * 100 * network.num_params
+    assert "factors, kept" in str(choice)
+    assert str(choice).startswith("StructuredBackend: every selected parameter")
+    tight = gpntk.AutoBackend.select(network, x, memory_budget=10_000)
+    fits = {cost.strategy: cost.fits for cost in tight.costs}
+    assert not fits["Gram"]
+    assert not fits["dense Jacobian"]
+    assert fits["autodiff"]
