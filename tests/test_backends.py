@@ -177,9 +177,9 @@ def test_cache_stays_within_its_budget() -> None:
         backend.diagonal(CASES[0].x(rows).unsqueeze(0))
     assert sum(size for *_, size in backend.cache._entries.values()) <= 20_000
     roomy = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=10**9)
-    for rows in range(1, 20):
+    for rows in range(1, 30):
         roomy.diagonal(CASES[0].x(rows).unsqueeze(0))
-    assert len(roomy.cache._entries) <= 8
+    assert len(roomy.cache._entries) <= 16
 
 
 @pytest.mark.parametrize("make", [*BACKENDS, gpntk.AutoBackend, functools.partial(AverageBackend, factory=BACKENDS[2])])

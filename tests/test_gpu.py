@@ -6,6 +6,7 @@ import torch
 from linear_operator import to_dense
 
 import gpntk
+from tests.architectures import ARCHITECTURES
 from tests.cases import CASES, Case
 
 pytestmark = [
@@ -14,7 +15,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *ARCHITECTURES], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_kernels_agree_with_the_cpu(case: Case, dtype: torch.dtype) -> None:
     x, tolerance = case.x(5), 1e-10 if dtype == torch.float64 else 1e-4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _FRACTION_OF_FREE = 0.25
-_ENTRIES = 8
+_ENTRIES = 16
 # Fresh blocks above this size come from the system page by page, which costs more than smaller GEMMs lose.
 _CPU_WORKSPACE = 2**24
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.bundles import Bundle, Derived, Part, make_bundles
@@ -93,13 +95,31 @@ def _output_backwards(outputs: Tensor, taps: list[Tap], graph: bool) -> list[Ten
         grads = torch.autograd.grad(outputs.sum(), edges, create_graph=graph, allow_unused=True)
         grads = [None if grad is None else grad.unsqueeze(0) for grad in grads]
     else:
-        rows, count = outputs.shape
-        unit = torch.eye(count, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(count, rows, count)
-        grads = torch.autograd.grad(outputs, edges, unit, is_grads_batched=True, create_graph=graph, allow_unused=True)
+        grads = _batched_grads(outputs, edges, graph)
     return [
         outputs.new_zeros(outputs.shape[1], *tap.shape) if grad is None else grad
         for tap, grad in zip(taps, grads, strict=True)
     ]
+
+
+def _batched_grads(outputs: Tensor, edges: list[GradientEdge], graph: bool) -> tuple[Tensor | None, ...]:
+    rows, count = outputs.shape
+    unit = torch.eye(count, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(count, rows, count)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.autograd.grad(
+                outputs, edges, unit, is_grads_batched=True, create_graph=graph, retain_graph=True, allow_unused=True
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # A backward pass that cannot be batched: one by one, which raises again what is really wrong.
+        each = [
+            torch.autograd.grad(outputs, edges, part, create_graph=graph, retain_graph=True, allow_unused=True)
+            for part in unit
+        ]
+        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 def _factors(tap: Tap, cotangents: Tensor | None, batch: tuple[int, int]) -> Factors:

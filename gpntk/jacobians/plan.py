@@ -74,13 +74,13 @@ def make_plan(network: FrozenNetwork, x: Tensor) -> Plan:
 
 
 def sample_rows(x: Tensor, count: int) -> Tensor:
-    """Up to ``count`` finite rows of x `[N, D]` from all over it, shuffled; perturbed ones where x has too few."""
+    """Four to ``count`` finite rows of x `[N, D]` from all over it, shuffled; perturbed ones where x has too few."""
     x = x[x.isfinite().all(-1)]
     if not len(x):
         raise InputError("x has no row without NaN or infinite values.")
     generator = torch.Generator("cpu").manual_seed(0)
-    chosen = x[torch.randperm(x.shape[0], generator=generator, device="cpu")[:count].to(x.device)]
-    perturbed = [chosen[:1] * 0.9**k + 0.1 * k for k in range(1, 1 + min(4, count) - len(chosen))]
+    chosen = x[torch.randperm(x.shape[0], generator=generator, device="cpu")[: max(4, count)].to(x.device)]
+    perturbed = [chosen[:1] * 0.9**k + 0.1 * k for k in range(1, 5 - len(chosen))]
     return torch.cat([chosen, *perturbed])
 
 
