@@ -211,7 +211,9 @@ class FrozenNetwork(nn.Module):
         self.names = tuple(names)
         self.shapes = {name: shapes[name] for name in names}
         ends = list(accumulate(shape.numel() for shape in self.shapes.values()))
-        self.slices = {name: slice(start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)}
+        self.slices = {
+            name: slice(start, end) for name, start, end in zip(names, [0, *ends][: len(names)], ends, strict=True)
+        }
 
     def _shell(self) -> FrozenNetwork:
         """A new object over the same tensors; moving or casting it leaves the original alone."""

@@ -132,7 +132,7 @@ def test_small_networks_take_the_dense_jacobian() -> None:
     network = gpntk.freeze(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
     choice = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1))
     assert isinstance(choice.backend, gpntk.DenseBackend)
-    assert "P = 91 is small" in choice.reason
+    assert "J is small, 200 x 91, and products with all of it cost less" in choice.reason
     tight = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1), memory_budget=10_000)
     assert isinstance(tight.backend, gpntk.StructuredBackend)
 

@@ -75,9 +75,10 @@ class AutoBackend(AbstractJacobianBackend):
         x = x.reshape(-1, *x.shape[-2:])
         reasons: dict[str, str] = {}
         while True:
-            ruled = network.restrict([name for name in network.names if name not in reasons])
-            if not ruled.names:
+            names = [name for name in network.names if name not in reasons]
+            if not names:
                 return _by_autodiff(network, memory_budget, UnruledError(reasons))
+            ruled = network.restrict(names)
             structured = StructuredBackend(ruled if reasons else network, memory_budget, precision)
             try:
                 structured.check(x)
@@ -142,7 +143,8 @@ def _by_rules(network: FrozenNetwork, x: Tensor, structured: StructuredBackend, 
     }
     factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
     if total.get("dense Jacobian", float("inf")) < factors:
-        reason = f"P = {network.num_params} is small, and products with the whole Jacobian cost less"
+        rows = x.shape[:-1].numel() * network.num_outputs(x)
+        reason = f"J is small, {rows} x {network.num_params}, and products with all of it cost less"
         return Choice(DenseBackend(network, structured.memory_budget), reason, costs)
     if not reasons:
         return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)

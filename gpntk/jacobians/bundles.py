@@ -86,6 +86,8 @@ class Derived(NamedTuple):
                 retain_graph=True,
                 create_graph=torch.is_grad_enabled() and images.requires_grad,
                 is_grads_batched=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return {name: image.unflatten(0, lead) for name, image in zip(self.parameters, pulled, strict=True)}
 
@@ -100,9 +102,16 @@ class Derived(NamedTuple):
             graph = torch.is_grad_enabled() and any(tangent.requires_grad for tangent in chosen)
             with torch.enable_grad():
                 dual = torch.zeros_like(self.value).requires_grad_()
-                pulled = torch.autograd.grad(self.value, tuple(self.parameters.values()), dual, create_graph=True)
+                pulled = torch.autograd.grad(
+                    self.value, tuple(self.parameters.values()), dual, create_graph=True, allow_unused=True
+                )
+            pairs = [(image, tangent) for image, tangent in zip(pulled, chosen, strict=True) if image is not None]
             (pushed,) = torch.autograd.grad(
-                pulled, dual, [tangent.flatten(0, 1) for tangent in chosen], create_graph=graph, is_grads_batched=True
+                [image for image, _ in pairs],
+                dual,
+                [tangent.flatten(0, 1) for _, tangent in pairs],
+                create_graph=graph,
+                is_grads_batched=True,
             )
         return pushed.unflatten(0, lead)
 

@@ -71,7 +71,7 @@ class Grams:
     def sketch(self, parts: Parts, features: int, seed: int) -> Tensor:
         """Random features `[B, N, C, F]`; see `gpntk.jacobians.sketch`."""
         positions = max((b.rule.num_positions(_only(parts, b)) for b in self._joined), default=1)
-        example = next(factors.g for part in parts.values() for factors in part.factors if factors.g is not None)
+        example = _cotangents(parts)
         batch, rows, outputs = example.shape[:3]
         row_bytes = example.element_size() * batch * features * positions * (1 + 2 * outputs)
         done = []
@@ -142,14 +142,14 @@ class Grams:
 
     def _row_bytes(self, parts: Parts) -> int:
         """Bytes of one row's gradients, and as much again for their making."""
-        size = {name: 0 for bundle in self._entangled for name in bundle.names}
+        size = 0
         for bundle in self._entangled:
-            for operand in bundle.operands.values():
-                size |= {name: max(size[name], operand.form.numel()) for name in operand.names}
-        example = next(iter(parts.values())).factors[0]
-        outputs = _num_outputs(parts)
-        assert example.g is not None
-        return 3 * sum(size.values()) * outputs * example.g.element_size() * example.g.shape[0]
+            derived = parts[bundle.key].derived
+            for own, operand in bundle.operands.items():
+                size += operand.form.numel()
+                size += sum(p.numel() for p in derived[own].parameters.values()) if own in derived else 0
+        g = _cotangents(parts)
+        return 3 * size * g.shape[2] * g.element_size() * g.shape[0]
 
 
 def num_rows(parts: Parts) -> int:
@@ -157,9 +157,10 @@ def num_rows(parts: Parts) -> int:
     return next(part.factors[0].num_rows for part in parts.values())
 
 
-def _num_outputs(parts: Parts) -> int:
+def _cotangents(parts: Parts) -> Tensor:
+    """Those of some use, `[B, N, C, ...]`."""
     cotangents = (factors.g for part in parts.values() for factors in part.factors)
-    return next(g.shape[2] for g in cotangents if g is not None)
+    return next(g for g in cotangents if g is not None)
 
 
 def _only(parts: Parts, bundle: Bundle) -> Factors:

@@ -14,7 +14,7 @@ from gpntk.jacobians.bundles import Bundle, Derived, Part, make_bundles
 from gpntk.jacobians.layers import Factors, LinearRule
 from gpntk.jacobians.memory import frozen, tracks_gradient
 from gpntk.jacobians.plan import Plan, make_plan
-from gpntk.jacobians.tape import Replay, Tap
+from gpntk.jacobians.replay import Replay, Tap
 from gpntk.network import FrozenNetwork
 
 Parts = dict[int, Part]
@@ -56,9 +56,9 @@ class FactorPasses:
             inputs = (x if graph else frozen(x)).flatten(0, 1)
             selected = self._network.selected(x.dtype, x.device)
             parameters = {name: tensor.detach().requires_grad_() for name, tensor in selected.items()}
-            with torch.enable_grad(), Replay(self.plan.sites, batch * rows, graph) as replay:
+            with torch.enable_grad(), Replay(self.plan, parameters, batch * rows, graph) as replay:
                 outputs = self._network(inputs, parameters)
-            replay.check(self.plan.num_calls)
+            replay.check()
             taps = replay.taps
             last = [self._is_output(tap, outputs) for tap in taps]
             wanted = [tap for tap, identity in zip(taps, last, strict=True) if not identity]

@@ -7,9 +7,9 @@ a parameter is computed from parameters alone. Everything else a parameter is us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,22 @@ from gpntk.jacobians.sites import Operand, RowAxis, Site, Use
 from gpntk.jacobians.tape import Call, Tape
 from gpntk.network import FrozenNetwork
 
+T = TypeVar("T")
+
+_PICKS = {
+    torch.index_select,
+    Tensor.index_select,
+    torch.gather,
+    Tensor.gather,
+    torch.take_along_dim,
+    Tensor.take_along_dim,
+    torch.scatter,
+    Tensor.scatter,
+    torch.index_add,
+    Tensor.index_add,
+}
+_READ_FOR_SHAPE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,15 +44,17 @@ class Plan:
 
     Attributes:
         sites: Where parameters are used by functions with a rule.
+        preludes: Calls that compute something from parameters alone.
+        functions: The name of every call's function.
         unruled: Parameters used in any other way, each with the reason.
-        num_calls: Calls of torch functions in one run.
         activations: Values that one row's forward pass computes.
         largest: Values in the largest tensor of one row.
     """
 
     sites: dict[int, Site]
+    preludes: frozenset[int]
+    functions: tuple[str, ...]
     unruled: dict[str, str]
-    num_calls: int
     activations: int
     largest: int
 
@@ -60,14 +78,17 @@ def make_plan(network: FrozenNetwork, x: Tensor) -> Plan:
     two, other, three = (_tape(network, rows[list(chosen)], parameters) for chosen in ((0, 1), (3, 1), (0, 1, 2)))
     if not [c.function for c in two] == [c.function for c in other] == [c.function for c in three]:
         raise NetworkError("the network runs other operations for other rows of x, or another number of them.")
-    sites, unruled = _find(parameters, two, other, three)
+    if any(_reorders_rows(call, depends) for call, depends in zip(two, _dependent(two), strict=True)):
+        raise NetworkError("the network reorders the rows of x by their values.")
+    sites, preludes, unruled = _find(parameters, two, other, three)
     _drop_unruled(sites, unruled)
     _number(sites)
     fresh = _storages(two)
     return Plan(
         {index: site for index, site in sites.items() if site.uses},
+        frozenset(preludes),
+        tuple(function_name(call.function) for call in two),
         unruled,
-        len(two),
         activations=sum(fresh) // 2,
         largest=max(fresh, default=0) // 2,
     )
@@ -92,15 +113,17 @@ def _tape(network: FrozenNetwork, rows: Tensor, parameters: dict[str, Tensor]) -
 
 def _find(
     parameters: dict[str, Tensor], two: list[Call], other: list[Call], three: list[Call]
-) -> tuple[dict[int, Site], dict[str, str]]:
+) -> tuple[dict[int, Site], set[int], dict[str, str]]:
     origins = {id(tensor): _Origin(frozenset([name]), tensor) for name, tensor in parameters.items()}
     sites: dict[int, Site] = {}
+    preludes: set[int] = set()
     unruled: dict[str, str] = {}
     for index, (call, changed, longer) in enumerate(zip(two, other, three, strict=True)):
-        used = [(slot, origins[id(leaf)]) for slot, leaf in enumerate(call.leaves) if id(leaf) in origins]
+        used = operand_slots(call.function, call.leaves, origins)
         if not used:
             continue
-        if all(a.shape == b.shape for a, b in zip(call.outputs, longer.outputs, strict=True)):
+        if all(map(torch.equal, call.values, changed.values)) and all(map(_same, call.values, longer.values)):
+            preludes.add(index)
             names = frozenset[str]().union(*(origin.names for _, origin in used))
             parameter = used[0][1].parameter if len(used) == 1 else None
             origins |= {id(out): _Origin(names, parameter) for out in call.outputs if out.requires_grad}
@@ -109,11 +132,39 @@ def _find(
         accounted = {operand.slot for use in site.uses for operand in use.operands.values()} if site else set()
         for slot, origin in used:
             if slot not in accounted:
-                reason = f"it is used by {_name(call.function)} in a way that has no rule"
+                reason = f"it is used by {function_name(call.function)} in a way that has no rule"
                 unruled |= {name: reason for name in origin.names if name not in unruled}
         if site:
             sites[index] = site
-    return sites, unruled
+    return sites, preludes, unruled
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one, two)
+
+
+def _dependent(calls: list[Call]) -> list[set[int]]:
+    """For every call, the arguments that depend on x, by their ids."""
+    dependent = {id(leaf) for leaf in calls[0].leaves if isinstance(leaf, Tensor)} if calls else set()
+    found = []
+    for call in calls:
+        arguments = {id(leaf) for leaf in call.leaves if isinstance(leaf, Tensor)} & dependent
+        found.append(arguments)
+        if arguments:
+            dependent |= {id(out) for out in call.outputs}
+    return found
+
+
+def _reorders_rows(call: Call, dependent: set[int]) -> bool:
+    """Whether a call picks along the first axis by an index that depends on x; rows checked may not show it."""
+    if call.function is Tensor.__getitem__:
+        index = call.args[1][0] if isinstance(call.args[1], tuple) and call.args[1] else call.args[1]
+        return isinstance(index, Tensor) and id(index) in dependent and id(call.args[0]) in dependent
+    if call.function in _PICKS:
+        dim = call.kwargs.get("dim", next((leaf for leaf in call.args[1:] if isinstance(leaf, int)), None))
+        index = [leaf for leaf in call.leaves[1:] if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
+        return dim == 0 and any(id(tensor) in dependent for tensor in index)
+    return False
 
 
 def _drop_unruled(sites: dict[int, Site], unruled: dict[str, str]) -> None:
@@ -147,6 +198,12 @@ def _ruled(use: Use, unruled: dict[str, str]) -> Use | None:
     return replace(use, rule=use.rule.without(dropped), operands=kept)
 
 
+def operand_slots(function: Callable[..., Any], leaves: list[Any], origins: Mapping[int, T]) -> list[tuple[int, T]]:
+    """The arguments that depend on parameters alone, with what is known of them; not those read for their shape."""
+    first = 1 if function in _READ_FOR_SHAPE else len(leaves)
+    return [(slot, origins[id(leaf)]) for slot, leaf in enumerate(leaves[:first]) if id(leaf) in origins]
+
+
 def _site(call: Call, changed: Call, longer: Call, used: list[tuple[int, _Origin]]) -> Site | None:
     """How a call uses parameters, or None where no rule says."""
     binding = bind(call.function, call.args, call.kwargs)
@@ -162,7 +219,7 @@ def _site(call: Call, changed: Call, longer: Call, used: list[tuple[int, _Origin
         ]
         return Site(call.function, tuple(use for use in uses if use is not None), binding.function)
     input_slot = next(slot for slot, leaf in enumerate(call.leaves) if leaf is binding.input)
-    if rows.axis >= dims - 1 or call.leaves[input_slot].shape[rows.axis] != 2 * rows.copies:
+    if not binding.rule.takes_rows(rows.axis, dims) or call.leaves[input_slot].shape[rows.axis] != 2 * rows.copies:
         return None
     operands = {own: _operand(call.leaves[slot], slot, origins[slot]) for own, slot in slots.items() if slot in origins}
     rule = binding.rule.without(set(slots) - set(operands))
@@ -231,5 +288,7 @@ def _storages(calls: Iterable[Call]) -> list[int]:
     return list(sizes.values())
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", str(function))
+def function_name(function: Any) -> str:
+    """A function's name; of a property such as ``Tensor.mT``, the property's."""
+    name = getattr(function, "__name__", str(function))
+    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name

@@ -11,6 +11,7 @@ backward pass; and a block of J Jᵀ is a product of small inner products (`gpnt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple, final
 
 import torch
@@ -85,7 +86,8 @@ class StructuredBackend(AbstractJacobianBackend):
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
         passes = self._checked(x)
         if self._few(x, v.shape[1]):
-            return self._autodiff.jvp(x, v)
+            with suppress(RuntimeError):  # what torch.func cannot run goes by factors
+                return self._autodiff.jvp(x, v)
         tangents = self.network.unflatten(v)
         with arithmetic(self.precision):
             return torch.cat([self._jvp_rows(passes, parts, tangents) for parts in self._blocks(x)], dim=-1)
@@ -93,7 +95,8 @@ class StructuredBackend(AbstractJacobianBackend):
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
         passes = self._checked(x)
         if self._few(x, u.shape[1]):
-            return self._autodiff.vjp(x, u)
+            with suppress(RuntimeError):
+                return self._autodiff.vjp(x, u)
         result = u.new_zeros(*u.shape[:2], self.num_features)
         u = rounded(u, self.precision).unflatten(-1, (x.shape[1], -1))
         start = 0
@@ -158,7 +161,7 @@ class StructuredBackend(AbstractJacobianBackend):
             pair=self._counts.operations.pair,
             kept=self._counts.kept,
             activations=passes.plan.activations,
-            calls=passes.plan.num_calls,
+            calls=len(passes.plan.functions),
             uses=sum(len(bundle.uses) for bundle in passes.bundles),
         )
         return count(sizes, self.memory_budget)
@@ -183,19 +186,28 @@ class StructuredBackend(AbstractJacobianBackend):
         parameters = {name: tensor.detach().requires_grad_() for name, tensor in selected.items()}
         with torch.inference_mode(False), torch.enable_grad():
             outputs = self.network(rows, parameters)
+            # Weights that are no pattern, and smaller for rows that move the weights more: none hides the others.
             u = torch.arange(1, outputs.numel() + 1, dtype=rows.dtype, device=rows.device).cos().view_as(outputs)
+            sizes = Grams(passes.bundles, (), self.memory_budget).diagonal(parts)[0, 0].sqrt()
+            u = u / sizes.clamp_min(torch.finfo(rows.dtype).eps * sizes.max())
             gradients = torch.autograd.grad(
                 outputs, tuple(parameters.values()), u, allow_unused=True, materialize_grads=True
             )
-        difference = torch.cat([gradient.flatten() for gradient in gradients]).view(1, 1, -1)
-        # Far above rounding, far below what a use overlooked leaves.
-        bound = 10 * torch.finfo(rows.dtype).eps ** 0.5 * difference.abs().max()
-        self._add_vjp(passes, difference, parts, -u[None, None])
-        wrong = [
-            name for name, columns in self.network.slices.items() if (difference[0, 0, columns].abs() > bound).any()
-        ]
+        product = rows.new_zeros(1, 1, self.num_features)
+        self._add_vjp(passes, product, parts, u[None, None])
+        largest = max(gradient.abs().max() for gradient in gradients)
+        wrong = []
+        for gradient, (name, columns) in zip(gradients, self.network.slices.items(), strict=True):
+            # Far above rounding, far below what a use overlooked leaves.
+            root = torch.finfo(rows.dtype).eps ** 0.5
+            bound = 10 * root * torch.maximum(gradient.abs().max(), root * largest)
+            if not ((product[0, 0, columns] - gradient.flatten()).abs() <= bound).all():
+                wrong.append(name)
         if wrong:
-            reason = "it is used outside what torch shows of a forward pass (in a custom autograd function, say)"
+            reason = (
+                "products by its rule disagree with automatic differentiation (used in a custom autograd function, "
+                "or rows come in an order that could not be told)"
+            )
             raise UnruledError(dict.fromkeys(wrong, reason))
         each = [(bundle.rule, factors) for bundle in passes.bundles for factors in parts[bundle.key].factors]
         kept = sum(factors.num_values for _, factors in each) // len(rows) + 1

@@ -31,9 +31,11 @@ class ConvRule(AbstractLayerRule):
 
     Attributes:
         shape: The weight's shape, `[O, I/groups, *kernel]`, or `[I, O/groups, *kernel]` if transposed.
+        size: S.
     """
 
     shape: Sizes
+    size: Sizes
     stride: Sizes
     padding: Sizes
     dilation: Sizes
@@ -46,8 +48,6 @@ class ConvRule(AbstractLayerRule):
 
     def join(self, uses: list[Factors]) -> list[Factors]:
         a, g = zip(*map(_pair, uses), strict=True)
-        if len({tensor.shape[3:] for tensor in a}) > 1:
-            return uses
         return [Factors(torch.cat(a, 2), torch.cat(g, 3))]
 
     def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
@@ -129,6 +129,10 @@ class ConvRule(AbstractLayerRule):
         if "bias" in self.own:
             total.append(positions.sketched(_over_positions(_pair(factors)[1]), features, generator))
         return torch.stack(total).sum(0)
+
+    def takes_rows(self, axis: int, dims: int) -> bool:
+        del dims
+        return axis == 0
 
     def num_positions(self, factors: Factors) -> int:
         a, g = _pair(factors)
@@ -256,6 +260,7 @@ def _bind_convolution(dims: int, transposed: bool) -> Callable[..., Binding | No
         rule = ConvRule(
             tuple(operands),
             shape=tuple(weight.shape),
+            size=tuple(input.shape[2:]),
             stride=_sizes(stride, dims),
             padding=_sizes(padding, dims),
             dilation=_sizes(dilation, dims),

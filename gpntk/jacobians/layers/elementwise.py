@@ -95,6 +95,8 @@ def _repeated(p: Tensor, *sizes: Any) -> Tensor:
 
 @register(Tensor.repeat)
 def _bind_repeat(p: Tensor, *sizes: Any) -> Binding | None:
+    if not sizes:
+        return None
     lengths = tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
     if any(length != 1 for length in lengths[1:]) or p.dim() < len(lengths) or p.shape[0] != 1:
         return None

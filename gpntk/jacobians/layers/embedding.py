@@ -86,6 +86,13 @@ def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.a, factors.g
 
 
+@register(Tensor.__getitem__)
+def _bind_getitem(self: Tensor, index: object) -> Binding | None:
+    if not isinstance(index, Tensor) or index.dtype != torch.long or self.dim() != 2:
+        return None
+    return Binding(EmbeddingRule(("weight",), vocabulary=self.shape[0]), index, {"weight": self})
+
+
 @register(functional.embedding)
 def _bind_embedding(input: Tensor, weight: Tensor, max_norm: float | None = None, **_options: object) -> Binding | None:
     if max_norm is not None:  # writes to the weight

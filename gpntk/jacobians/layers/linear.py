@@ -175,7 +175,12 @@ def _bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> B
     return Binding(LinearRule(tuple(operands), transposed=False, outputs=weight.shape[0]), input, operands)
 
 
-@register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+@register(torch.mm, Tensor.mm)
+def _bind_mm(input: Tensor, mat2: Tensor) -> Binding | None:
+    return _bind_matmul(input, mat2)
+
+
+@register(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def _bind_matmul(input: Tensor, other: Tensor) -> Binding | None:
     if other.dim() != 2 or input.dim() < 2:
         return None

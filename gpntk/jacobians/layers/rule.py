@@ -10,6 +10,7 @@ parameters or used by hand are then nothing special.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,10 @@ class AbstractLayerRule(ABC):
         """Diagonal of ``gram(factors, factors)``, `[B, N, C]`."""
         return torch.stack([g.flatten(3).square().sum(-1) for g in self.gradients(factors).values()]).sum(0)
 
+    def takes_rows(self, axis: int, dims: int) -> bool:
+        """Whether the rows of x may be on this axis of an output with so many."""
+        return axis < dims - 1
+
     def num_positions(self, factors: Factors) -> int:
         """T."""
         del factors
@@ -178,4 +183,10 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         binder = _BINDERS.get(function)
     except TypeError:  # an unhashable callable
         return None
-    return None if binder is None else binder(*args, **kwargs)
+    if binder is None:
+        return None
+    try:
+        arguments = inspect.signature(binder).bind(*args, **kwargs)
+    except TypeError:
+        return None
+    return binder(*arguments.args, **arguments.kwargs)
