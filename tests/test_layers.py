@@ -122,10 +122,12 @@ def test_every_way_of_a_shared_weight(sizes: tuple[int, int, int, int], way: str
     def rows(p: Positions):
         return lambda chosen: Positions(p.a[:, chosen], p.g[:, chosen])
 
-    gram = positions.gram(rows(left), rows(right), 5, 3, symmetric=False)
-    torch.testing.assert_close(gram, torch.einsum("bncp,bmdp->bncmd", one, two))
-    square = positions.gram(rows(left), rows(left), 5, 5, symmetric=True)
-    torch.testing.assert_close(square, torch.einsum("bncp,bmdp->bncmd", one, one))
+    for limit in (2**27, 1):
+        gram, square = torch.zeros(2, 5, c, 3, c).double(), torch.zeros(2, 5, c, 5, c).double()
+        positions.add_gram(gram, rows(left), rows(right), symmetric=False, limit=limit)
+        torch.testing.assert_close(gram, torch.einsum("bncp,bmdp->bncmd", one, two))
+        positions.add_gram(square, rows(left), rows(left), symmetric=True, limit=limit)
+        torch.testing.assert_close(square, torch.einsum("bncp,bmdp->bncmd", one, one))
     torch.testing.assert_close(positions.diagonal(left), one.square().sum(-1))
 
 

@@ -98,3 +98,12 @@ def test_bad_numbers_of_features() -> None:
     backend = SketchBackend(gpntk.freeze(nn.Linear(2, 1)), 8)
     with pytest.raises(InputError, match="mix all layers"):
         backend.gram(torch.randn(1, 3, 2), torch.randn(1, 3, 2), per_layer=True)
+
+
+def test_features_of_different_calls_belong_together() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 1)).double()
+    backend = SketchBackend(gpntk.freeze(module, input_shape=(1, 8, 8)), 64, memory_budget=2**22)
+    few, more = torch.randn(1, 3, 64).double(), torch.randn(1, 500, 64).double()
+    alone = backend.jacobian(few)
+    torch.testing.assert_close(backend.jacobian(torch.cat([few, more], 1))[:, :3], alone)

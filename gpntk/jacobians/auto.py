@@ -73,21 +73,18 @@ class AutoBackend(AbstractJacobianBackend):
         """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
         x = x.reshape(-1, *x.shape[-2:])
-        reasons: dict[str, str] = {}
-        while True:
-            names = [name for name in network.names if name not in reasons]
-            if not names:
-                return _by_autodiff(network, memory_budget, UnruledError(reasons))
-            ruled = network.restrict(names)
-            structured = StructuredBackend(ruled if reasons else network, memory_budget, precision)
-            try:
-                structured.check(x)
-            except UnruledError as error:
-                reasons |= error.reasons
-            except NetworkError as error:
-                return _by_autodiff(network, memory_budget, error)
-            else:
-                return _by_rules(network, x, structured, reasons)
+        choice = by_rules(network, x, memory_budget, precision)
+        total = {
+            cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(Machine())
+            for cost in choice.costs
+            if cost.fits
+        }
+        factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
+        if total.get("dense Jacobian", float("inf")) >= factors:
+            return choice
+        rows = x.shape[:-1].numel() * network.num_outputs(x)
+        reason = f"J is small, {rows} x {network.num_params}, and products with all of it cost less"
+        return Choice(DenseBackend(network, choice.backend.memory_budget), reason, choice.costs)
 
     def choice(self, x: Tensor) -> Choice:
         """The choice in force, made now if x is the first input seen, or far larger than the one it was made for."""
@@ -136,16 +133,23 @@ class AutoBackend(AbstractJacobianBackend):
             return product(self._choice.backend)
 
 
-def _by_rules(network: FrozenNetwork, x: Tensor, structured: StructuredBackend, reasons: dict[str, str]) -> Choice:
+def by_rules(network: FrozenNetwork, x: Tensor, memory_budget: int | None, precision: Precision = "exact") -> Choice:
+    """Structured rules for every parameter that has one, automatic differentiation for the others."""
+    reasons: dict[str, str] = {}
+    while True:
+        names = [name for name in network.names if name not in reasons]
+        if not names:
+            return _by_autodiff(network, memory_budget, UnruledError(reasons))
+        structured = StructuredBackend(network.restrict(names) if reasons else network, memory_budget, precision)
+        try:
+            structured.check(x)
+        except UnruledError as error:
+            reasons |= error.reasons
+        except NetworkError as error:
+            return _by_autodiff(network, memory_budget, error)
+        else:
+            break
     costs = structured.costs(x, _COLUMNS)
-    total = {
-        cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(Machine()) for cost in costs if cost.fits
-    }
-    factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
-    if total.get("dense Jacobian", float("inf")) < factors:
-        rows = x.shape[:-1].numel() * network.num_outputs(x)
-        reason = f"J is small, {rows} x {network.num_params}, and products with all of it cost less"
-        return Choice(DenseBackend(network, structured.memory_budget), reason, costs)
     if not reasons:
         return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
     rest = network.restrict(list(reasons))

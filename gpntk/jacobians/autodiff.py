@@ -13,9 +13,8 @@ from torch.func import jvp, vjp, vmap
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.contraction import contracted_diagonal, contracted_gram
 from gpntk.jacobians.memory import chunks, frozen, tracks_gradient
-
-# Live activations and tangents per byte of input and output, for networks of ordinary depth; only sets chunk sizes.
-_ACTIVATIONS_PER_VALUE = 64
+from gpntk.jacobians.tape import row_values
+from gpntk.network import FrozenNetwork
 
 
 @final
@@ -32,6 +31,10 @@ class AutodiffBackend(AbstractJacobianBackend):
         >>> backend.jvp(torch.randn(1, 7, 10), torch.randn(1, 2, 49)).shape
         torch.Size([1, 2, 7])
     """
+
+    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+        super().__init__(network, memory_budget)
+        self._row_values = 0
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
         return self._over_rows(x, lambda rows, part: self._columns(self._jvp_columns, rows, part), v, rowwise=False)
@@ -53,7 +56,8 @@ class AutodiffBackend(AbstractJacobianBackend):
         # Cast the weights now: a tensor first made inside a torch.func transform must not outlive it.
         self.network.tensors(x.dtype, x.device)
         x = x if tracks_gradient(x) else frozen(x)
-        row_bytes = x.shape[0] * (x.shape[-1] + outputs) * x.element_size() * _ACTIVATIONS_PER_VALUE
+        # Activations, and for every column a tangent or cotangent of each.
+        row_bytes = 2 * x.shape[0] * self._activations(x) * x.element_size() * (1 + w.shape[1])
         total: list[Tensor] = []
         for rows in chunks(x.shape[1], row_bytes, self.memory_budget):
             part = w[..., rows.start * outputs : rows.stop * outputs] if rowwise else w
@@ -63,9 +67,16 @@ class AutodiffBackend(AbstractJacobianBackend):
 
     def _columns(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
         """``product`` over B batches, by chunks of columns."""
-        column_bytes = x.shape[0] * x.shape[1] * x.shape[2] * x.element_size() * _ACTIVATIONS_PER_VALUE
+        column_bytes = 2 * x.shape[0] * x.shape[1] * self._activations(x) * x.element_size()
         parts = [_vmap(product, x, w[:, columns]) for columns in chunks(w.shape[1], column_bytes, self.memory_budget)]
         return torch.cat(parts, dim=1)
+
+    def _activations(self, x: Tensor) -> int:
+        """Values that one row's forward pass makes, counted once."""
+        if not self._row_values:
+            with torch.no_grad():
+                self._row_values = row_values(self.network, frozen(x).flatten(0, 1)[:1])
+        return self._row_values
 
     def _function(self, x: Tensor) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
         return lambda parameters: self.network(x, parameters), self.network.selected(x.dtype, x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.bundles import Bundle, parameter_images
-from gpntk.jacobians.layers import Factors, sketched
+from gpntk.jacobians.layers import AbstractLayerRule, Factors, sketched
 from gpntk.jacobians.memory import chunks, workspace
 from gpntk.jacobians.passes import Parts
 from gpntk.selection import layer_name
@@ -18,6 +18,8 @@ from gpntk.selection import layer_name
 _SYMMETRIC_BLOCKS = 8
 _SYMMETRIC_ROWS = 256
 _SKETCH_BYTES = 2**26
+# Values in the patches of a convolution, or its gradients, for each of its factors: a generous estimate.
+_PATCHES = 32
 
 
 @final
@@ -49,13 +51,14 @@ class Grams:
         for bundle in self._joined:
             if bundle not in flat:
                 one, two = _only(left, bundle), _only(right, bundle)
-                result[:, self._group(bundle.layer)] += bundle.rule.gram(one, one if left is right else two)
+                out = result[:, self._group(bundle.layer)]
+                bundle.rule.add_gram(out, one, one if left is right else two, self._limit)
         if self._entangled:
             self._add_entangled(result, left, right)
 
     def diagonal(self, parts: Parts) -> Tensor:
         """`[B, G, N, C]`."""
-        terms = [(bundle.layer, bundle.rule.diagonal(_only(parts, bundle))) for bundle in self._joined]
+        terms = [(bundle.layer, self._diagonal(bundle.rule, _only(parts, bundle))) for bundle in self._joined]
         if self._entangled:
             rows = num_rows(parts)
             blocks = [self._gradients(parts, chosen) for chosen in chunks(rows, self._row_bytes(parts), self._limit)]
@@ -92,6 +95,13 @@ class Grams:
     @property
     def _limit(self) -> int:
         return self._memory_budget // 4
+
+    def _diagonal(self, rule: AbstractLayerRule, factors: Factors) -> Tensor:
+        if rule.flat(factors):
+            return rule.diagonal(factors)
+        row_bytes = _PATCHES * factors.num_values // max(factors.num_rows, 1) * 4
+        rows = chunks(factors.num_rows, row_bytes, self._limit)
+        return torch.cat([rule.diagonal(factors.rows(chosen)) for chosen in rows], 1)
 
     def _group(self, layer: str) -> int:
         return self._layers.get(layer, 0)

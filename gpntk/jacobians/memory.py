@@ -118,6 +118,12 @@ class TensorCache:
             self._evict()
         return result
 
+    def holds(self, kind: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether `get` would compute nothing."""
+        with self._lock:
+            entry = self._entries.get((kind, *(_fingerprint(tensor) for tensor in tensors)))
+        return entry is not None and all(map(torch.equal, entry[0], tensors))
+
     def _evict(self) -> None:
         while len(self._entries) > _ENTRIES or sum(size for *_, size in self._entries.values()) > self.budget:
             self._entries.popitem(last=False)

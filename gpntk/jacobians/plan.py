@@ -6,8 +6,7 @@ a parameter is computed from parameters alone. Everything else a parameter is us
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +17,7 @@ from gpntk.errors import InputError, NetworkError
 from gpntk.jacobians.layers import ElementwiseRule, LinearRule, bind
 from gpntk.jacobians.layers.elementwise import COPY
 from gpntk.jacobians.sites import Operand, RowAxis, Site, Use
-from gpntk.jacobians.tape import Call, Tape
+from gpntk.jacobians.tape import Call, Tape, storages
 from gpntk.network import FrozenNetwork
 
 T = TypeVar("T")
@@ -83,7 +82,7 @@ def make_plan(network: FrozenNetwork, x: Tensor) -> Plan:
     sites, preludes, unruled = _find(parameters, two, other, three)
     _drop_unruled(sites, unruled)
     _number(sites)
-    fresh = _storages(two)
+    fresh = storages(two)
     return Plan(
         {index: site for index, site in sites.items() if site.uses},
         frozenset(preludes),
@@ -276,16 +275,6 @@ def _row_axis(call: Call, changed: Call, longer: Call) -> RowAxis | None:
     if not outer and bool(differs[1::2].any()):
         return None
     return RowAxis(axis, copies, outer)
-
-
-def _storages(calls: Iterable[Call]) -> list[int]:
-    """Sizes of the distinct tensors that a run made."""
-    sizes: dict[int, int] = {}
-    for call in calls:
-        sizes |= {
-            out.untyped_storage().data_ptr(): math.prod(out.shape) for out in call.outputs if out.is_floating_point()
-        }
-    return list(sizes.values())
 
 
 def function_name(function: Any) -> str:

@@ -18,7 +18,8 @@ from typing import final
 from torch import Tensor
 
 from gpntk.errors import InputError
-from gpntk.jacobians.auto import AutoBackend
+from gpntk.jacobians.auto import by_rules
+from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.explicit import AbstractExplicitBackend
 from gpntk.network import FrozenNetwork
 
@@ -54,13 +55,18 @@ class SketchBackend(AbstractExplicitBackend):
         if num_features < 1:
             raise InputError(f"num_features={num_features} must be at least 1.")
         self._num_features, self._seed = num_features, seed
-        self._exact = AutoBackend(network, memory_budget)
+        self._exact: AbstractJacobianBackend | None = None
 
     @property
     def num_features(self) -> int:
         return self._num_features
 
     def jacobian(self, x: Tensor) -> Tensor:
+        if self._exact is None:
+            self.num_outputs(x)
+            # By rules whatever they cost: another backend would draw another R.
+            self._exact = by_rules(self.network, x, self.memory_budget).backend
+            self._exact.share_cache(self.cache)
         sketch = self._exact.sketch
         return self.remember("sketch", (x,), lambda: sketch(x, self._num_features, self._seed))
 

@@ -55,8 +55,8 @@ class StructuredBackend(AbstractJacobianBackend):
 
     Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
     differentiation's, in x's own precision unless ``precision`` says otherwise. Memory for N rows: the factors,
-    N * sum_l T*(I + C*O) values, kept while they fit half the budget and recomputed by chunks of rows, shared by all
-    columns, when they do not. Where C is large and columns few, products take a pass per column instead.
+    N * sum_l T*(I + C*O) values, kept while they fit a third of the budget and recomputed by chunks of rows, shared by
+    all columns, when they do not. Where C is large and columns few, products take a pass per column instead.
 
     Raises:
         UnruledError: Some selected parameters are used in ways without a rule; `AutoBackend` takes those by automatic
@@ -228,33 +228,36 @@ class StructuredBackend(AbstractJacobianBackend):
         """
         assert self._counts is not None
         outputs = self.num_outputs(x)
-        if columns >= outputs or not self._counts.backward:
+        # A vjp is seldom without its jvp: the columns count twice.
+        if 2 * columns >= outputs or not self._counts.backward:
             return False
-        if self._counts.kept * x.numel() // x.shape[-1] * x.element_size() > self.memory_budget // 2:
-            return 2 * columns < outputs
+        if self._counts.kept * x.numel() // x.shape[-1] * x.element_size() > self.memory_budget // 3:
+            return True
+        if self.cache.holds(("factors", self.network.version), (x,)):
+            return False
         paid = self.remember("columns", (x,), lambda: [0])
         paid[0] += columns
         return paid[0] < outputs
 
     def _blocks(self, x: Tensor) -> Iterable[Parts]:
-        """The factors of the rows of x `[B, N, D]`: one block, kept, if half the budget holds it, else several."""
+        """The factors of the rows of x `[B, N, D]`: one block, kept, if a third of the budget holds it, or several."""
         passes = self._checked(x)
         assert self._counts is not None
         kept, passing, largest = (x.shape[0] * values * x.element_size() for values in self._counts[:3])
-        half = self.memory_budget // 2
+        share = self.memory_budget // 3  # for what is kept; as much for what the passes need, and for the products
         # Smaller chunks than memory asks for, so that what the passes leave on the way stays in the processor's cache.
-        step_bytes = max(passing, largest * half // workspace(x.device, half))
+        step_bytes = max(passing, largest * share // workspace(x.device, share))
 
         def block(rows: slice) -> Parts:
-            steps = chunks(rows.stop - rows.start, step_bytes, half)
+            steps = chunks(rows.stop - rows.start, step_bytes, share)
             shifted = (slice(rows.start + step.start, rows.start + step.stop) for step in steps)
             return joined(
                 [p for step in shifted for p in halving(step, lambda part: self._rounded(passes, x[:, part]))]
             )
 
-        if kept * x.shape[1] <= half:
+        if kept * x.shape[1] <= share:
             return [self.remember("factors", (x,), lambda: block(slice(0, x.shape[1])))]
-        return (parts for rows in chunks(x.shape[1], 2 * kept, half) for parts in halving(rows, block))
+        return (parts for rows in chunks(x.shape[1], 2 * kept, share) for parts in halving(rows, block))
 
     def _rounded(self, passes: FactorPasses, x: Tensor) -> Parts:
         parts = passes.parts(x)

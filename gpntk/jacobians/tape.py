@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, final
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
+
+from gpntk.network import FrozenNetwork
 
 
 class Call(NamedTuple):
@@ -46,3 +49,20 @@ class Tape(TorchFunctionMode):
             values = [output.detach().clone() for output in outputs]
             self.calls.append(Call(func, args, kwargs, leaves, outputs, values))
         return returned
+
+
+def storages(calls: Iterable[Call]) -> list[int]:
+    """Sizes of the distinct tensors that a run made."""
+    sizes: dict[int, int] = {}
+    for call in calls:
+        sizes |= {
+            out.untyped_storage().data_ptr(): math.prod(out.shape) for out in call.outputs if out.is_floating_point()
+        }
+    return list(sizes.values())
+
+
+def row_values(network: FrozenNetwork, row: Tensor) -> int:
+    """Values that the forward pass of one row `[1, D]` makes."""
+    with Tape() as tape:
+        network(row)
+    return max(1, sum(storages(tape.calls)))

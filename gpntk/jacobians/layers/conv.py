@@ -84,15 +84,18 @@ class ConvRule(AbstractLayerRule):
         return g[0, 0, 0].numel() * g.element_size()  # of one row: rows are chunked here
 
     def gram(self, left: Factors, right: Factors) -> Tensor:
-        terms = []
+        g, g2 = _pair(left)[1], _pair(right)[1]
+        out = g.new_zeros(*g.shape[:3], *g2.shape[1:3])
+        self.add_gram(out, left, right, limit=2**30)
+        return out
+
+    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
         for group in range(self.groups) if "weight" in self.own else ():
             one, two = (_selector(self, factors, group) for factors in (left, right))
-            terms.append(positions.gram(one, two, left.num_rows, right.num_rows, symmetric=right is left))
+            positions.add_gram(out, one, two, right is left, limit)
         if "bias" in self.own:
-            one, two = _over_positions(_pair(left)[1]), _over_positions(_pair(right)[1])
-            term = (one.flatten(1, 2) @ two.flatten(1, 2).mT).unflatten(1, one.shape[1:3])
-            terms.append(term.unflatten(3, two.shape[1:3]))
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+            one, two = (_over_positions(_pair(factors)[1]) for factors in (left, right))
+            positions.add_outer(out, one, two, limit)
 
     def gradients(self, factors: Factors) -> dict[str, Tensor]:
         result = {}

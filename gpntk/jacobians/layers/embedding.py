@@ -50,6 +50,12 @@ class EmbeddingRule(AbstractLayerRule):
         return {"weight": torch.stack(images)}
 
     def gram(self, left: Factors, right: Factors) -> Tensor:
+        g, g2 = _pair(left)[1], _pair(right)[1]
+        out = g.new_zeros(*g.shape[:3], *g2.shape[1:3])
+        self.add_gram(out, left, right, limit=2**30)
+        return out
+
+    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
         (index, g), (index2, g2) = _pair(left), _pair(right)
         _, _, c, t, o = g.shape
 
@@ -59,7 +65,7 @@ class EmbeddingRule(AbstractLayerRule):
             return torch.einsum("bncto,bnmdto->bncmd", g[:, rows], halfway)
 
         bytes_each = 32 * g.element_size() * g.shape[0] * t * max(t, c * o)
-        return positions.blockwise(index.shape[1], index2.shape[1], bytes_each, block, symmetric=right is left)
+        positions.add_blockwise(out, bytes_each, block, right is left, limit)
 
     def diagonal(self, factors: Factors) -> Tensor:
         index, g = _pair(factors)

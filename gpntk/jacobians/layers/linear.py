@@ -88,21 +88,18 @@ class LinearRule(AbstractLayerRule):
             g, g2 = left.g[:, :, :, 0], right.g[:, :, :, 0]
             backward = (g.flatten(1, 2) @ g2.flatten(1, 2).mT).unflatten(1, g.shape[1:3]).unflatten(3, g2.shape[1:3])
             return backward if self.own == ("bias",) else self._forward(left, right)[:, :, None, :, None] * backward
-        total = None
+        out = left.g.new_zeros(*left.g.shape[:3], *right.g.shape[1:3])
+        self.add_gram(out, left, right, limit=2**30)
+        return out
+
+    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
+        one, two = _pair(left)[1], _pair(right)[1]
         if "weight" in self.own:
-            total = positions.gram(
-                lambda rows: _positions(left, rows),
-                lambda rows: _positions(right, rows),
-                left.num_rows,
-                right.num_rows,
-                symmetric=right is left,
+            positions.add_gram(
+                out, lambda rows: _positions(left, rows), lambda rows: _positions(right, rows), right is left, limit
             )
         if "bias" in self.own:
-            one, two = left.g.sum(3), right.g.sum(3)
-            term = (one.flatten(1, 2) @ two.flatten(1, 2).mT).unflatten(1, one.shape[1:3]).unflatten(3, two.shape[1:3])
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+            positions.add_outer(out, one.sum(3), two.sum(3), limit)
 
     def diagonal(self, factors: Factors) -> Tensor:
         a, g = factors

@@ -56,37 +56,42 @@ def diagonal(positions: Positions) -> Tensor:
     return (forward.unsqueeze(2) * backward).sum((-2, -1))
 
 
-def blockwise(
-    rows: int, columns: int, bytes_each: float, block: Callable[[slice, slice], Tensor], symmetric: bool
-) -> Tensor:
-    """`[B, N, C, M, C]` from tiles ``block(rows, columns)``; where symmetric, from those on and below the diagonal."""
-    result = None
-    for left in chunks(rows, bytes_each, _TILE_BYTES):
-        for right in chunks(columns, bytes_each, _TILE_BYTES):
+def add_blockwise(
+    out: Tensor, bytes_each: float, block: Callable[[slice, slice], Tensor], symmetric: bool, limit: int
+) -> None:
+    """Add tiles ``block(rows, columns)`` to ``out`` `[B, N, C, M, C]`; where symmetric, the upper ones mirrored."""
+    for left in chunks(out.shape[1], bytes_each, limit):
+        for right in chunks(out.shape[3], bytes_each, limit):
             if symmetric and right.start > left.start:
                 break
             tile = block(left, right)
-            if result is None:
-                batch, _, outputs, _, others = tile.shape
-                result = tile.new_empty(batch, rows, outputs, columns, others)
-            result[:, left, :, right] = tile
+            out[:, left, :, right].add_(tile)
             if symmetric and right.start < left.start:
-                result[:, right, :, left] = tile.permute(0, 3, 4, 1, 2)
-    assert result is not None
-    return result
+                out[:, right, :, left].add_(tile.permute(0, 3, 4, 1, 2))
 
 
-def gram(
-    left: Callable[[slice], Positions], right: Callable[[slice], Positions], rows: int, columns: int, symmetric: bool
-) -> Tensor:
-    """sum over o, i of dW_nc dW_md, `[B, N, C, M, C]`; ``left`` and ``right`` give the positions of some rows."""
+def add_gram(
+    out: Tensor,
+    left: Callable[[slice], Positions],
+    right: Callable[[slice], Positions],
+    symmetric: bool,
+    limit: int = _TILE_BYTES,
+) -> None:
+    """Add sum over o, i of dW_nc dW_md to ``out`` `[B, N, C, M, C]`; ``left``, ``right`` give some rows' positions."""
     example = left(slice(0, 1))
     c, t, i, o = example.sizes
     way, _ = cheapest(c, t, i, o)
-    # Values per row of a square tile: positions, gradients, and what a pair needs times a typical tile side.
+    # Values per row of a square tile: positions, and gradients, or what a pair needs times a typical tile side.
     values = t * i + c * t * o + (16 * t * max(t, c * o) if way == "pairs" else c * o * i)
     bytes_each = 2 * values * example.a.element_size() * example.a.shape[0]
-    return blockwise(rows, columns, bytes_each, _block(way, left, right), symmetric)
+    add_blockwise(out, bytes_each, _block(way, left, right), symmetric, min(limit, _TILE_BYTES))
+
+
+def add_outer(out: Tensor, one: Tensor, two: Tensor, limit: int) -> None:
+    """Add one_nc . two_md to ``out`` `[B, N, C, M, C]` for rows of gradients `[B, N, C, P]`."""
+    for rows in chunks(out.shape[1], 2 * out[:, 0].numel() * out.element_size(), limit):
+        term = one[:, rows].flatten(1, 2) @ two.flatten(1, 2).mT
+        out[:, rows].add_(term.unflatten(1, one[:, rows].shape[1:3]).unflatten(3, two.shape[1:3]))
 
 
 def _block(

@@ -83,6 +83,11 @@ class AbstractLayerRule(ABC):
     def gram(self, left: Factors, right: Factors) -> Tensor:
         """The part of J Jᵀ, `[B, N, C, M, C]`; ``right is left`` where it is symmetric."""
 
+    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
+        """Add `gram` to ``out``, with temporaries of about ``limit`` bytes where blocks take more than their result."""
+        del limit
+        out += self.gram(left, right)
+
     @abstractmethod
     def operations(self, factors: Factors) -> Operations:
         """What products cost."""
