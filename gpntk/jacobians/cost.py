@@ -107,7 +107,7 @@ def count(sizes: Sizes, budget: int) -> tuple[Cost, ...]:
     jacobian = item * n * c * p
     chunk = item * (kept + activations)
     counted = (
-        Cost("factors, kept", passes, columns, item * n * kept, fits=3 * item * n * kept <= budget),
+        Cost("factors, kept", passes, columns, item * n * kept, fits=4 * item * n * kept <= budget),
         Cost("factors, recomputed", Work(), passes.times(2) + columns, chunk, fits=chunk <= budget),
         Cost(
             "Gram",

@@ -55,8 +55,8 @@ class StructuredBackend(AbstractJacobianBackend):
 
     Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
     differentiation's, in x's own precision unless ``precision`` says otherwise. Memory for N rows: the factors,
-    N * sum_l T*(I + C*O) values, kept while they fit a third of the budget and recomputed by chunks of rows, shared by
-    all columns, when they do not. Where C is large and columns few, products take a pass per column instead.
+    N * sum_l T*(I + C*O) values, kept while they fit a quarter of the budget, else recomputed by chunks of rows,
+    shared by all columns. Where C is large and columns few, products take a pass per column instead.
 
     Raises:
         UnruledError: Some selected parameters are used in ways without a rule; `AutoBackend` takes those by automatic
@@ -231,7 +231,7 @@ class StructuredBackend(AbstractJacobianBackend):
         # A vjp is seldom without its jvp: the columns count twice.
         if 2 * columns >= outputs or not self._counts.backward:
             return False
-        if self._counts.kept * x.numel() // x.shape[-1] * x.element_size() > self.memory_budget // 3:
+        if self._counts.kept * x.numel() // x.shape[-1] * x.element_size() > self.memory_budget // 4:
             return True
         if self.cache.holds(("factors", self.network.version), (x,)):
             return False
@@ -240,11 +240,11 @@ class StructuredBackend(AbstractJacobianBackend):
         return paid[0] < outputs
 
     def _blocks(self, x: Tensor) -> Iterable[Parts]:
-        """The factors of the rows of x `[B, N, D]`: one block, kept, if a third of the budget holds it, or several."""
+        """The factors of the rows of x `[B, N, D]`: one block, kept, if a quarter of the budget holds it."""
         passes = self._checked(x)
         assert self._counts is not None
         kept, passing, largest = (x.shape[0] * values * x.element_size() for values in self._counts[:3])
-        share = self.memory_budget // 3  # for what is kept; as much for what the passes need, and for the products
+        share = self.memory_budget // 4  # for what is kept; as much for what the passes need, and for the products
         # Smaller chunks than memory asks for, so that what the passes leave on the way stays in the processor's cache.
         step_bytes = max(passing, largest * share // workspace(x.device, share))
 
