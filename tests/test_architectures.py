@@ -106,30 +106,6 @@ def test_parameters_combined_with_one_without_a_rule_have_none_either() -> None:
     assert caught.value.reasons["layer.weight"] == "it is combined with 'scale', which has no rule"
 
 
-def test_what_torch_does_not_show_is_found_by_the_check() -> None:
-    class Hidden(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, p):
-            ctx.save_for_backward(x, p)
-            return x * p
-
-        @staticmethod
-        def backward(ctx, grad):
-            x, p = ctx.saved_tensors
-            return grad * p, (grad * x).sum(0)
-
-    class Module(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.gain = nn.Linear(3, 2), nn.Parameter(torch.tensor([0.5, 2.0]))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Hidden.apply(self.layer(x), self.gain)
-
-    with pytest.raises(UnruledError, match="'gain' has no structured rule"):
-        gpntk.StructuredBackend(gpntk.freeze(Module())).check(torch.randn(1, 5, 3))
-
-
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_few_rows(rows: int) -> None:
     case = next(case for case in ARCHITECTURES if case.name == "lenet")

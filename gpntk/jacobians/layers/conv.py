@@ -83,12 +83,6 @@ class ConvRule(AbstractLayerRule):
         _, g = _pair(factors)
         return g[0, 0, 0].numel() * g.element_size()  # of one row: rows are chunked here
 
-    def gram(self, left: Factors, right: Factors) -> Tensor:
-        g, g2 = _pair(left)[1], _pair(right)[1]
-        out = g.new_zeros(*g.shape[:3], *g2.shape[1:3])
-        self.add_gram(out, left, right, limit=2**30)
-        return out
-
     def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
         for group in range(self.groups) if "weight" in self.own else ():
             one, two = (_selector(self, factors, group) for factors in (left, right))

@@ -63,6 +63,10 @@ class ElementwiseRule(AbstractLayerRule):
     def diagonal(self, factors: Factors) -> Tensor:
         return _gradient(factors).square().sum(-1)
 
+    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
+        del limit
+        out.add_(self.gram(left, right))
+
     def operations(self, factors: Factors) -> Operations:
         _, _, c, p = _gradient(factors).shape
         return Operations(c * p, c**2 * p)

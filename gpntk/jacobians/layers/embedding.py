@@ -49,12 +49,6 @@ class EmbeddingRule(AbstractLayerRule):
         images = [zeros.index_add(1, rows.flatten(), part) for rows, part in zip(a, columns, strict=True)]
         return {"weight": torch.stack(images)}
 
-    def gram(self, left: Factors, right: Factors) -> Tensor:
-        g, g2 = _pair(left)[1], _pair(right)[1]
-        out = g.new_zeros(*g.shape[:3], *g2.shape[1:3])
-        self.add_gram(out, left, right, limit=2**30)
-        return out
-
     def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
         (index, g), (index2, g2) = _pair(left), _pair(right)
         _, _, c, t, o = g.shape

@@ -88,11 +88,12 @@ class LinearRule(AbstractLayerRule):
             g, g2 = left.g[:, :, :, 0], right.g[:, :, :, 0]
             backward = (g.flatten(1, 2) @ g2.flatten(1, 2).mT).unflatten(1, g.shape[1:3]).unflatten(3, g2.shape[1:3])
             return backward if self.own == ("bias",) else self._forward(left, right)[:, :, None, :, None] * backward
-        out = left.g.new_zeros(*left.g.shape[:3], *right.g.shape[1:3])
-        self.add_gram(out, left, right, limit=2**30)
-        return out
+        return super().gram(left, right)
 
     def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
+        if self.flat(left):
+            out.add_(self.gram(left, right))
+            return
         one, two = _pair(left)[1], _pair(right)[1]
         if "weight" in self.own:
             positions.add_gram(

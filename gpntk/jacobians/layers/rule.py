@@ -80,13 +80,11 @@ class AbstractLayerRule(ABC):
         """The adjoint of the change of s, for cotangents w of s `[B, N, K, ...]`: `[B, K, *shape]` by own name."""
 
     @abstractmethod
-    def gram(self, left: Factors, right: Factors) -> Tensor:
-        """The part of J Jᵀ, `[B, N, C, M, C]`; ``right is left`` where it is symmetric."""
-
     def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
-        """Add `gram` to ``out``, with temporaries of about ``limit`` bytes where blocks take more than their result."""
-        del limit
-        out += self.gram(left, right)
+        """Add the part of J Jᵀ to ``out`` `[B, N, C, M, C]`, with temporaries of about ``limit`` bytes beyond it.
+
+        ``right is left`` where it is symmetric.
+        """
 
     @abstractmethod
     def operations(self, factors: Factors) -> Operations:
@@ -99,6 +97,14 @@ class AbstractLayerRule(ABC):
     def join(self, uses: list[Factors]) -> list[Factors]:
         """The factors of several uses of the same parameters in as few as can be."""
         return uses
+
+    def gram(self, left: Factors, right: Factors) -> Tensor:
+        """The part of J Jᵀ, `[B, N, C, M, C]`."""
+        assert left.g is not None
+        assert right.g is not None
+        out = left.g.new_zeros(*left.g.shape[:3], *right.g.shape[1:3])
+        self.add_gram(out, left, right, limit=2**30)
+        return out
 
     def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
         """The part of Jᵀ u for u `[B, K, N, C]`: `[B, K, *shape]` by own name."""
