@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import peers
 from benchmarks.measure import provenance
 from benchmarks.suites import SUITES
 
@@ -48,7 +49,8 @@ def write_readme() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        doc = (SUITES[result["suite"]].__doc__ or "").strip()
+        suite = SUITES.get(result["suite"])
+        doc = ((peers if suite is None else suite).__doc__ or "").strip()
         parts += [
             f"## {result['suite']}: {result['device']}, {result['threads']} thread(s)\n",
             f"{doc}\n",

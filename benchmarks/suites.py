@@ -87,7 +87,7 @@ def convolutions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any
     """K V with k = 8 for LeNet (28 x 28) and ResNet-18 (32 x 32), C = 10, beside torch.func on all rows and by chunks.
 
     `kept`: factors of x at hand. `new`: an x not seen before. `recomputed`: under a budget too small to keep them.
-    torch.func runs all rows at once, and in chunks of the size that suited it best of 4, 16 and 64.
+    torch.func runs all rows at once, and in chunks of the size that suited it best of 4 and 16.
     """
     rows = []
     for name, made, shape, count in (
@@ -101,21 +101,21 @@ def convolutions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any
         )
         network = gpntk.freeze(module, input_shape=shape)
         backend, flat = gpntk.StructuredBackend(network), x.flatten(1)
-        kept = seconds(lambda b=backend, x=flat, v=v: _product(b, x, v), 3)
+        kept = seconds(lambda b=backend, x=flat, v=v: _product(b, x, v), 2)
         cost = next(cost for cost in backend.costs(flat[None], 8) if cost.strategy == "factors, kept")
         tight = gpntk.StructuredBackend(network, memory_budget=int(cost.kept))
-        whole = seconds(lambda m=module, x=x, v=v: torch_func_product(m, x, v), 3)
+        whole = seconds(lambda m=module, x=x, v=v: torch_func_product(m, x, v), 1)
         chunked = min(
-            seconds(lambda m=module, x=x, v=v, n=size: torch_func_by_chunks(m, x, v, n), 1) for size in (4, 16, 64)
+            seconds(lambda m=module, x=x, v=v, n=size: torch_func_by_chunks(m, x, v, n), 1) for size in (4, 16)
         )
         row = {
             "network": name,
             "rows": count,
             "kept_s": kept,
             "new_s": seconds_on(
-                lambda new, b=backend, v=v: _product(b, new, v), lambda x=flat: torch.randn_like(x), repeats=3
+                lambda new, b=backend, v=v: _product(b, new, v), lambda x=flat: torch.randn_like(x), repeats=1
             ),
-            "recomputed_s": seconds(lambda b=tight, x=flat, v=v: _product(b, x, v), 3),
+            "recomputed_s": seconds(lambda b=tight, x=flat, v=v: _product(b, x, v), 1),
             "torch_func_s": whole,
             "torch_func_chunks_s": chunked,
             "speedup_kept": min(whole, chunked) / kept,
