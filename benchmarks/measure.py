@@ -33,6 +33,14 @@ def seconds_on(function: Callable[[Any], object], prepare: Callable[[], Any], re
     return statistics.median(times[1:])
 
 
+def settle(device: torch.device) -> None:
+    """A few seconds of work, until threads have found cores of their own and the clock is up."""
+    a = torch.randn(1500, 1500, device=device)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 5:
+        a @ a
+
+
 def gemm_rate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> float:
     """Best flops per second over plain matrix products of the given (m, k, n): the machine's own limit for the work."""
     rates = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.measure import provenance
+from benchmarks.measure import provenance, settle
 from benchmarks.suites import SUITES
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +28,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), torch.float32
     options.out.mkdir(parents=True, exist_ok=True)
+    settle(device)
     for name in options.suite or sorted(SUITES):
         torch.manual_seed(SEED)
         result = {"suite": name, **provenance(device, dtype, SEED), "rows": SUITES[name](device, dtype)}
