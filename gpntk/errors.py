@@ -38,3 +38,11 @@ class UnruledError(NetworkError):
 
     def __reduce__(self) -> tuple[type[UnruledError], tuple[dict[str, str]]]:
         return UnruledError, (self.reasons,)
+
+
+class SolveError(GpntkError, RuntimeError):
+    """A linear system could not be solved to the accuracy that was asked for; the message says what to do."""
+
+
+class DistributedError(GpntkError, RuntimeError):
+    """A process of the group failed or saw other data than was expected."""

@@ -41,12 +41,15 @@ def save_tensors(
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     header = {"kind": kind, "version": FORMAT_VERSION, "facts": dict(facts)}
     text = json.dumps(header, sort_keys=True)
-    data = save(stored, metadata={"gpntk": text, "checksum": _checksum(stored, text)})
+    data = save(stored, metadata={"gpntk": text, "checksum": checksum(stored, text)})
     target = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()
+            # Else a machine that loses power may keep the new name and lose the contents.
+            os.fsync(file.fileno())
         Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -72,7 +75,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         ) from None
     if "gpntk" not in metadata:
         raise FileFormatError(f"{os.fspath(path)!r} was not written by gpntk: it has no gpntk header.")
-    if metadata.get("checksum") != _checksum(tensors, metadata["gpntk"]):
+    if metadata.get("checksum") != checksum(tensors, metadata["gpntk"]):
         raise FileFormatError(f"{os.fspath(path)!r} is damaged: its checksum does not match its contents.")
     header = json.loads(metadata["gpntk"])
     if header["version"] > FORMAT_VERSION:
@@ -84,7 +87,8 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     return tensors, header["facts"]
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of ``text`` and of the names, dtypes, shapes and bytes of ``tensors``, all on the CPU."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -7,7 +7,7 @@ from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
 
 import gpntk
-from gpntk.inference import FeaturePredictionStrategy
+from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
 from gpntk.models import TangentGP
 from tests.cases import mlp, reference_jacobian
 

@@ -1,6 +1,39 @@
-"""Exact GP inference on feature kernels."""
+"""Exact GP inference on Jacobian features: systems, solvers, preconditioners, evidence and posteriors. Pure torch."""
 
-from gpntk.inference.prediction_strategy import FeaturePredictionStrategy
+from gpntk.inference.direct import FunctionSpace, WeightSpace
+from gpntk.inference.features import AbstractFeatures, Features
+from gpntk.inference.inverse import AbstractInverse, LogDet
+from gpntk.inference.iterative import ConjugateGradients
+from gpntk.inference.marginal_likelihood import inv_quad_logdet, log_marginal_likelihood
+from gpntk.inference.posterior import Posterior
+from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, PivotedCholesky, SampledGram
+from gpntk.inference.result import Outcome, SolveResult
+from gpntk.inference.select import AutoSolver, SolverChoice
+from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.spectral import SpectralFit, SpectralMarginalLikelihood
+from gpntk.inference.system import NoisySystem
 
-__all__ = ["FeaturePredictionStrategy", "SpectralFit", "SpectralMarginalLikelihood"]
+__all__ = [
+    "AbstractFeatures",
+    "AbstractInverse",
+    "AbstractPreconditioner",
+    "AbstractSolver",
+    "AutoSolver",
+    "ConjugateGradients",
+    "Features",
+    "FunctionSpace",
+    "LogDet",
+    "NoisySystem",
+    "Nystrom",
+    "Outcome",
+    "PivotedCholesky",
+    "Posterior",
+    "SampledGram",
+    "SolveResult",
+    "SolverChoice",
+    "SpectralFit",
+    "SpectralMarginalLikelihood",
+    "WeightSpace",
+    "inv_quad_logdet",
+    "log_marginal_likelihood",
+]

@@ -102,6 +102,12 @@ class AbstractJacobianBackend(ABC):
             blocks.append(torch.cat(parts, -1))
         return torch.cat(blocks, 1)
 
+    def feature_groups(self, device: torch.device) -> Tensor:
+        """The number of the layer that each feature belongs to, `[F]`; features may repeat the P parameters."""
+        sizes = torch.tensor([columns.stop - columns.start for columns in self.layer_slices(True)], device=device)
+        once = torch.arange(sizes.numel(), device=device).repeat_interleave(sizes)
+        return once.repeat(self.num_features // once.numel())
+
     def layer_slices(self, per_layer: bool) -> tuple[slice, ...]:
         """The groups as slices of F."""
         if not per_layer:

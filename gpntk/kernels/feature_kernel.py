@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from gpntk._checks import check_input
 from gpntk._types import OutputSelection, ParameterSelection
 from gpntk.errors import SelectionError
-from gpntk.inference import FeaturePredictionStrategy
+from gpntk.inference import AbstractSolver
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
+from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
 from gpntk.network import FrozenNetwork
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
@@ -53,13 +54,14 @@ class AbstractFeatureKernel(Kernel, ABC):
         output: OutputSelection,
         input_shape: tuple[int, ...] | None,
         backend: BackendFactory | None,
+        solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         frozen = _freeze(network, parameters, input_shape)
         factory = backend or AutoBackend
         _check_output(output)
-        self.output = output
+        self.output, self.solver = output, solver
         if output == "independent":
             self.network = frozen
             self.backend: AbstractJacobianBackend = AverageBackend(frozen, factory, factory(frozen).memory_budget)
@@ -106,7 +108,8 @@ class AbstractFeatureKernel(Kernel, ABC):
             raise NotImplementedError("last_dim_is_batch is not defined for a kernel of whole inputs to a network.")
         check_input(x1, self.network.device, "x1")
         check_input(x2, self.network.device, "x2")
-        gram = FeatureGramLinearOperator(x1, x2, self.layer_variances.to(x1.dtype), backend=self.backend)
+        variances = self.layer_variances.to(x1.dtype)
+        gram = FeatureGramLinearOperator(x1, x2, variances, backend=self.backend, solver=self.solver)
         return gram._diagonal() if diag else gram
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:  # noqa: ARG002

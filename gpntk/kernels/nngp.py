@@ -8,6 +8,7 @@ from torch import nn
 
 from gpntk._types import OutputSelection
 from gpntk.errors import SelectionError
+from gpntk.inference import AbstractSolver
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
 from gpntk.network import FrozenNetwork
 
@@ -24,6 +25,7 @@ class NNGPKernel(AbstractFeatureKernel):
         output: As in `NTKKernel`.
         input_shape: As in `NTKKernel`.
         backend: As in `NTKKernel`.
+        solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Raises:
@@ -45,6 +47,7 @@ class NNGPKernel(AbstractFeatureKernel):
         output: OutputSelection = "full",
         input_shape: tuple[int, ...] | None = None,
         backend: BackendFactory | None = None,
+        solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(network, FrozenNetwork):
@@ -56,5 +59,6 @@ class NNGPKernel(AbstractFeatureKernel):
             output=output,
             input_shape=input_shape,
             backend=backend,
+            solver=solver,
             **kwargs,
         )

@@ -7,6 +7,7 @@ from typing import Any, final
 from torch import nn
 
 from gpntk._types import OutputSelection, ParameterSelection
+from gpntk.inference import AbstractSolver
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
 
 
@@ -28,6 +29,7 @@ class NTKKernel(AbstractFeatureKernel):
             sum_c f_c / sqrt(C); or the number of one output. With C = 1 all coincide.
         input_shape: Shape of one input as the network wants it; x then arrives flat, `[..., N, D]`.
         backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
+        solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Raises:
@@ -56,6 +58,7 @@ class NTKKernel(AbstractFeatureKernel):
         input_shape: tuple[int, ...] | None = None,
         *,
         backend: BackendFactory | None = None,
+        solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -65,5 +68,6 @@ class NTKKernel(AbstractFeatureKernel):
             output=output,
             input_shape=input_shape,
             backend=backend,
+            solver=solver,
             **kwargs,
         )

@@ -27,7 +27,7 @@ class SketchedNTKKernel(AbstractFeatureKernel):
         seed: Of the projections; the same on every device.
         output: As in `NTKKernel`.
         input_shape: As in `NTKKernel`.
-        **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
+        **kwargs: ``solver`` as in `NTKKernel`; ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Example:
         >>> import torch, gpntk

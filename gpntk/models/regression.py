@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import final
 
@@ -20,6 +21,15 @@ from tqdm import tqdm
 from gpntk.errors import InputError
 from gpntk.inference.spectral import smallest_noise
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
+from gpntk.models.checkpoint import (
+    FitState,
+    Identity,
+    identify,
+    load_fit,
+    optimizer_state,
+    restore_optimizer,
+    save_fit,
+)
 
 _RELATIVE_CHANGE = 1e-7
 # Stands in for the size of targets that are all zero.
@@ -101,23 +111,75 @@ class TangentGP(gpytorch.models.ExactGP):
         for mean, constant in zip(constant_means, constants, strict=True):
             mean.initialize(constant=constant)
 
-    def fit(self, max_steps: int = 200, callback: Callable[[int, float], None] | None = None) -> float:
+    def fit(
+        self,
+        max_steps: int = 200,
+        callback: Callable[[int, float], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> float:
         """Maximise the marginal likelihood by L-BFGS from the present hyperparameters; return its value in nats.
 
         Stops when three steps in a row improve it by less than 1e-7 of its size, or at a step whose covariance cannot
         be factorised. ``callback(step, value)`` runs after each step. A progress bar appears when the fit takes longer
         than two seconds.
 
+        With a ``checkpoint``, each step ends with the state of the fit written to that file, before the callback runs.
+        If the file exists when ``fit`` is called, the fit goes on from there, not from the present hyperparameters:
+        through the same values as one that was never stopped, bit for bit where the covariance is factorised densely
+        (GPyTorch's ``max_cholesky_size``), else to rounding. A fit that has finished returns at once; one that ran out
+        of ``max_steps``, which count from the first start, goes on if given more.
+
+        Args:
+            max_steps: Most steps to take, those before a resumption included.
+            callback: Is given the number of each step, from 0, and the value in nats at the point it started from.
+            checkpoint: File to keep the fit in.
+
         Raises:
             NotPSDError, NanError: The covariance cannot be factorised at the start already.
+            FileFormatError: ``checkpoint`` is damaged, or belongs to another model or other data.
+            InputError: ``checkpoint`` is a folder, or stands in one that does not exist.
         """
         self.train()
-        objective = ExactMarginalLogLikelihood(self.likelihood, self)
-        inputs, targets = self.train_inputs, self.train_targets
-        assert inputs is not None
-        assert isinstance(targets, Tensor)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.LBFGS(parameters, max_iter=1, max_eval=20, line_search_fn="strong_wolfe")
+        loss = self._loss(optimizer)
+        identity = {} if checkpoint is None else self._identity()
+        fit = self._resume(optimizer, None if checkpoint is None else load_fit(checkpoint, identity))
+
+        def keep(fit: FitState) -> None:
+            if checkpoint is not None:
+                now = fit._replace(model=self._snapshot(), optimizer=optimizer_state(optimizer))
+                save_fit(checkpoint, identity, now)
+
+        steps = range(fit.steps, fit.steps if fit.finished else max_steps)
+        bar = tqdm(steps, "marginal likelihood", initial=fit.steps, total=max_steps, delay=2, leave=False)
+        for step in bar:
+            before = self._snapshot()
+            try:
+                value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
+            except (NotPSDError, NanError):
+                if not math.isfinite(fit.value):
+                    raise
+                fit = fit._replace(finished=True)
+                keep(fit)
+                break
+            fit = _after_step(fit, value, before)
+            keep(fit)
+            if callback is not None:
+                callback(step, value)
+            bar.set_postfix(nats=f"{value:.3f}", refresh=False)
+            if fit.finished:
+                break
+        self.load_state_dict(fit.best)
+        self.eval()
+        return fit.value
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _loss(self, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+        """The negative marginal likelihood in nats `[]`, leaving its gradient in the parameters."""
+        objective = ExactMarginalLogLikelihood(self.likelihood, self)
+        x, targets = self._data
 
         def loss() -> Tensor:
             optimizer.zero_grad()
@@ -125,35 +187,44 @@ class TangentGP(gpytorch.models.ExactGP):
             # and a line search needs one function to descend, not a new one at each point.
             with torch.random.fork_rng(devices=[targets.device] if targets.is_cuda else []):
                 torch.manual_seed(0)
-                value = objective(self(*inputs), targets)
+                value = objective(self(x), targets)
             assert isinstance(value, Tensor)
             value = -value * targets.numel()  # the host's value is per observation
             value.backward()
             return value
 
-        best, best_state, stalled = -float("inf"), self._snapshot(), 0
-        for step in (progress := tqdm(range(max_steps), desc="marginal likelihood", delay=2, leave=False)):
-            before = self._snapshot()
-            try:
-                value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
-            except (NotPSDError, NanError):
-                if not math.isfinite(best):
-                    raise
-                break
-            stalled = 0 if value > best + _RELATIVE_CHANGE * (1 + abs(value)) else stalled + 1
-            if value > best:
-                best, best_state = value, before
-            if callback is not None:
-                callback(step, value)
-            progress.set_postfix(nats=f"{value:.3f}", refresh=False)
-            if stalled >= _PATIENCE:
-                break
-        self.load_state_dict(best_state)
-        self.eval()
-        return best
+        return loss
+
+    def _resume(self, optimizer: torch.optim.LBFGS, fit: FitState | None) -> FitState:
+        """``fit``, with the model and the optimizer put where it stands; or the start of a new one."""
+        if fit is None:
+            state = self._snapshot()
+            return FitState(steps=0, stalled=0, finished=False, value=-math.inf, best=state, model=state, optimizer={})
+        self.load_state_dict(fit.model)
+        restore_optimizer(optimizer, fit.optimizer)
+        return fit
+
+    def _identity(self) -> Identity:
+        kernel = self.covar_module.base_kernel if isinstance(self.covar_module, ScaleKernel) else self.covar_module
+        assert isinstance(kernel, AbstractFeatureKernel)
+        return identify(*self._data, kernel, self)
+
+    @property
+    def _data(self) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.train_inputs, self.train_targets
+        assert inputs is not None
+        assert isinstance(targets, Tensor)
+        return inputs[0], targets
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+
+def _after_step(fit: FitState, value: float, before: dict[str, Tensor]) -> FitState:
+    """``fit`` one step later, a step that started from ``before``, where the marginal likelihood is ``value``."""
+    stalled = 0 if value > fit.value + _RELATIVE_CHANGE * (1 + abs(value)) else fit.stalled + 1
+    fit = fit._replace(steps=fit.steps + 1, stalled=stalled, finished=stalled >= _PATIENCE)
+    return fit._replace(value=value, best=before) if value > fit.value else fit
 
 
 def _likelihood(outputs: int, min_noise: float) -> GaussianLikelihood | MultitaskGaussianLikelihood:

@@ -10,17 +10,18 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
+from gpntk.inference import AbstractSolver, AutoSolver, Features
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.cost import Machine
 from gpntk.jacobians.memory import chunks, tracks_gradient
 from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample, zero_product
-from gpntk.operators.noisy_gram import NoisyGramLinearOperator, noisy_gram
+from gpntk.operators.noisy_gram import AbstractGramLinearOperator, NoisyGramLinearOperator, noisy_gram
 
 _ALL = slice(None)
 
 
 @final
-class FeatureGramLinearOperator(LinearOperator):
+class FeatureGramLinearOperator(AbstractGramLinearOperator):
     """J(x1) S J(x2)ᵀ `[..., N*C, M*C]`, with S = variance_g on the features of group g.
 
     Products cost one vjp and one jvp; sub-rows and sub-columns are the same operator on fewer inputs; a constant factor
@@ -32,6 +33,7 @@ class FeatureGramLinearOperator(LinearOperator):
         x2: Column inputs `[..., M, D]`.
         variances: Prior variance of each group of features `[..., G, 1]`: G = 1, or one per layer.
         backend: How Jacobian products are computed; passed by reference, never copied.
+        solver: How systems with this matrix plus a diagonal are solved; default `gpntk.inference.AutoSolver`.
 
     Example:
         >>> import torch
@@ -43,9 +45,18 @@ class FeatureGramLinearOperator(LinearOperator):
         True
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, variances: Tensor, *, backend: AbstractJacobianBackend) -> None:
-        super().__init__(x1, x2, variances, backend=backend)
-        self._x1, self._x2, self._variances, self._backend = x1, x2, variances, backend
+    def __init__(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        variances: Tensor,
+        *,
+        backend: AbstractJacobianBackend,
+        solver: AbstractSolver | None = None,
+    ) -> None:
+        super().__init__(x1, x2, variances, backend=backend, solver=solver)
+        self._x1, self._x2, self._variances = x1, x2, variances
+        self._backend, self._solver = backend, solver
 
     # --- shape -------------------------------------------------------------------------------------------------
 
@@ -108,8 +119,11 @@ class FeatureGramLinearOperator(LinearOperator):
         left = batch_product(self._backend.vjp, self._x1, left_vecs.mT)
         right = batch_product(self._backend.vjp, self._x2, right_vecs.mT)
         per_feature = (left * right).sum(-2)
-        per_group = torch.stack([per_feature[..., index].sum(-1) for index in self._feature_groups], dim=-1)
-        return None, None, per_group.unsqueeze(-1).sum_to_size(self._variances.shape)
+        if not self._per_layer:
+            return None, None, per_feature.sum(-1)[..., None, None].sum_to_size(self._variances.shape)
+        per_layer = per_feature.new_zeros(*per_feature.shape[:-1], self._variances.shape[-2])
+        per_layer = per_layer.index_add(-1, self._backend.feature_groups(self._x1.device), per_feature)
+        return None, None, per_layer.unsqueeze(-1).sum_to_size(self._variances.shape)
 
     @cached
     def to_dense(self) -> Tensor:
@@ -171,6 +185,19 @@ class FeatureGramLinearOperator(LinearOperator):
         if isinstance(other, DiagLinearOperator):
             return noisy_gram(self, other)
         return super().__add__(other)
+
+    def statement(self) -> tuple[Features, Tensor, AbstractSolver] | None:
+        x, variances = collapse(self._x1), collapse(self._variances)
+        single = x.shape[:-2].numel() == variances.shape[:-2].numel() == 1
+        if not single or not self._same_inputs or tracks_gradient(x) or 0 in self.shape:
+            return None
+        features = Features(self._backend, x.reshape(x.shape[-2:]))
+        return features, variances.reshape(-1), self._solver or AutoSolver()
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """x1 `[..., N, D]` and x2 `[..., M, D]`."""
+        return self._x1, self._x2
 
     # --- indexing ----------------------------------------------------------------------------------------------
 
@@ -242,32 +269,17 @@ class FeatureGramLinearOperator(LinearOperator):
         return self._x1, self._x2, self._variances
 
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> FeatureGramLinearOperator:
-        return FeatureGramLinearOperator(x1, x2, variances, backend=self._backend)
+        return FeatureGramLinearOperator(x1, x2, variances, backend=self._backend, solver=self._solver)
 
     @property
     def _per_layer(self) -> bool:
         return self._variances.shape[-2] > 1
 
     @property
-    def _feature_groups(self) -> list[Tensor | slice]:
-        """Index of the features of each group; features repeat the P parameters for an average over outputs."""
-        if not self._per_layer:
-            return [_ALL]
-        position = torch.arange(self._backend.num_features, device=self._x1.device)
-        position = position % self._backend.network.num_params
-        slices = [columns for _, columns in self._backend.network.layers]
-        return [((position >= s.start) & (position < s.stop)).nonzero().squeeze(-1) for s in slices]
-
-    @property
     def _feature_variances(self) -> Tensor:
         """The variance of every feature, `[..., F]` (or `[..., 1]` for a single group)."""
         variances = self._variances.squeeze(-1)
-        if not self._per_layer:
-            return variances
-        sizes = [columns.stop - columns.start for _, columns in self._backend.network.layers]
-        repeats = torch.tensor(sizes, device=variances.device)
-        once = variances.repeat_interleave(repeats, dim=-1)
-        return once.repeat(*[1] * (once.dim() - 1), self._backend.num_features // once.shape[-1])
+        return variances[..., self._backend.feature_groups(variances.device)] if self._per_layer else variances
 
     @property
     def _same_inputs(self) -> bool:

@@ -1,0 +1,117 @@
+"""Factors A = R Rᵀ of positive definite matrices: what direct solvers and preconditioners are both made of.
+
+Vectors lead with their columns, `[K, n]`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+class AbstractFactor(ABC):
+    """A = R Rᵀ `[n, n]`."""
+
+    @abstractmethod
+    def half(self, v: Tensor) -> Tensor:
+        """R⁻¹ v `[..., K, n]`."""
+
+    @abstractmethod
+    def half_transposed(self, v: Tensor) -> Tensor:
+        """R⁻ᵀ v `[..., K, n]`."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """log|A| `[]`."""
+
+    @abstractmethod
+    def inverse_diagonal(self) -> Tensor:
+        """diag(A⁻¹) `[n]`."""
+
+    def solve(self, v: Tensor) -> Tensor:
+        """A⁻¹ v `[..., K, n]`."""
+        return self.half_transposed(self.half(v))
+
+
+@final
+class CholeskyFactor(AbstractFactor):
+    """R = L, lower triangular."""
+
+    def __init__(self, lower: Tensor) -> None:
+        self.lower = lower
+
+    def half(self, v: Tensor) -> Tensor:
+        # X Lᵀ = v
+        return torch.linalg.solve_triangular(self.lower.mT, v, upper=True, left=False)
+
+    def half_transposed(self, v: Tensor) -> Tensor:
+        # X L = v
+        return torch.linalg.solve_triangular(self.lower, v, upper=False, left=False)
+
+    def logdet(self) -> Tensor:
+        return 2 * self.lower.diagonal().log().sum()
+
+    def inverse_diagonal(self) -> Tensor:
+        return torch.cholesky_inverse(self.lower).diagonal()
+
+
+@final
+class SpectralFactor(AbstractFactor):
+    """R = A^(1/2), of A = U diag(values) Uᵀ + rest (I - U Uᵀ) with orthonormal U `[n, r]`, r <= n."""
+
+    def __init__(self, values: Tensor, vectors: Tensor, rest: float = 1.0) -> None:
+        self.values, self.vectors, self.rest = values, vectors, rest
+
+    def half(self, v: Tensor) -> Tensor:
+        return self._function(v, self.values.rsqrt(), self.rest**-0.5)
+
+    def half_transposed(self, v: Tensor) -> Tensor:
+        return self.half(v)
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._function(v, 1 / self.values, 1 / self.rest)
+
+    def logdet(self) -> Tensor:
+        size, rank = self.vectors.shape
+        return self.values.log().sum() + (size - rank) * torch.tensor(self.rest).log().to(self.values)
+
+    def inverse_diagonal(self) -> Tensor:
+        return 1 / self.rest + self.vectors.square() @ (1 / self.values - 1 / self.rest)
+
+    def _function(self, v: Tensor, on_values: Tensor, on_rest: float) -> Tensor:
+        """f(A) v = f(rest) v + U (f(values) - f(rest)) Uᵀ v."""
+        return on_rest * v + ((v @ self.vectors) * (on_values - on_rest)) @ self.vectors.mT
+
+
+@final
+class BlockFactor(AbstractFactor):
+    """Block-diagonal A, one factor for each slice of the coordinates."""
+
+    def __init__(self, factors: Sequence[AbstractFactor], indices: Sequence[Tensor]) -> None:
+        self._blocks = tuple(zip(factors, indices, strict=True))
+
+    def half(self, v: Tensor) -> Tensor:
+        result = torch.empty_like(v)
+        for factor, index in self._blocks:
+            result[..., index] = factor.half(v[..., index])
+        return result
+
+    def half_transposed(self, v: Tensor) -> Tensor:
+        result = torch.empty_like(v)
+        for factor, index in self._blocks:
+            result[..., index] = factor.half_transposed(v[..., index])
+        return result
+
+    def logdet(self) -> Tensor:
+        return torch.stack([factor.logdet() for factor, _ in self._blocks]).sum()
+
+    def inverse_diagonal(self) -> Tensor:
+        parts = [factor.inverse_diagonal() for factor, _ in self._blocks]
+        result = parts[0].new_empty(sum(part.numel() for part in parts))
+        for part, (_, index) in zip(parts, self._blocks, strict=True):
+            result[index] = part
+        return result

@@ -1,0 +1,297 @@
+"""Conjugate gradients on I + Ψ Ψᵀ or I + Ψᵀ Ψ, preconditioned, refined in float64, with certified errors.
+
+Iterations run in the precision of the data; after each run the true residual is computed in float64 and, if need be,
+the system is solved again for it (iterative refinement). So the attainable residual is that of float64 at about the
+cost of float32.
+
+All eigenvalues of the matrix A are at least 1, hence for x ≈ A⁻¹ b with residual r = b - A x
+
+    |Ψ (x - A⁻¹ b)| <= |r| / 2 (weight space),      0 <= bᵀA⁻¹b - (xᵀb + xᵀr) = rᵀA⁻¹r <= |r|²,
+
+so that residual norms are bounds of the error of fitted values and of variances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature
+from gpntk.inference.factors import SpectralFactor
+from gpntk.inference.features import exact_dtype
+from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
+from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
+from gpntk.inference.result import Outcome, SolveResult
+from gpntk.inference.solver import AbstractSolver, Sizes
+from gpntk.inference.system import NoisySystem, Space
+from gpntk.jacobians.cost import Cost, Work
+from gpntk.jacobians.memory import chunks
+
+# What one run of iterations is asked to reduce the residual by: float32 can, and float64 has no need for less.
+_REDUCTION = {torch.float32: 1e-4, torch.float64: 1e-10}
+_REFINEMENTS = 12
+# A refinement that reduces the residual by less has met the limit of its precision.
+_PROGRESS = 0.5
+# Vectors of conjugate gradients and of its refinement that live at once, for each right-hand side.
+_VECTORS = 8
+# Relative rounding of a difference of variances in float64.
+_ROUNDING = 1e-13
+# The first reduction asked for where the end is not in sight.
+_FIRST = 1e-4
+# Iterations and ranks that costs are counted with.
+_TYPICAL_ITERATIONS = 30
+_TYPICAL_RANK = 400
+
+
+@final
+@dataclass(frozen=True)
+class ConjugateGradients(AbstractSolver):
+    """Preconditioned conjugate gradients, in the space of the preconditioner.
+
+    Attributes:
+        preconditioner: `Nystrom` or `PivotedCholesky` (function space), `SampledGram` or ``Nystrom(space="weight")``
+            (weight space).
+        tolerance: Of means: the residual's norm over that of the right-hand side, in the whitened system.
+        variance_tolerance: Relative error of posterior standard deviations, guaranteed by the residual.
+        max_iterations: Of one solve.
+        probes: Random vectors that estimate the log-determinant and its derivatives; always the same ones.
+        seed: Of the probes.
+
+    References:
+        Gardner et al. (2018), GPyTorch: Blackbox Matrix-Matrix Gaussian Process Inference, https://arxiv.org/abs/1809.11165.
+        Higham (2002), Accuracy and Stability of Numerical Algorithms, chapter 12 (iterative refinement).
+    """
+
+    preconditioner: AbstractPreconditioner = field(default_factory=Nystrom)
+    tolerance: float = 1e-6
+    variance_tolerance: float = 1e-3
+    max_iterations: int = 1000
+    probes: int = 16
+    seed: int = 0
+
+    def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
+        return _IterativeInverse(system, self)
+
+    def cost(self, sizes: Sizes) -> Cost:
+        n, f, item = sizes.rows, sizes.features, sizes.itemsize
+        if isinstance(self.preconditioner, SampledGram):
+            s = min(n, self.preconditioner.oversampling * f)
+            once, kept = Work(s * f**2 + f**3 / 3, 4 * item * s * f, 10 + s * f / 2**20), 2.0 * item * f**2
+            step = sizes.product + Work(2 * f**2, item * f**2 / sizes.columns, 2)
+        else:
+            size = n if self.preconditioner.space == "function" else f
+            rank = min(_TYPICAL_RANK, size)
+            once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
+            kept, step = 5.0 * item * size * rank, sizes.product + Work(4 * size * rank, 2 * item * size * rank, 4)
+        fits = 1.5 * kept <= 2 * sizes.budget and not (sizes.sharded and self.preconditioner.space == "function")
+        name = f"conjugate gradients, {self.preconditioner.space} space"
+        iterations = _TYPICAL_ITERATIONS if self.preconditioner.space == "function" else _TYPICAL_ITERATIONS // 2
+        return Cost(name, once, step.times(iterations * sizes.columns), kept, fits)
+
+
+class _Refined(NamedTuple):
+    """x, residual b - A x in float64, what happened, and iterations."""
+
+    value: Tensor
+    residual: Tensor
+    outcomes: list[Outcome]
+    iterations: int
+
+
+@final
+class _IterativeInverse(AbstractInverse):
+    """A⁻¹ by conjugate gradients on R⁻¹ A R⁻ᵀ, with M = R Rᵀ the preconditioner."""
+
+    def __init__(self, system: NoisySystem, solver: ConjugateGradients) -> None:
+        super().__init__(system)
+        self._solver = solver
+        self._space: Space = solver.preconditioner.space
+        self._factor = solver.preconditioner.build(system)
+        self._product = system.product(self._space)
+        self._exact_product = self.exact.product(self._space)
+
+    # --- solves ------------------------------------------------------------------------------------------------
+
+    def whitened(self, rhs: Tensor) -> Solution:
+        norms = self.exact.features.total(rhs.square().sum(-1)).sqrt()
+        targets = self._solver.tolerance * norms
+        in_weights = self._space == "weight"
+        refined = self._refine(self.exact.adjoint(rhs) if in_weights else rhs, lambda _x, r: targets / _norms(r))
+        relative = _norms(refined.residual) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        if in_weights:
+            dual, primal = rhs - self.exact.apply(refined.value), refined.value
+        else:
+            dual, primal = refined.value, self.exact.adjoint(refined.value)
+        return Solution(dual, primal, tuple(refined.outcomes), refined.iterations, relative)
+
+    def _refine(self, rhs: Tensor, wanted: Callable[[Tensor, Tensor], Tensor]) -> _Refined:
+        """A⁻¹ b `[K, n]`; ``wanted(x, r)`` `[K]` says by which factor the residuals are still to be reduced."""
+        value, residual = torch.zeros_like(rhs), rhs
+        outcomes = [Outcome.EXHAUSTED] * rhs.shape[0]
+        open_columns = torch.arange(rhs.shape[0], device=rhs.device)
+        previous = torch.full_like(rhs[:, 0], torch.inf)
+        iterations = 0
+        for _ in range(_REFINEMENTS + 1):
+            norms = _norms(residual)
+            factor = wanted(value, residual).nan_to_num(nan=0.0, posinf=torch.inf)
+            open_columns = self._close(open_columns, norms, factor, previous, outcomes)
+            if not open_columns.numel() or iterations >= self._solver.max_iterations:
+                break
+            reduction = torch.where(factor > 0, 0.5 * factor, _FIRST)[open_columns]
+            reduction = reduction.clamp_min(_REDUCTION[self.system.features.dtype])
+            step, made, failures = self._run(
+                residual[open_columns], reduction, self._solver.max_iterations - iterations
+            )
+            value = value.index_add(0, open_columns, step)
+            image = step + self._exact_product(step)
+            residual = residual.index_add(0, open_columns, -image)
+            previous, iterations = norms, iterations + made
+            for column, failure in zip(open_columns.tolist(), failures, strict=True):
+                outcomes[column] = failure
+        return _Refined(value, residual, outcomes, iterations)
+
+    @staticmethod
+    def _close(columns: Tensor, norms: Tensor, factor: Tensor, previous: Tensor, outcomes: list[Outcome]) -> Tensor:
+        """The columns that need another refinement; the outcome of the others."""
+        remaining = []
+        for column in columns.tolist():
+            if not bool(norms[column].isfinite()):
+                outcomes[column] = Outcome.NOT_FINITE
+            elif bool(factor[column] >= 1):
+                outcomes[column] = Outcome.CONVERGED
+            elif outcomes[column] is Outcome.NOT_POSITIVE or bool(norms[column] > _PROGRESS * previous[column]):
+                outcomes[column] = outcomes[column] if outcomes[column] is Outcome.NOT_POSITIVE else Outcome.STAGNATED
+            else:
+                remaining.append(column)
+        return torch.tensor(remaining, dtype=torch.long, device=columns.device)
+
+    def _run(self, residual: Tensor, reduction: Tensor, most: int) -> tuple[Tensor, int, list[Outcome]]:
+        """About A⁻¹ r, in the precision of the data, for columns scaled to norm one."""
+        scales = _norms(residual)
+        rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.features.dtype))
+        run = conjugate_gradients(self._split, rhs, reduction * _norms(rhs), most)
+        step = self._factor.half_transposed(run.value).to(self.dtype) * scales.unsqueeze(-1)
+        return step, run.iterations, run.outcomes
+
+    def _split(self, v: Tensor) -> Tensor:
+        """R⁻¹ A R⁻ᵀ v."""
+        inner = self._factor.half_transposed(v)
+        return self._factor.half(inner + self._product(inner))
+
+    # --- determinants ------------------------------------------------------------------------------------------
+
+    def logdet(self) -> LogDet:
+        # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
+        # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
+        system, dtype = self.system, self.system.features.dtype
+        size = system.size(self._space)
+        generator = torch.Generator("cpu").manual_seed(self._solver.seed)
+        signs = torch.randint(0, 2, (self._solver.probes, size), generator=generator, device="cpu")
+        probes = (2 * signs - 1).to(device=system.features.device, dtype=dtype)
+        run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
+        SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full((len(probes),), 1e-4)).checked()
+        value, error = logdet_by_quadrature(run, size)
+        y = self._factor.half_transposed(probes)
+        rest = self._factor.half_transposed(run.value) - y
+        diagonal = (self._factor.inverse_diagonal() + (y * rest).mean(0)).to(self.dtype)
+        derivatives = self._weight_derivatives if self._space == "weight" else self._function_derivatives
+        return LogDet(self._factor.logdet().to(self.dtype) + value, *derivatives(diagonal, y, rest), error)
+
+    def _weight_derivatives(self, diagonal: Tensor, _y: Tensor, _rest: Tensor) -> tuple[Tensor, Tensor]:
+        by_variance = self.exact.by_group(1 - diagonal)
+        if self.exact.homoscedastic:
+            return by_variance, self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
+        return by_variance, self._row_diagonal()
+
+    def _row_diagonal(self) -> Tensor:
+        """diag (I + Ψ Ψᵀ)⁻¹ `[n]`, estimated by probes of function space: I - Ψ A⁻¹ Ψᵀ with M⁻¹ ≈ A⁻¹."""
+        rows = self.system.features.num_rows
+        generator = torch.Generator("cpu").manual_seed(self._solver.seed + 1)
+        signs = torch.randint(0, 2, (self._solver.probes, rows), generator=generator, device="cpu")
+        probes = (2 * signs - 1).to(device=self.system.features.device, dtype=self.dtype)
+        return (probes * self.whitened(probes).dual).mean(0)
+
+    def _function_derivatives(self, diagonal: Tensor, y: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
+        if not self.grouped:
+            return (1 - diagonal).sum(0, keepdim=True), by_noise
+        # tr(A⁻¹ H_g) = tr(M⁻¹ H_g) + E[rest H_g y], M⁻¹ = (1/c) I + U diag(1/m - 1/c) Uᵀ.
+        factor = self._factor
+        assert isinstance(factor, SpectralFactor)
+        images = self.system.adjoint(factor.vectors.mT).to(self.dtype).square()
+        gains = (1 / factor.values - 1 / factor.rest).to(self.dtype)
+        traces = self.exact.prior_diagonal(per_group=True).sum(-1) / factor.rest + self.exact.by_group(gains @ images)
+        product = self.system.adjoint(rest) * self.system.adjoint(y)
+        return traces + self.exact.by_group(product.to(self.dtype).mean(0)), by_noise
+
+    # --- posterior ---------------------------------------------------------------------------------------------
+
+    def covariance(self, x: Tensor) -> Tensor:
+        # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
+        if self._space == "weight":
+            psi = self.test_features(x)
+            columns, residual = self._columns(psi.detach().flatten(0, 1))
+            columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
+            # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
+            quadratic = columns @ (psi.detach() - residual).mT
+            return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
+        cross = in_batches(self.cross(x), x.shape[0])
+        columns, residual = self._duals(cross.detach().flatten(0, 1), self._prior_diagonal(x.flatten(0, 1)))
+        columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
+        quadratic = columns @ (cross.detach() - residual).mT
+        return self.prior(x) - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
+
+    def primal_columns(self, x: Tensor) -> Tensor:
+        psi = self.test_features(x.unsqueeze(0)).squeeze(0)
+        if self._space == "weight":
+            return self._columns(psi)[0]
+        duals, _ = self._duals(self.cross(x.unsqueeze(0)), self._prior_diagonal(x))
+        return psi - self.exact.adjoint(duals)
+
+    def _columns(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """A⁻¹ ψᵀ `[K, F]` in weight space and its residual, exact enough for the variance ψ A⁻¹ ψᵀ."""
+        allowed = 2 * self._solver.variance_tolerance
+
+        def wanted(rows: slice, x: Tensor, r: Tensor) -> Tensor:
+            variance = (x * (psi[rows] + r)).sum(-1).clamp_min(0)
+            return (allowed * variance).sqrt() / _norms(r)
+
+        return self._in_pieces(psi, wanted)
+
+    def _duals(self, cross: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """A⁻¹ b `[K, n]` in function space and its residual, exact enough for the variance prior - b A⁻¹ bᵀ."""
+        allowed = 2 * self._solver.variance_tolerance
+
+        def wanted(rows: slice, x: Tensor, r: Tensor) -> Tensor:
+            # The difference is known to rounding only.
+            variance = prior[rows] - (x * (cross[rows] + r)).sum(-1)
+            variance = torch.maximum(variance, _ROUNDING * prior[rows])
+            return (allowed / (1 + allowed) * variance).sqrt() / _norms(r)
+
+        return self._in_pieces(cross, wanted)
+
+    def _in_pieces(self, rhs: Tensor, wanted: Callable[[slice, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Solutions and residuals for the rows of ``rhs``, as many at a time as the memory budget holds."""
+        values, residuals = [], []
+        budget = self.system.features.backend.memory_budget
+        for rows in chunks(rhs.shape[0], _VECTORS * rhs.shape[1] * rhs.element_size(), budget):
+            refined = self._refine(rhs[rows], lambda x, r, rows=rows: wanted(rows, x, r))
+            relative = _norms(refined.residual) / _norms(rhs[rows])
+            SolveResult(refined.value, tuple(refined.outcomes), refined.iterations, relative).checked()
+            values.append(refined.value)
+            residuals.append(refined.residual)
+        return torch.cat(values), torch.cat(residuals)
+
+    def _prior_diagonal(self, x: Tensor) -> Tensor:
+        """Prior variances of f(x) `[T*C]`."""
+        parts = self.system.features.backend.diagonal(x.detach().to(self.dtype).unsqueeze(0), self.grouped).squeeze(0)
+        return self.exact.variances @ parts
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norms of rows `[K]`, in float64."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=exact_dtype(rows.device))

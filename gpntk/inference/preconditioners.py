@@ -1,0 +1,240 @@
+"""Preconditioners: cheap factors of I + Ψ Ψᵀ (function space) or I + Ψᵀ Ψ (weight space).
+
+A preconditioner is a recipe; `AbstractPreconditioner.build` makes from it a factor M = R Rᵀ that gives solves and the
+exact log|M|. It is good where R⁻¹ A R⁻ᵀ has few different eigenvalues.
+
+    Nystrom           function or weight space   rank r from r products, chosen by an error estimate     memory n r
+    PivotedCholesky   function space             r rows of K, in blocks                                  memory n r
+    SampledGram       weight space               ΦᵀΦ of a sample of the rows; whole, or layer by layer   memory F²
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gpntk.errors import SolveError
+from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
+from gpntk.inference.features import Features, add_second_moment, exact_dtype, mirror
+from gpntk.inference.result import Outcome
+from gpntk.inference.system import NoisySystem, Space
+
+# Products with a fresh vector that estimate the norm of what a low-rank approximation leaves out.
+_POWER_STEPS = 4
+_FIRST_RANK = 32
+# Pivots taken at once; a block of rows costs little more than one.
+_PIVOTS = 32
+
+
+class AbstractPreconditioner(ABC):
+    """A recipe for a factor that resembles I + Ψ Ψᵀ or I + Ψᵀ Ψ."""
+
+    space: Space
+    """Which of the two matrices the factor resembles."""
+
+    @abstractmethod
+    def build(self, system: NoisySystem) -> AbstractFactor:
+        """The factor, in the dtype of the system's features."""
+
+
+@final
+@dataclass(frozen=True)
+class Nystrom(AbstractPreconditioner):
+    """Randomized Nyström approximation H ≈ (HΩ)(ΩᵀHΩ)⁺(HΩ)ᵀ of H = Ψ Ψᵀ or Ψᵀ Ψ, from products alone.
+
+    The rank doubles until the norm of what is left out, estimated by a few power steps on a fresh vector, is below
+    ``error`` (in units of the noise: the condition number is then about 1 + ``error``) or ``max_rank`` is reached.
+
+    Attributes:
+        max_rank: Largest r; memory is 2 r vectors.
+        error: Error to be reached.
+        space: Where H lives.
+        seed: Of Ω.
+
+    References:
+        Frangella, Tropp and Udell (2023), Randomized Nyström Preconditioning, algorithms 2.1 and E.2, and eq. 1.3.
+    """
+
+    max_rank: int = 800
+    error: float = 30.0
+    space: Space = "function"
+    seed: int = 0
+
+    def build(self, system: NoisySystem) -> SpectralFactor:
+        like = system.feature_scales.new_empty(system.size(self.space))
+        values, vectors = nystrom(system.product(self.space), like, self.max_rank, self.error, self.seed)
+        # Beyond the rank, eigenvalues are at most about the smallest found.
+        return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
+
+
+def nystrom(
+    product: Callable[[Tensor], Tensor], like: Tensor, max_rank: int, error: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[r]`, the largest first, and vectors `[n, r]` of a Nyström approximation of H `[n, n]`.
+
+    H is given by ``product``: `[K, n]` -> `[K, n]` of the dtype and device of ``like`` `[n]`.
+    """
+    size = like.shape[0]
+    generator = torch.Generator(like.device).manual_seed(seed)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, size, generator=generator, dtype=like.dtype, device=like.device)
+
+    max_rank = min(max_rank, size)
+    basis = image = like.new_zeros(0, size)
+    rank = min(_FIRST_RANK, max_rank)
+    while True:
+        fresh = torch.linalg.qr(_without(basis, normal(rank - basis.shape[0])).mT).Q.mT
+        basis, image = torch.cat([basis, fresh]), torch.cat([image, product(fresh)])
+        values, vectors = _low_rank(basis, image)
+        if rank >= max_rank:
+            return values, vectors
+        left_out = _norm(lambda v, w=values, u=vectors: product(v) - ((v @ u) * w) @ u.mT, normal(1))
+        if left_out <= error:
+            return values, vectors
+        rank = min(2 * rank, max_rank)
+
+
+def _low_rank(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of Y (ΩᵀY)⁻¹ Yᵀ from the rows Ω and Y = H Ω, with a shift against rounding."""
+    shift = torch.finfo(basis.dtype).eps * float(image.norm())
+    shifted = image + shift * basis
+    core = (basis @ shifted.mT).to(exact_dtype(basis.device))
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    kept = values > torch.finfo(basis.dtype).eps * values[-1].clamp_min(0)
+    root = (vectors[:, kept] * values[kept].rsqrt()).mT.to(basis.dtype) @ shifted
+    squares, u = _spectrum_of_root(root)
+    kept = squares > shift
+    return squares[kept] - shift, u[:, kept]
+
+
+def _spectrum_of_root(root: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and vectors of RᵀR for R `[r, n]`."""
+    q, upper = torch.linalg.qr(root.mT)
+    u, singular, _ = torch.linalg.svd(upper)
+    return singular.square(), q @ u
+
+
+def _without(basis: Tensor, vectors: Tensor) -> Tensor:
+    """The part of ``vectors`` orthogonal to the rows of ``basis``, projected twice against rounding."""
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.mT) @ basis
+    return vectors
+
+
+def _norm(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
+    """About the largest eigenvalue, by a few power steps."""
+    vector, norm = start / start.norm(), 0.0
+    for _ in range(_POWER_STEPS):
+        image = product(vector)
+        norm = float(image.norm())
+        if not norm > 0:
+            break
+        vector = image / norm
+    return norm
+
+
+@final
+@dataclass(frozen=True)
+class PivotedCholesky(AbstractPreconditioner):
+    """Partial Cholesky factor H ≈ LᵀL, L `[r, n]`, of H = Ψ Ψᵀ from r of its rows, at randomly chosen pivots.
+
+    Pivots are drawn in blocks with probability proportional to the diagonal of what is left, which needs no ordering of
+    the data and finds outliers; it stops when the largest entry left is below ``error`` or at ``max_rank`` rows.
+
+    References:
+        Chen, Epperly, Tropp and Webber (2024), Randomly Pivoted Cholesky, algorithm 2.2.
+        Harbrecht, Peters and Schneider (2012), On the Low-Rank Approximation by the Pivoted Cholesky Decomposition.
+    """
+
+    max_rank: int = 400
+    error: float = 0.1
+    seed: int = 0
+    space: Space = field(default="function", init=False)
+
+    def build(self, system: NoisySystem) -> SpectralFactor:
+        features = system.features
+        left = system.prior_diagonal()
+        generator = torch.Generator(left.device).manual_seed(self.seed)
+        product = system.product("function")
+        root = torch.zeros(0, features.num_rows, dtype=features.dtype, device=features.device)
+        while root.shape[0] < self.max_rank and float(left.max()) > self.error:
+            count = min(_PIVOTS, self.max_rank - root.shape[0], int((left > 0).sum()))
+            pivots = torch.multinomial(left, count, generator=generator)
+            unit = torch.zeros(count, features.num_rows, dtype=features.dtype, device=features.device)
+            unit[torch.arange(count), pivots] = 1
+            rows = product(unit) - root[:, pivots].mT @ root
+            core = rows[:, pivots].to(left.dtype)
+            values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+            kept = values > torch.finfo(features.dtype).eps * count * values[-1].clamp_min(self.error)
+            new = (vectors[:, kept] * values[kept].rsqrt()).mT.to(features.dtype) @ rows
+            root = torch.cat([root, new])
+            left = (left - new.to(left.dtype).square().sum(0)).clamp_min(0)
+            left[pivots] = 0
+        squares, u = _spectrum_of_root(root)
+        return SpectralFactor(1 + squares, u)
+
+
+@final
+@dataclass(frozen=True)
+class SampledGram(AbstractPreconditioner):
+    """Cholesky factor of I + (n/s) Ψ_Sᵀ Ψ_S for s rows of Ψ drawn at random: sketch and precondition.
+
+    With s = ``oversampling`` F rows of like size, the condition number is about ((1 + √(F/s)) / (1 - √(F/s)))².
+
+    Attributes:
+        oversampling: s/F, at least 1 (all rows are taken if there are no more).
+        per_layer: Keep only the blocks of the layers, whose memory and time are sums of squares and cubes of the
+            layers' sizes instead of F² and F³; the better the less the layers interact.
+        seed: Of the sample.
+
+    References:
+        Rokhlin and Tygert (2008), A Fast Randomized Algorithm for Overdetermined Linear Least-Squares Regression.
+        Meng, Saunders and Mahoney (2014), LSRN, theorem 4.4 (condition number).
+    """
+
+    oversampling: float = 3.0
+    per_layer: bool = False
+    seed: int = 0
+    space: Space = field(default="weight", init=False)
+
+    def build(self, system: NoisySystem) -> AbstractFactor:
+        features = system.features
+        indices = [torch.arange(features.num_features, device=features.device)]
+        if self.per_layer:
+            groups = features.backend.feature_groups(features.device)
+            indices = [(groups == group).nonzero().squeeze(-1) for group in range(int(groups.max()) + 1)]
+        # Rounding in the data's precision may leave a Gram matrix that is not positive: then once more in float64.
+        for dtype in (features.dtype, exact_dtype(features.device)):
+            moments = self._moments(system.to(dtype), indices)
+            lowers, failed = zip(*(torch.linalg.cholesky_ex(moment) for moment in moments), strict=True)
+            if not any(bool(info) for info in failed):
+                factors = [CholeskyFactor(lower.to(features.dtype)) for lower in lowers]
+                return BlockFactor(factors, indices) if self.per_layer else factors[0]
+        raise SolveError("the sampled Gram matrix is not positive definite: " + Outcome.NOT_POSITIVE.value)
+
+    def _moments(self, system: NoisySystem, indices: list[Tensor]) -> list[Tensor]:
+        """I + (n/s) Ψ_Sᵀ Ψ_S of each block of features."""
+        features = system.features
+        x, chosen = features.sample(max(1, int(self.oversampling * features.num_features)), self.seed)
+        sampled = Features(features.backend, x)
+        rows, held = (features.total(torch.tensor(float(part.num_rows))) for part in (features, sampled))
+        scales = system.row_scales.expand(features.num_rows).unflatten(0, (-1, sampled.num_rows // max(1, x.shape[0])))
+        scales = scales[chosen].flatten() * float(rows / held) ** 0.5
+        moments = [system.feature_scales.new_zeros(index.numel(), index.numel()) for index in indices]
+        for part, block in sampled.blocks():
+            whitened = block * scales[part].unsqueeze(-1) * system.feature_scales
+            for moment, index in zip(moments, indices, strict=True):
+                # One block of all features is the whole: no copy of it.
+                own = whitened if index.numel() == whitened.shape[-1] else whitened[:, index]
+                add_second_moment(moment, own)
+        for index, moment in enumerate(moments):
+            mirror(moment)
+            moments[index] = features.total(moment)
+            moments[index].diagonal().add_(1)
+        return moments
