@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 import gpntk
+from benchmarks import inference_suites
 from benchmarks.measure import gemm_rate, relative_error, seconds, seconds_on
 from gpntk.jacobians import AbstractJacobianBackend
 from gpntk.jacobians.cost import Machine
@@ -217,6 +218,7 @@ SUITES: dict[str, Suite] = {
     "small": small,
     "strategies": strategies,
     "budget": budget,
+    **inference_suites.SUITES,
 }
 
 

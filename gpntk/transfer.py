@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
-from gpntk.inference import SpectralFit, SpectralMarginalLikelihood
+from gpntk.inference import Features, SpectralFit, SpectralMarginalLikelihood
+from gpntk.inference.features import draw
 from gpntk.kernels import NTKKernel
 from gpntk.models import TangentGP
 from gpntk.network import FrozenNetwork
 
 MeanChoice = Literal["network", "constant", "zero"]
 
-# Largest N*C solved by dense factorisation; an eigendecomposition of this size took 13 s on two cores.
-DENSE_LIMIT = 5_000
+# Largest matrix, min(N*C, P), whose eigendecomposition serves a fit; one of this size took 13 s on two cores.
+SPECTRAL_LIMIT = 5_000
 # Rows predicted at once when only their means and variances are wanted.
 _PREDICTION_ROWS = 512
 
@@ -105,13 +106,14 @@ class TransferGP:
         targets = residual / self._unit
         self._x, self._targets = x, targets.squeeze(-1) if outputs == 1 else targets
         self._gp = TangentGP(x, self._targets, kernel, constant_mean=mean == "constant").eval()
-        self._spectral_only = not layer_variances and targets.numel() <= DENSE_LIMIT
+        size = min(targets.numel(), network.num_params)
+        self._spectral_only = not layer_variances and size <= SPECTRAL_LIMIT
 
     def fit(self) -> float:
         """Maximise the marginal likelihood over scale, noise and constants; return it in nats, in the units of y.
 
-        One eigendecomposition up to N*C = 5,000 with a single scale: exact and global. Else L-BFGS from
-        that solution on (at most 5,000 of) the data.
+        With a single scale and min(N*C, P) up to 5,000, by one eigendecomposition: exact and global. Else L-BFGS from
+        that solution on (at most 5,000 rows of) the data, with the log-determinant as exact as the solver's.
         """
         fit = self._spectral_fit()
         self._gp.set_hyperparameters(fit.scale, fit.noise, fit.coefficients)
@@ -165,19 +167,17 @@ class TransferGP:
 
     def _spectral_fit(self) -> SpectralFit:
         x, targets = self._x, self._targets
-        most = max(1, DENSE_LIMIT // self._outputs)
-        if x.shape[0] > most:
-            chosen = torch.randperm(x.shape[0], generator=torch.Generator("cpu").manual_seed(0), device="cpu")[
-                :most
-            ].to(x.device)
+        most = max(1, SPECTRAL_LIMIT // self._outputs)
+        if x.shape[0] > most and self._network.num_params > SPECTRAL_LIMIT:
+            chosen = draw(x.shape[0], most, seed=0).to(x.device)
             x, targets = x[chosen], targets[chosen]
-        kernel = NTKKernel(self._network)
-        with torch.no_grad():
-            gram = kernel(x).to_dense()
+        features = Features(NTKKernel(self._network).backend, x)
         basis = None
         if self._mean == "constant":
             basis = torch.eye(self._outputs, dtype=x.dtype, device=x.device).repeat(x.shape[0], 1)
-        return SpectralMarginalLikelihood(gram, targets.reshape(-1), basis).maximize(self._gp.min_noise)
+        with torch.no_grad():
+            likelihood = SpectralMarginalLikelihood.from_features(features, targets.reshape(-1), basis)
+        return likelihood.maximize(self._gp.min_noise)
 
     def _posterior(self, x: Tensor) -> MultivariateNormal:
         with torch.no_grad(), self._settings():
@@ -195,19 +195,9 @@ class TransferGP:
 
     @staticmethod
     def _settings() -> ExitStack:
-        """Dense factorisations up to `DENSE_LIMIT`, whatever the process-wide settings of the hosts.
-
-        Beyond it the log-determinant is estimated, by 32 probes with 60 Lanczos steps behind a preconditioner of rank
-        100: within 0.02 nats and 0.1 per cent of the gradient on four problems of 60 to 1,000 points, where the host's
-        defaults were several nats off.
-        """
+        """What the hosts' process-wide settings must not change here: importing botorch does."""
         stack = ExitStack()
-        stack.enter_context(gpytorch.settings.max_cholesky_size(DENSE_LIMIT))
         stack.enter_context(gpytorch.settings.fast_computations(True, True, True))
-        stack.enter_context(gpytorch.settings.min_preconditioning_size(1))
-        stack.enter_context(gpytorch.settings.max_preconditioner_size(100))
-        stack.enter_context(gpytorch.settings.num_trace_samples(32))
-        stack.enter_context(gpytorch.settings.max_lanczos_quadrature_iterations(60))
         stack.enter_context(gpytorch.settings.fast_pred_var(False))
         stack.enter_context(gpytorch.settings.debug(False))  # predicting at the training inputs is no mistake here
         return stack

@@ -123,7 +123,7 @@ def test_large_problems_take_the_general_path(monkeypatch: pytest.MonkeyPatch) -
     x, y = data(60)
     z, _ = data(9, seed=1)
     exact = gpntk.TransferRegressor(SINGLE).fit(x, y)
-    monkeypatch.setattr("gpntk.transfer.DENSE_LIMIT", 40)
+    monkeypatch.setattr("gpntk.transfer.SPECTRAL_LIMIT", 40)
     general = gpntk.TransferRegressor(SINGLE).fit(x, y)
     mean, std = general.predict(z, return_std=True)
     np.testing.assert_allclose(mean, exact.predict(z), atol=1e-3)

@@ -9,8 +9,10 @@ from gpntk.inference.posterior import Posterior
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, PivotedCholesky, SampledGram
 from gpntk.inference.result import Outcome, SolveResult
 from gpntk.inference.select import AutoSolver, SolverChoice
+from gpntk.inference.sharded import ShardedFeatures
 from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.spectral import SpectralFit, SpectralMarginalLikelihood
+from gpntk.inference.streamed import StreamedFeatures, targets
 from gpntk.inference.system import NoisySystem
 
 __all__ = [
@@ -29,11 +31,14 @@ __all__ = [
     "PivotedCholesky",
     "Posterior",
     "SampledGram",
+    "ShardedFeatures",
     "SolveResult",
     "SolverChoice",
     "SpectralFit",
     "SpectralMarginalLikelihood",
+    "StreamedFeatures",
     "WeightSpace",
     "inv_quad_logdet",
     "log_marginal_likelihood",
+    "targets",
 ]

@@ -34,11 +34,18 @@ class Run(NamedTuple):
     ratios: Tensor
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], rhs: Tensor, targets: Tensor, max_iterations: int) -> Run:
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    targets: Tensor,
+    max_iterations: int,
+    observe: Callable[[int, Tensor], None] = lambda _iteration, _value: None,
+) -> Run:
     """Solve A x = b from x = 0 for every row b of ``rhs`` `[K, n]`, until the residual's norm is ``targets`` `[K]`.
 
     Columns that have stopped take no further part in products. Coefficients are accumulated in float64. The recursive
-    residual is what is compared with the target: check the true one where it matters.
+    residual is what is compared with the target: check the true one where it matters. ``observe`` is shown each
+    iteration's number and iterate.
 
     References:
         Hestenes and Stiefel (1952); Golub and Van Loan (2013), Matrix Computations, section 11.3.
@@ -59,8 +66,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], rhs: Tensor, target
         curvature = _dot(direction[active], image)
         step = squares[active] / curvature
         bad = ~(curvature > 0)
-        for column in active[bad].tolist():
-            finite = bool(image.isfinite().all())
+        for column, finite in zip(active[bad].tolist(), image[bad].isfinite().all(-1).tolist(), strict=True):
             outcomes[column] = Outcome.NOT_POSITIVE if finite else Outcome.NOT_FINITE
         step = torch.where(bad, torch.nan, step)
         moved = torch.where(bad, 0.0, step).to(rhs.dtype).unsqueeze(-1)
@@ -75,6 +81,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], rhs: Tensor, target
         steps.append(_spread(step, active, rhs.shape[0]))
         ratios.append(_spread(ratio, active, rhs.shape[0]))
         active = active[~bad]
+        observe(iteration, value)
     empty = torch.zeros(0, rhs.shape[0], dtype=squares.dtype, device=rhs.device)
     return Run(
         value, outcomes, iteration, torch.stack(steps) if steps else empty, torch.stack(ratios) if ratios else empty
@@ -98,7 +105,7 @@ def _stop(active: Tensor, squares: Tensor, targets: Tensor, since: Tensor, outco
 
 
 def logdet_by_quadrature(run: Run, size: int) -> tuple[float, float]:
-    """log|A| and its standard error, from conjugate gradients on K probes of entries ±1 `[K, size]`.
+    """log|A| and its standard error (infinite for one probe), from conjugate gradients on K probes of entries ±1.
 
     E[zᵀ log(A) z] = tr log A, and the Gauss quadrature of zᵀ log(A) z has the eigenvalues of the Lanczos matrix T for
     nodes and the squares of the first entries of its eigenvectors for weights; T follows from the coefficients α, β:
@@ -111,21 +118,37 @@ def logdet_by_quadrature(run: Run, size: int) -> tuple[float, float]:
     """
     estimates = []
     for step, ratio in zip(run.steps.mT.cpu(), run.ratios.mT.cpu(), strict=True):
-        length = int(step.isfinite().sum())
-        if not length:
+        if not bool(step.isfinite().any()):
             estimates.append(0.0)
             continue
-        inverse, growth = 1 / step[:length], ratio[: length - 1]
-        diagonal = inverse.clone()
-        diagonal[1:] += growth * inverse[:-1]
-        side = growth.sqrt() * inverse[:-1]
-        lanczos = torch.diag(diagonal) + torch.diag(side, 1) + torch.diag(side, -1)
-        nodes, vectors = torch.linalg.eigh(lanczos)
+        nodes, vectors = torch.linalg.eigh(_lanczos_matrix(step, ratio))
         weights = vectors[0].square()
         estimates.append(size * float((weights * nodes.clamp_min(torch.finfo(nodes.dtype).tiny).log()).sum()))
     mean = sum(estimates) / len(estimates)
-    spread = sum((estimate - mean) ** 2 for estimate in estimates) / max(1, len(estimates) - 1)
+    if len(estimates) == 1:
+        return mean, math.inf
+    spread = sum((estimate - mean) ** 2 for estimate in estimates) / (len(estimates) - 1)
     return mean, math.sqrt(spread / len(estimates))
+
+
+def smallest_ritz_value(run: Run) -> float:
+    """Smallest eigenvalue of the Lanczos matrix of the column that took longest (1 without any iteration)."""
+    lengths = run.steps.isfinite().sum(0)
+    if not run.steps.shape[0] or not int(lengths.max()):
+        return 1.0
+    column = int(lengths.argmax())
+    values = torch.linalg.eigvalsh(_lanczos_matrix(run.steps[:, column].cpu(), run.ratios[:, column].cpu()))
+    return max(values[0].item(), torch.finfo(values.dtype).eps)
+
+
+def _lanczos_matrix(step: Tensor, ratio: Tensor) -> Tensor:
+    """T `[t, t]` from the coefficients of one column that made t iterations."""
+    length = int(step.isfinite().sum())
+    inverse, growth = 1 / step[:length], ratio[: length - 1]
+    diagonal = inverse.clone()
+    diagonal[1:] += growth * inverse[:-1]
+    side = growth.sqrt() * inverse[:-1]
+    return torch.diag(diagonal) + torch.diag(side, 1) + torch.diag(side, -1)
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:

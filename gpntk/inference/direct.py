@@ -6,7 +6,6 @@ what `prepare` makes when told that many will follow. Otherwise Cholesky.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -18,10 +17,16 @@ from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFact
 from gpntk.inference.features import AbstractFeatures, exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.result import Outcome
-from gpntk.inference.solver import AbstractSolver, Sizes
-from gpntk.inference.system import NoisySystem
+from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
+from gpntk.inference.system import NoisySystem, Space
 from gpntk.jacobians.cost import Cost, Work
 
+# Error of the smallest eigenvalue, one, at which a factorisation is refused.
+_LARGEST_ROUNDING = 0.1
+# Errors of a solution relative to its norm that are corrected, and of the residual that are reported as failures.
+_ACCURACY = 1e-6
+_TOLERANCE = 1e-6
+_REFINEMENTS = 5
 # Operations of an eigendecomposition over those of a Cholesky factorisation, n³/3.
 _EIGEN = 27
 
@@ -41,6 +46,7 @@ class FunctionSpace(AbstractSolver):
     """
 
     def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:
+        refuse_sharded(system, self)
         return _FunctionInverse(system, many)
 
     def cost(self, sizes: Sizes) -> Cost:
@@ -77,8 +83,8 @@ class _FunctionInverse(AbstractInverse):
     def __init__(self, system: NoisySystem, many: bool) -> None:
         super().__init__(system)
         exact = self.exact
-        if many and not self.grouped and exact.homoscedastic:
-            values, vectors = _spectrum(exact.features, "function", self._gram)
+        if spectrum_serves(exact, "function", many):
+            values, vectors = spectrum(exact.features, "function")
             self._factor: AbstractFactor = SpectralFactor(1 + values * exact.variances / exact.noise, vectors)
             return
         grams = self._gram()
@@ -89,14 +95,17 @@ class _FunctionInverse(AbstractInverse):
 
     def _gram(self) -> Tensor:
         """Φ_g Φ_gᵀ of every group `[G, n, n]`."""
-        features = self.exact.features
-        xs = torch.cat([x for _, x in features.parts()]).unsqueeze(0)
-        gram = features.backend.gram
-        return features.remember(("gram", self.grouped, self.dtype), lambda: gram(xs, xs, self.grouped)).squeeze(0)
+        features, grouped = self.exact.features, self.grouped
+        return features.remember(("gram", grouped, self.dtype), lambda: _gram(features, grouped))
 
     def whitened(self, rhs: Tensor) -> Solution:
         dual = self._factor.solve(rhs)
-        return Solution(dual, self.exact.adjoint(dual), *_factorised(dual))
+        primal = self.exact.adjoint(dual)
+        refinement = _Refinement(self.exact, rhs)
+        while refinement.goes_on(dual, residual := rhs - dual - self.exact.apply(primal)):
+            dual = dual + self._factor.solve(residual)
+            primal = self.exact.adjoint(dual)
+        return Solution(dual, primal, *refinement.verdict(), self.dual_quad(rhs, dual, primal))
 
     def logdet(self) -> LogDet:
         diagonal = self._factor.inverse_diagonal()
@@ -127,8 +136,8 @@ class _WeightInverse(AbstractInverse):
     def __init__(self, system: NoisySystem, many: bool) -> None:
         super().__init__(system)
         exact = self.exact
-        if many and not self.grouped and exact.homoscedastic:
-            values, vectors = _spectrum(exact.features, "weight", self._moment)
+        if spectrum_serves(exact, "weight", many):
+            values, vectors = spectrum(exact.features, "weight")
             self._factor: AbstractFactor = SpectralFactor(1 + values * exact.variances / exact.noise, vectors)
             return
         scales = exact.feature_scales
@@ -145,7 +154,12 @@ class _WeightInverse(AbstractInverse):
     def whitened(self, rhs: Tensor) -> Solution:
         primal = self._factor.solve(self.exact.adjoint(rhs))
         dual = rhs - self.exact.apply(primal)
-        return Solution(dual, primal, *_factorised(rhs))
+        # Of the normal equations, by the data themselves: what their squares have rounded away comes back.
+        refinement = _Refinement(self.exact, rhs)
+        while refinement.goes_on(dual, residual := self.exact.adjoint(dual) - primal):
+            primal = primal + self._factor.solve(residual)
+            dual = rhs - self.exact.apply(primal)
+        return Solution(dual, primal, *refinement.verdict(), self.primal_quad(dual, primal))
 
     def logdet(self) -> LogDet:
         diagonal = self._factor.inverse_diagonal()
@@ -172,28 +186,83 @@ def cholesky(matrix: Tensor) -> CholeskyFactor:
     """The Cholesky factor.
 
     Raises:
-        SolveError: The matrix is not positive definite, or not finite.
+        SolveError: The matrix is not positive definite, not finite, or so large that its rounding drowns the one.
     """
+    _check_rounding(matrix.diagonal())
     lower, info = torch.linalg.cholesky_ex(matrix)
     if bool(info) or not bool(lower.diagonal().isfinite().all()):
         outcome = Outcome.NOT_POSITIVE if bool(matrix.isfinite().all()) else Outcome.NOT_FINITE
-        raise SolveError(f"the {matrix.shape[0]} x {matrix.shape[0]} system cannot be factorised: {outcome.value}")
+        raise _not_factorised(matrix.shape[0], outcome)
     return CholeskyFactor(lower)
 
 
-def _spectrum(features: AbstractFeatures, space: str, matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of Φ Φᵀ or ΦᵀΦ, kept for all hyperparameters."""
-    dtype = exact_dtype(features.device)
+def _check_rounding(diagonal: Tensor) -> None:
+    """Refuse I + H, by its diagonal or eigenvalues, if the smallest eigenvalue, one, is lost in the rounding of H."""
+    size = diagonal.shape[0]
+    if not bool(diagonal.isfinite().all()):
+        raise _not_factorised(size, Outcome.NOT_FINITE)
+    # Rounding errors of independent signs: a random matrix, whose norm grows with the root of its size.
+    if float(diagonal.max()) * torch.finfo(diagonal.dtype).eps * size**0.5 > _LARGEST_ROUNDING:
+        raise _not_factorised(size, Outcome.NOT_POSITIVE)
+
+
+def _not_factorised(size: int, outcome: Outcome) -> SolveError:
+    return SolveError(f"the {size} x {size} system cannot be factorised ({outcome.name}): {outcome.value}")
+
+
+def spectrum_serves(system: NoisySystem, space: Space, many: bool) -> bool:
+    """Whether an eigendecomposition is to be used: it can be, and it pays or is at hand."""
+    if system.variances.shape[0] > 1 or not system.homoscedastic:
+        return False
+    return many or system.features.holds(("spectrum", space, system.features.dtype))
+
+
+def spectrum(features: AbstractFeatures, space: Space) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of Φ Φᵀ or ΦᵀΦ in float64, kept with the features for all hyperparameters."""
+    features = features.to(exact_dtype(features.device))
 
     def decompose() -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(matrix().reshape(matrix().shape[-2:]))
+        # Of the matrix itself no copy is kept: whoever asks for its spectrum has no more use for it.
+        matrix = _gram(features, grouped=False)[0] if space == "function" else features.second_moment()
+        _check_rounding(matrix.diagonal() / matrix.diagonal().max())
+        values, vectors = torch.linalg.eigh(matrix)
         return values.clamp_min(0), vectors
 
-    return features.remember(("spectrum", space, dtype), decompose)
+    return features.remember(("spectrum", space, features.dtype), decompose)
 
 
-def _factorised(rhs: Tensor) -> tuple[tuple[Outcome, ...], int, Tensor]:
-    """Outcomes, iterations and residual norms of a solve by a factorisation."""
-    bad = ~rhs.isfinite().all(-1)
-    outcomes = tuple(Outcome.NOT_FINITE if failed else Outcome.CONVERGED for failed in bad.tolist())
-    return outcomes, 0, torch.where(bad, torch.nan, 0.0).to(rhs)
+def _gram(features: AbstractFeatures, grouped: bool) -> Tensor:
+    """Φ_g Φ_gᵀ of every group `[G, n, n]`."""
+    x = torch.cat([x for _, x in features.parts()]).unsqueeze(0)
+    return features.backend.gram(x, x, grouped).squeeze(0)
+
+
+class _Refinement:
+    """When to stop correcting solutions of I + Ψ Ψᵀ `[K, n]` by their residuals, and what became of them.
+
+    All eigenvalues are at least one: a residual's norm bounds the error of the solution.
+    """
+
+    def __init__(self, exact: NoisySystem, rhs: Tensor) -> None:
+        self._exact, self._rhs = exact, rhs
+        self._errors, self._made = rhs.new_full(rhs.shape[:1], torch.inf), 0
+
+    def goes_on(self, dual: Tensor, residual: Tensor) -> bool:
+        """Whether some column is still to be corrected, and can be."""
+        errors = torch.linalg.vector_norm(residual, dim=-1)
+        open_columns = (errors > _ACCURACY * self._norms(dual)) & (errors < 0.5 * self._errors)
+        self._errors, self._made = errors, self._made + 1
+        return bool(open_columns.any()) and self._made <= _REFINEMENTS
+
+    def verdict(self) -> tuple[tuple[Outcome, ...], int, Tensor]:
+        """Outcomes, iterations and relative residual norms."""
+        norms = self._norms(self._rhs)
+        relative = torch.where(norms == 0, 0.0, self._errors / norms)
+        outcomes = tuple(
+            Outcome.NOT_FINITE if value != value else Outcome.CONVERGED if value <= _TOLERANCE else Outcome.STAGNATED
+            for value in relative.tolist()
+        )
+        return outcomes, 0, relative
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        return self._exact.features.total(rows.square().sum(-1)).sqrt()

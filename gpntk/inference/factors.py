@@ -5,6 +5,7 @@ Vectors lead with their columns, `[K, n]`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import final
@@ -45,18 +46,22 @@ class CholeskyFactor(AbstractFactor):
         self.lower = lower
 
     def half(self, v: Tensor) -> Tensor:
-        # X Lᵀ = v
-        return torch.linalg.solve_triangular(self.lower.mT, v, upper=True, left=False)
+        # X Lᵀ = v; as one matrix, for torch would copy L for every batch.
+        return torch.linalg.solve_triangular(self.lower.mT, _matrix(v), upper=True, left=False).view(v.shape)
 
     def half_transposed(self, v: Tensor) -> Tensor:
         # X L = v
-        return torch.linalg.solve_triangular(self.lower, v, upper=False, left=False)
+        return torch.linalg.solve_triangular(self.lower, _matrix(v), upper=False, left=False).view(v.shape)
 
     def logdet(self) -> Tensor:
         return 2 * self.lower.diagonal().log().sum()
 
     def inverse_diagonal(self) -> Tensor:
         return torch.cholesky_inverse(self.lower).diagonal()
+
+
+def _matrix(v: Tensor) -> Tensor:
+    return v.reshape(-1, v.shape[-1])
 
 
 @final
@@ -77,7 +82,7 @@ class SpectralFactor(AbstractFactor):
 
     def logdet(self) -> Tensor:
         size, rank = self.vectors.shape
-        return self.values.log().sum() + (size - rank) * torch.tensor(self.rest).log().to(self.values)
+        return self.values.log().sum() + (size - rank) * math.log(self.rest)
 
     def inverse_diagonal(self) -> Tensor:
         return 1 / self.rest + self.vectors.square() @ (1 / self.values - 1 / self.rest)

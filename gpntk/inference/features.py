@@ -20,6 +20,8 @@ from gpntk.jacobians.memory import chunks
 
 # Columns of a block of the second moment: large enough for a GEMM at full speed.
 _BLOCK = 1024
+# Up to so many numbers are drawn from by shuffling them all.
+_SHUFFLED = 10**6
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -34,25 +36,25 @@ class AbstractFeatures(ABC):
         backend: How Jacobian products are computed.
         dtype: Of products.
         device: Of products.
+        samples: N, the inputs that this process holds.
+        outputs: C, rows of Φ for each.
     """
 
-    def __init__(self, backend: AbstractJacobianBackend, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, backend: AbstractJacobianBackend, dtype: torch.dtype, device: torch.device, samples: int, outputs: int
+    ) -> None:
         self.backend, self.dtype, self.device = backend, dtype, device
+        self.num_samples, self.num_outputs = samples, outputs
 
     # --- what differs ------------------------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def num_rows(self) -> int:
-        """n = N*C, the rows that this process holds."""
-
     @abstractmethod
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows of Φ, and the inputs `[N', D]` they belong to, piece by piece."""
+        """Which rows of Φ, and the inputs `[N', D]` they belong to, piece by piece; nothing if there are none."""
 
     @abstractmethod
-    def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs `[count, D]` drawn without replacement from all data, and their place among the samples held."""
+    def take(self, chosen: Tensor) -> Tensor:
+        """The inputs `[M, D]` at increasing places ``chosen`` `[M]` among the samples held."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
@@ -62,16 +64,57 @@ class AbstractFeatures(ABC):
     def remember(self, kind: Hashable, compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it gave the last time for these data."""
 
+    @abstractmethod
+    def holds(self, kind: Hashable) -> bool:
+        """Whether `remember` would compute nothing."""
+
     @property
     def sharded(self) -> bool:
         """Whether rows are spread over processes."""
         return False
 
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the rows."""
+        return 0
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes that work outside the backend stays within; the same in all processes, as they must do the same."""
+        return self.backend.memory_budget
+
+    def place(self) -> tuple[int, int]:
+        """Where the samples held stand among those of all processes, and how many those are."""
+        return 0, self.num_samples
+
     def total(self, local: Tensor) -> Tensor:
-        """The sum over all processes of what each has."""
+        """The sum over all processes of what each has; the memory of ``local`` may be used for it."""
         return local
 
+    def first(self, local: Tensor) -> Tensor:
+        """What the first process has."""
+        return local
+
+    def generators(self, generator: torch.Generator | None) -> tuple[torch.Generator | None, torch.Generator | None]:
+        """Generators for what all processes must draw alike, and for what each draws for its own rows."""
+        return generator, generator
+
     # --- what follows ------------------------------------------------------------------------------------------
+
+    @property
+    def num_rows(self) -> int:
+        """n = N*C, the rows that this process holds."""
+        return self.num_samples * self.num_outputs
+
+    def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs drawn from those of all processes without replacement, ``count`` in all, and their places here.
+
+        The same ones however the data are spread.
+        """
+        start, total = self.place()
+        chosen = draw(total, count, seed) - start
+        chosen = chosen[(chosen >= 0) & (chosen < self.num_samples)].to(self.device)
+        return self.take(chosen), chosen
 
     @property
     def num_features(self) -> int:
@@ -81,7 +124,7 @@ class AbstractFeatures(ABC):
     def jvp(self, v: Tensor) -> Tensor:
         """Φ v `[K, n]` for v `[K, F]`."""
         pieces = [self.backend.jvp(x.unsqueeze(0), v.unsqueeze(0)).squeeze(0) for _, x in self.parts()]
-        return torch.cat(pieces, -1)
+        return torch.cat(pieces, -1) if pieces else v.new_zeros(v.shape[0], 0)
 
     def vjp(self, u: Tensor) -> Tensor:
         """Φᵀ u `[K, F]` for u `[K, n]`."""
@@ -93,11 +136,10 @@ class AbstractFeatures(ABC):
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Explicit rows of Φ `[n', F]`, as many at a time as an eighth of the memory budget holds."""
         for rows, x in self.parts():
-            outputs = (rows.stop - rows.start) // max(1, x.shape[0])
-            bytes_each = outputs * self.num_features * x.element_size()
+            bytes_each = self.num_outputs * self.num_features * x.element_size()
             for part in chunks(x.shape[0], bytes_each, self.backend.memory_budget // 8):
                 block = self.backend.jacobian(x[part].unsqueeze(0)).squeeze(0)
-                start = rows.start + part.start * outputs
+                start = rows.start + part.start * self.num_outputs
                 yield slice(start, start + block.shape[0]), block
 
     def second_moment(self, row_scales: Tensor | None = None) -> Tensor:
@@ -111,7 +153,8 @@ class AbstractFeatures(ABC):
     def diagonal(self, per_layer: bool = False) -> Tensor:
         """Squared norms of the rows of Φ, of all features or by layer, `[G, n]`."""
         pieces = [self.backend.diagonal(x.unsqueeze(0), per_layer).squeeze(0) for _, x in self.parts()]
-        return torch.cat(pieces, -1)
+        groups = len(self.backend.layer_slices(per_layer))
+        return torch.cat(pieces, -1) if pieces else torch.zeros(groups, 0, dtype=self.dtype, device=self.device)
 
 
 def add_second_moment(total: Tensor, block: Tensor) -> None:
@@ -142,20 +185,16 @@ class Features(AbstractFeatures):
     """
 
     def __init__(self, backend: AbstractJacobianBackend, x: Tensor) -> None:
-        super().__init__(backend, x.dtype, x.device)
+        # Without a row, no network needs to be asked how many outputs it has.
+        super().__init__(backend, x.dtype, x.device, x.shape[0], backend.num_outputs(x) if x.shape[0] else 1)
         self.x = x
-        self._outputs = backend.num_outputs(x)
-
-    @property
-    def num_rows(self) -> int:
-        return self.x.shape[0] * self._outputs
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, self.num_rows), self.x
+        if self.num_samples:
+            yield slice(0, self.num_rows), self.x
 
-    def sample(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen = draw(self.x.shape[0], count, seed).to(self.device)
-        return self.x[chosen], chosen
+    def take(self, chosen: Tensor) -> Tensor:
+        return self.x[chosen]
 
     def to(self, dtype: torch.dtype) -> Features:
         if dtype == self.dtype:
@@ -166,8 +205,18 @@ class Features(AbstractFeatures):
     def remember(self, kind: Hashable, compute: Callable[[], Any]) -> Any:
         return self.backend.remember(kind, (self.x,), compute)
 
+    def holds(self, kind: Hashable) -> bool:
+        return self.backend.holds(kind, (self.x,))
+
 
 def draw(total: int, count: int, seed: int) -> Tensor:
     """``count`` of ``total`` numbers without replacement, in increasing order, on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
+    if total <= max(_SHUFFLED, 4 * count):
+        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
+    # The first different ones of a sequence of draws, whose memory grows with what is drawn and not with the data.
+    drawn = torch.randint(total, (2 * count,), generator=generator, device="cpu")
+    values, order = drawn.sort(stable=True)
+    again = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), values[1:] == values[:-1]])
+    firsts = order[~again].sort().values[:count]
+    return drawn[firsts].sort().values

@@ -38,6 +38,7 @@ class Solution(NamedTuple):
         dual: (I + Ψ Ψᵀ)⁻¹ b `[K, n]`.
         primal: Ψᵀ dual = (I + Ψᵀ Ψ)⁻¹ Ψᵀ b `[K, F]`.
         outcomes: Of each column; iterations: Products made; residual_norms: relative to b `[K]`.
+        quad: bᵀ dual `[K]`, off by the square of what dual is off by.
     """
 
     dual: Tensor
@@ -45,6 +46,11 @@ class Solution(NamedTuple):
     outcomes: tuple[Outcome, ...]
     iterations: int
     residual_norms: Tensor
+    quad: Tensor
+
+    def result(self, value: Tensor) -> SolveResult:
+        """``value``, made of this solution, with what is said of it."""
+        return SolveResult(value, self.outcomes, self.iterations, self.residual_norms)
 
 
 class AbstractInverse(ABC):
@@ -75,17 +81,23 @@ class AbstractInverse(ABC):
 
     # --- what follows ------------------------------------------------------------------------------------------
 
+    def primal_quad(self, dual: Tensor, primal: Tensor) -> Tensor:
+        """bᵀ (I + Ψ Ψᵀ)⁻¹ b `[K]` = min over p of |b - Ψ p|² + |p|², near its minimum, for dual = b - Ψ primal."""
+        return self.exact.features.total(dual.square().sum(-1)) + primal.square().sum(-1)
+
+    def dual_quad(self, rhs: Tensor, dual: Tensor, primal: Tensor) -> Tensor:
+        """bᵀ (I + Ψ Ψᵀ)⁻¹ b `[K]` = max over u of 2 bᵀu - |u|² - |Ψᵀu|², near its maximum, for primal = Ψᵀ dual."""
+        return self.exact.features.total((dual * (2 * rhs - dual)).sum(-1)) - primal.square().sum(-1)
+
     def solve(self, rhs: Tensor) -> SolveResult:
         """(K + D)⁻¹ b for b `[K, n]`."""
         solution = self.whitened(rhs.to(self.dtype) * self.exact.row_scales)
-        value = solution.dual * self.exact.row_scales
-        return SolveResult(value, solution.outcomes, solution.iterations, solution.residual_norms)
+        return solution.result(solution.dual * self.exact.row_scales)
 
     def weights(self, rhs: Tensor) -> SolveResult:
         """S Φᵀ (K + D)⁻¹ b `[K, F]`, the posterior mean of the weights, for b `[K, n]`."""
         solution = self.whitened(rhs.to(self.dtype) * self.exact.row_scales)
-        value = solution.primal * self.exact.feature_scales
-        return SolveResult(value, solution.outcomes, solution.iterations, solution.residual_norms)
+        return solution.result(solution.primal * self.exact.feature_scales)
 
     def log_determinant(self) -> Tensor:
         """log|K + D| `[]`, in nats."""

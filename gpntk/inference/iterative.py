@@ -4,15 +4,18 @@ Iterations run in the precision of the data; after each run the true residual is
 the system is solved again for it (iterative refinement). So the attainable residual is that of float64 at about the
 cost of float32.
 
-All eigenvalues of the matrix A are at least 1, hence for x ≈ A⁻¹ b with residual r = b - A x
+All eigenvalues of the matrix A are at least 1. For x ≈ A⁻¹ b with residual r = b - A x, the error e = A⁻¹ r has
 
-    |Ψ (x - A⁻¹ b)| <= |r| / 2 (weight space),      0 <= bᵀA⁻¹b - (xᵀb + xᵀr) = rᵀA⁻¹r <= |r|²,
+    |Ψ e|² <= eᵀA e = rᵀA⁻¹r (weight space),    bᵀA⁻¹b - (xᵀb + xᵀr) = rᵀA⁻¹r,    rᵀA⁻¹r <= |r|²,
 
-so that residual norms are bounds of the error of fitted values and of variances.
+so that one number, the error in the norm of A, says how far fitted values and variances are off. It is bounded by the
+residual's norm, and estimated more closely by the preconditioner M = R Rᵀ: rᵀA⁻¹r <= |R⁻¹ r|² / a, with a the smallest
+eigenvalue of R⁻¹ A R⁻ᵀ, for which the smallest Ritz value of the iterations stands.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
@@ -20,13 +23,14 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature
+from gpntk.inference.checkpoint import SolveCheckpoint
+from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
 from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
 from gpntk.inference.result import Outcome, SolveResult
-from gpntk.inference.solver import AbstractSolver, Sizes
+from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
 from gpntk.inference.system import NoisySystem, Space
 from gpntk.jacobians.cost import Cost, Work
 from gpntk.jacobians.memory import chunks
@@ -36,8 +40,15 @@ _REDUCTION = {torch.float32: 1e-4, torch.float64: 1e-10}
 _REFINEMENTS = 12
 # A refinement that reduces the residual by less has met the limit of its precision.
 _PROGRESS = 0.5
+# A run is asked for so much at least, well below that: what is left to do is known to an estimate only.
+_LEAST = 0.1
+# Ritz values approach the smallest eigenvalue from above: errors estimated by them are taken for twice as large.
+_SAFETY = 2.0
 # Vectors of conjugate gradients and of its refinement that live at once, for each right-hand side.
 _VECTORS = 8
+# Error of a mean in weight space, in posterior standard deviations: |ψ e| <= (ψ A⁻¹ ψᵀ)^(1/2) (eᵀA e)^(1/2). Where the
+# noise is tiny, an error small beside the data may be large in directions that the data say nothing of.
+_STANDARD_DEVIATIONS = 0.01
 # Relative rounding of a difference of variances in float64.
 _ROUNDING = 1e-13
 # The first reduction asked for where the end is not in sight.
@@ -55,11 +66,15 @@ class ConjugateGradients(AbstractSolver):
     Attributes:
         preconditioner: `Nystrom` or `PivotedCholesky` (function space), `SampledGram` or ``Nystrom(space="weight")``
             (weight space).
-        tolerance: Of means: the residual's norm over that of the right-hand side, in the whitened system.
-        variance_tolerance: Relative error of posterior standard deviations, guaranteed by the residual.
+        tolerance: Of means: in function space the residual's norm over that of the right-hand side, in weight space
+            the error over the solution, in the norm of A.
+        variance_tolerance: Relative error of posterior standard deviations.
         max_iterations: Of one solve.
         probes: Random vectors that estimate the log-determinant and its derivatives; always the same ones.
         seed: Of the probes.
+        checkpoint: A file for the solution so far of the first solve after `prepare`, which is a posterior's mean. A
+            new process with the same data and settings goes on from it; it is not for fits, which solve many systems.
+        checkpoint_iterations: How often it is written; also after each refinement.
 
     References:
         Gardner et al. (2018), GPyTorch: Blackbox Matrix-Matrix Gaussian Process Inference, https://arxiv.org/abs/1809.11165.
@@ -72,8 +87,12 @@ class ConjugateGradients(AbstractSolver):
     max_iterations: int = 1000
     probes: int = 16
     seed: int = 0
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_iterations: int = 100
 
     def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
+        if self.preconditioner.space == "function":
+            refuse_sharded(system, self)
         return _IterativeInverse(system, self)
 
     def cost(self, sizes: Sizes) -> Cost:
@@ -113,45 +132,89 @@ class _IterativeInverse(AbstractInverse):
         self._factor = solver.preconditioner.build(system)
         self._product = system.product(self._space)
         self._exact_product = self.exact.product(self._space)
+        self._floor = 1.0
+        self._path = solver.checkpoint
 
     # --- solves ------------------------------------------------------------------------------------------------
 
     def whitened(self, rhs: Tensor) -> Solution:
-        norms = self.exact.features.total(rhs.square().sum(-1)).sqrt()
-        targets = self._solver.tolerance * norms
-        in_weights = self._space == "weight"
-        refined = self._refine(self.exact.adjoint(rhs) if in_weights else rhs, lambda _x, r: targets / _norms(r))
-        relative = _norms(refined.residual) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        if in_weights:
+        if self._space == "weight":
+            gradient = self.exact.adjoint(rhs)
+            wanted = self._wanted_energy(gradient, self._solver.tolerance, _STANDARD_DEVIATIONS)
+            refined = self._refine(gradient, wanted, self._checkpoint(rhs))
+            relative = self._error(refined.residual) / self._energy(gradient, *refined[:2]).sqrt()
             dual, primal = rhs - self.exact.apply(refined.value), refined.value
+            quad = self.primal_quad(dual, primal)
         else:
+            norms = _norms(rhs)
+            wanted = lambda _x, r: self._solver.tolerance * norms / _norms(r)  # noqa: E731
+            refined = self._refine(rhs, wanted, self._checkpoint(rhs))
+            relative = _norms(refined.residual) / norms
             dual, primal = refined.value, self.exact.adjoint(refined.value)
-        return Solution(dual, primal, tuple(refined.outcomes), refined.iterations, relative)
+            quad = self.dual_quad(rhs, dual, primal)
+        # A column of zeros has no residual to be compared with itself.
+        relative = torch.where(relative.isnan() & (_norms(refined.residual) == 0), 0.0, relative)
+        return Solution(dual, primal, tuple(refined.outcomes), refined.iterations, relative, quad)
 
-    def _refine(self, rhs: Tensor, wanted: Callable[[Tensor, Tensor], Tensor]) -> _Refined:
+    def _checkpoint(self, rhs: Tensor) -> SolveCheckpoint | None:
+        """Where the first solve is kept."""
+        path, self._path = self._path, None
+        return None if path is None else SolveCheckpoint(path, self.system, self._space, rhs)
+
+    def _error(self, residual: Tensor) -> Tensor:
+        """About (rᵀA⁻¹r)^(1/2) `[K]`: the norm of r bounds it, and that of R⁻¹ r over √a, a the smallest Ritz value."""
+        return torch.minimum(_norms(residual), _SAFETY * self._halved_norms(residual) / self._floor**0.5)
+
+    def _halved_norms(self, residual: Tensor) -> Tensor:
+        """|R⁻¹ r| `[K]`, what the iterations reduce."""
+        norms = _norms(residual)
+        scales = torch.where(norms > 0, norms, 1.0)
+        return scales * _norms(self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.features.dtype)))
+
+    def _energy(self, rhs: Tensor, value: Tensor, residual: Tensor) -> Tensor:
+        """About bᵀA⁻¹b `[K]`: from below by the present x, or by the preconditioner at the start."""
+        energy = (value * (rhs + residual)).sum(-1)
+        return torch.where(energy > 0, energy, self._error(rhs).square())
+
+    def _wanted_energy(
+        self, rhs: Tensor, accuracy: float, most: float = torch.inf
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Reduce the error until it is ``accuracy`` times the solution's norm and ``most``, in the norm of A."""
+        return lambda x, r: (accuracy * self._energy(rhs, x, r).sqrt()).clamp_max(most) / self._error(r)
+
+    def _refine(
+        self, rhs: Tensor, wanted: Callable[[Tensor, Tensor], Tensor], checkpoint: SolveCheckpoint | None = None
+    ) -> _Refined:
         """A⁻¹ b `[K, n]`; ``wanted(x, r)`` `[K]` says by which factor the residuals are still to be reduced."""
-        value, residual = torch.zeros_like(rhs), rhs
+        value, residual, iterations = torch.zeros_like(rhs), rhs, 0
+        if checkpoint is not None:
+            value, iterations = checkpoint.load()
+            residual = rhs - value - self._exact_product(value) if iterations else rhs
         outcomes = [Outcome.EXHAUSTED] * rhs.shape[0]
         open_columns = torch.arange(rhs.shape[0], device=rhs.device)
         previous = torch.full_like(rhs[:, 0], torch.inf)
-        iterations = 0
-        for _ in range(_REFINEMENTS + 1):
-            norms = _norms(residual)
-            factor = wanted(value, residual).nan_to_num(nan=0.0, posinf=torch.inf)
+        for refinement in range(_REFINEMENTS + 1):
+            norms = self._halved_norms(residual)
+            factor = torch.where(norms == 0, torch.inf, wanted(value, residual)).nan_to_num(nan=0.0, posinf=torch.inf)
             open_columns = self._close(open_columns, norms, factor, previous, outcomes)
-            if not open_columns.numel() or iterations >= self._solver.max_iterations:
+            spent = refinement == _REFINEMENTS or iterations >= self._solver.max_iterations
+            if not open_columns.numel() or spent:
                 break
             reduction = torch.where(factor > 0, 0.5 * factor, _FIRST)[open_columns]
-            reduction = reduction.clamp_min(_REDUCTION[self.system.features.dtype])
-            step, made, failures = self._run(
-                residual[open_columns], reduction, self._solver.max_iterations - iterations
-            )
+            reduction = reduction.clamp(_REDUCTION[self.system.features.dtype], _LEAST)
+            keep = self._keeper(checkpoint, value, open_columns, iterations)
+            most = self._solver.max_iterations - iterations
+            step, made, failures = self._run(residual[open_columns], reduction, most, keep)
             value = value.index_add(0, open_columns, step)
-            image = step + self._exact_product(step)
-            residual = residual.index_add(0, open_columns, -image)
+            # From the solution itself: a residual carried along would not show the rounding of the steps before.
+            present = value[open_columns]
+            residual = residual.index_copy(0, open_columns, rhs[open_columns] - present - self._exact_product(present))
             previous, iterations = norms, iterations + made
-            for column, failure in zip(open_columns.tolist(), failures, strict=True):
-                outcomes[column] = failure
+            if checkpoint is not None:
+                checkpoint.save(value, iterations)
+            for column, outcome in zip(open_columns.tolist(), failures, strict=True):
+                # What a run takes for convergence is for the residual to say.
+                outcomes[column] = Outcome.EXHAUSTED if outcome is Outcome.CONVERGED else outcome
         return _Refined(value, residual, outcomes, iterations)
 
     @staticmethod
@@ -169,13 +232,33 @@ class _IterativeInverse(AbstractInverse):
                 remaining.append(column)
         return torch.tensor(remaining, dtype=torch.long, device=columns.device)
 
-    def _run(self, residual: Tensor, reduction: Tensor, most: int) -> tuple[Tensor, int, list[Outcome]]:
+    def _keeper(
+        self, checkpoint: SolveCheckpoint | None, value: Tensor, columns: Tensor, before: int
+    ) -> Callable[[int, Callable[[], Tensor]], None]:
+        """What `_run` shows each iteration to: it keeps some."""
+
+        def keep(iteration: int, step: Callable[[], Tensor]) -> None:
+            if checkpoint is not None and iteration % self._solver.checkpoint_iterations == 0:
+                checkpoint.save(value.index_add(0, columns, step()), before + iteration)
+
+        return keep
+
+    def _run(
+        self, residual: Tensor, reduction: Tensor, most: int, keep: Callable[[int, Callable[[], Tensor]], None]
+    ) -> tuple[Tensor, int, list[Outcome]]:
         """About A⁻¹ r, in the precision of the data, for columns scaled to norm one."""
         scales = _norms(residual)
         rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.features.dtype))
-        run = conjugate_gradients(self._split, rhs, reduction * _norms(rhs), most)
-        step = self._factor.half_transposed(run.value).to(self.dtype) * scales.unsqueeze(-1)
-        return step, run.iterations, run.outcomes
+
+        def solution(v: Tensor) -> Tensor:
+            return self._factor.half_transposed(v).to(self.dtype) * scales.unsqueeze(-1)
+
+        def observe(iteration: int, v: Tensor) -> None:
+            keep(iteration, lambda: solution(v))
+
+        run = conjugate_gradients(self._split, rhs, reduction * _norms(rhs), most, observe)
+        self._floor = min(self._floor, smallest_ritz_value(run))
+        return solution(run.value), run.iterations, run.outcomes
 
     def _split(self, v: Tensor) -> Tensor:
         """R⁻¹ A R⁻ᵀ v."""
@@ -193,7 +276,7 @@ class _IterativeInverse(AbstractInverse):
         signs = torch.randint(0, 2, (self._solver.probes, size), generator=generator, device="cpu")
         probes = (2 * signs - 1).to(device=system.features.device, dtype=dtype)
         run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
-        SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full((len(probes),), 1e-4)).checked()
+        SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
         y = self._factor.half_transposed(probes)
         rest = self._factor.half_transposed(run.value) - y
@@ -205,15 +288,18 @@ class _IterativeInverse(AbstractInverse):
         by_variance = self.exact.by_group(1 - diagonal)
         if self.exact.homoscedastic:
             return by_variance, self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
-        return by_variance, self._row_diagonal()
+        return by_variance, self._row_diagonal((1 - diagonal).sum())
 
-    def _row_diagonal(self) -> Tensor:
-        """diag (I + Ψ Ψᵀ)⁻¹ `[n]`, estimated by probes of function space: I - Ψ A⁻¹ Ψᵀ with M⁻¹ ≈ A⁻¹."""
+    def _row_diagonal(self, trace: Tensor) -> Tensor:
+        """diag (I + Ψ Ψᵀ)⁻¹ `[n]`, estimated by probes of function space; tr (I - (I + Ψ Ψᵀ)⁻¹) is known better."""
         rows = self.system.features.num_rows
-        generator = torch.Generator("cpu").manual_seed(self._solver.seed + 1)
+        generator = torch.Generator("cpu").manual_seed(self._solver.seed + 1 + self.system.features.rank)
         signs = torch.randint(0, 2, (self._solver.probes, rows), generator=generator, device="cpu")
         probes = (2 * signs - 1).to(device=self.system.features.device, dtype=self.dtype)
-        return (probes * self.whitened(probes).dual).mean(0)
+        solution = self.whitened(probes)
+        reductions = 1 - (probes * solution.result(solution.dual).checked()).mean(0).clamp(0, 1)
+        total = self.exact.features.total(reductions.sum())
+        return 1 - reductions * trace / torch.where(total > 0, total, 1.0)
 
     def _function_derivatives(self, diagonal: Tensor, y: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
@@ -222,9 +308,12 @@ class _IterativeInverse(AbstractInverse):
         # tr(A⁻¹ H_g) = tr(M⁻¹ H_g) + E[rest H_g y], M⁻¹ = (1/c) I + U diag(1/m - 1/c) Uᵀ.
         factor = self._factor
         assert isinstance(factor, SpectralFactor)
-        images = self.system.adjoint(factor.vectors.mT).to(self.dtype).square()
         gains = (1 / factor.values - 1 / factor.rest).to(self.dtype)
-        traces = self.exact.prior_diagonal(per_group=True).sum(-1) / factor.rest + self.exact.by_group(gains @ images)
+        traces = self.exact.features.total(self.exact.prior_diagonal(per_group=True).sum(-1)) / factor.rest
+        bytes_each = 3 * self.dtype.itemsize * self.system.size("weight")
+        for part in chunks(gains.shape[0], bytes_each, self.system.features.memory_budget // 4):
+            images = self.system.adjoint(factor.vectors[:, part].mT).to(self.dtype).square()
+            traces = traces + self.exact.by_group(gains[part] @ images)
         product = self.system.adjoint(rest) * self.system.adjoint(y)
         return traces + self.exact.by_group(product.to(self.dtype).mean(0)), by_noise
 
@@ -232,54 +321,58 @@ class _IterativeInverse(AbstractInverse):
 
     def covariance(self, x: Tensor) -> Tensor:
         # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
+        allowed = 2 * self._solver.variance_tolerance
         if self._space == "weight":
             psi = self.test_features(x)
-            columns, residual = self._columns(psi.detach().flatten(0, 1))
+            columns, residual = self._columns(psi.detach().flatten(0, 1), allowed)
             columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
             # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
             quadratic = columns @ (psi.detach() - residual).mT
             return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
         cross = in_batches(self.cross(x), x.shape[0])
-        columns, residual = self._duals(cross.detach().flatten(0, 1), self._prior_diagonal(x.flatten(0, 1)))
+        columns, residual = self._duals(cross.detach().flatten(0, 1), self._prior_diagonal(x.flatten(0, 1)), allowed)
         columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
         quadratic = columns @ (cross.detach() - residual).mT
         return self.prior(x) - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
 
     def primal_columns(self, x: Tensor) -> Tensor:
         psi = self.test_features(x.unsqueeze(0)).squeeze(0)
+        # Means are made of these columns, and an error here is one of first order: it is for the means' tolerance.
+        squared = self._solver.tolerance**2
         if self._space == "weight":
-            return self._columns(psi)[0]
-        duals, _ = self._duals(self.cross(x.unsqueeze(0)), self._prior_diagonal(x))
+            return self._columns(psi, squared)[0]
+        duals, _ = self._duals(self.cross(x.unsqueeze(0)), self._prior_diagonal(x), squared)
         return psi - self.exact.adjoint(duals)
 
-    def _columns(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """A⁻¹ ψᵀ `[K, F]` in weight space and its residual, exact enough for the variance ψ A⁻¹ ψᵀ."""
-        allowed = 2 * self._solver.variance_tolerance
+    def _columns(self, psi: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+        """A⁻¹ ψᵀ `[K, F]` in weight space and its residual; ψ A⁻¹ ψᵀ made of both is off by ``allowed`` of itself."""
+        accuracy = allowed**0.5
+        # To the last bit the same in all processes, which decide by it.
+        psi = self.exact.features.first(psi)
+        return self._in_pieces(psi, lambda rows: self._wanted_energy(psi[rows], accuracy))
 
-        def wanted(rows: slice, x: Tensor, r: Tensor) -> Tensor:
-            variance = (x * (psi[rows] + r)).sum(-1).clamp_min(0)
-            return (allowed * variance).sqrt() / _norms(r)
+    def _duals(self, cross: Tensor, prior: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+        """A⁻¹ b `[K, n]` in function space and its residual; prior - b A⁻¹ bᵀ is off by ``allowed`` of itself."""
 
-        return self._in_pieces(psi, wanted)
+        def wanted(rows: slice) -> Callable[[Tensor, Tensor], Tensor]:
+            def factor(x: Tensor, r: Tensor) -> Tensor:
+                # The difference is known to rounding only.
+                variance = prior[rows] - (x * (cross[rows] + r)).sum(-1)
+                variance = torch.maximum(variance, _ROUNDING * prior[rows])
+                return (allowed / (1 + allowed) * variance).sqrt() / self._error(r)
 
-    def _duals(self, cross: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """A⁻¹ b `[K, n]` in function space and its residual, exact enough for the variance prior - b A⁻¹ bᵀ."""
-        allowed = 2 * self._solver.variance_tolerance
-
-        def wanted(rows: slice, x: Tensor, r: Tensor) -> Tensor:
-            # The difference is known to rounding only.
-            variance = prior[rows] - (x * (cross[rows] + r)).sum(-1)
-            variance = torch.maximum(variance, _ROUNDING * prior[rows])
-            return (allowed / (1 + allowed) * variance).sqrt() / _norms(r)
+            return factor
 
         return self._in_pieces(cross, wanted)
 
-    def _in_pieces(self, rhs: Tensor, wanted: Callable[[slice, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _in_pieces(
+        self, rhs: Tensor, wanted: Callable[[slice], Callable[[Tensor, Tensor], Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Solutions and residuals for the rows of ``rhs``, as many at a time as the memory budget holds."""
         values, residuals = [], []
-        budget = self.system.features.backend.memory_budget
+        budget = self.system.features.memory_budget
         for rows in chunks(rhs.shape[0], _VECTORS * rhs.shape[1] * rhs.element_size(), budget):
-            refined = self._refine(rhs[rows], lambda x, r, rows=rows: wanted(rows, x, r))
+            refined = self._refine(rhs[rows], wanted(rows))
             relative = _norms(refined.residual) / _norms(rhs[rows])
             SolveResult(refined.value, tuple(refined.outcomes), refined.iterations, relative).checked()
             values.append(refined.value)

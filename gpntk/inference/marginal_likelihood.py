@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures
 from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.system import NoisySystem
@@ -23,6 +24,7 @@ def inv_quad_logdet(
     conjugate gradients. A factorisation costs as much as without them.
 
     Raises:
+        InputError: A prior variance is zero and a derivative with respect to it is asked for.
         SolveError: The system could not be solved.
         RuntimeError: A second derivative is asked for; it would need the dense matrix.
     """
@@ -34,6 +36,8 @@ def log_marginal_likelihood(
     features: AbstractFeatures, variances: Tensor, noise: Tensor, y: Tensor, solver: AbstractSolver
 ) -> Tensor:
     """log N(y; 0, K + D) in nats `[]`, over the rows with finite noise, for y `[n]`; differentiable.
+
+    Rows of infinite noise may be NaN in y.
 
     Example:
         >>> import torch, gpntk
@@ -68,18 +72,21 @@ class _InvQuadLogdet(torch.autograd.Function):
         system = NoisySystem(features, variances, noise)
         inverse = solver.prepare(system, many=variances.requires_grad or noise.requires_grad)
         exact = inverse.exact
-        solution = inverse.solve(rhs)
-        alpha = solution.checked()
-        quad = features.total((rhs.to(alpha.dtype) * alpha).sum(-1))
+        if variances.requires_grad and not bool((exact.variances > 0).all()):
+            raise InputError("a prior variance is zero: its derivative is not computed.")
+        # Rows that were not observed have no target.
+        whitened = torch.where(exact.row_scales > 0, rhs.to(exact.row_scales), 0.0) * exact.row_scales
+        solution = inverse.whitened(whitened)
+        alpha = solution.result(solution.dual * exact.row_scales).checked()
         determinant = inverse.logdet()
-        squares = exact.features.vjp(alpha).square()
-        energies = torch.stack([exact.by_group(row) for row in squares])
+        # Of every prior variance, times it: primal = S^(1/2) Φᵀ α.
+        energies = torch.stack([exact.by_group(row) for row in solution.primal.square()])
         ctx.save_for_backward(
             alpha, energies, determinant.by_variance, determinant.by_noise, exact.variances, exact.noise
         )
         ctx.dtypes = variances.dtype, noise.dtype, rhs.dtype
-        ctx.total = features.total
-        return quad.to(rhs.dtype), (determinant.value + exact.noise_logdet).to(rhs.dtype)
+        ctx.total, ctx.homoscedastic = features.total, exact.homoscedastic
+        return solution.quad.to(rhs.dtype), (determinant.value + exact.noise_logdet).to(rhs.dtype)
 
     @staticmethod
     @once_differentiable
@@ -87,9 +94,8 @@ class _InvQuadLogdet(torch.autograd.Function):
         alpha, energies, by_variance, by_noise, variances, noise = ctx.saved_tensors
         for_quad, for_logdet = (grad.to(alpha.dtype) for grad in grads)
         weighted = alpha.square() * for_quad.unsqueeze(-1)
-        rows = ctx.total(weighted.sum()).unsqueeze(0) if noise.shape[0] == 1 else weighted.sum(0)
-        tiny = torch.finfo(alpha.dtype).tiny
-        to_variances = for_logdet * by_variance / variances.clamp_min(tiny) - for_quad @ energies
+        rows = ctx.total(weighted.sum()).unsqueeze(0) if ctx.homoscedastic else weighted.sum(0)
+        to_variances = (for_logdet * by_variance - for_quad @ energies) / variances
         to_noise = for_logdet * by_noise / noise - rows
         to_rhs = 2 * for_quad.unsqueeze(-1) * alpha
         dtypes = ctx.dtypes

@@ -24,13 +24,16 @@ _ROWS = 512
 
 
 class _Update(NamedTuple):
-    """Data added after the fact: A⁻¹ ψᵀ of their rows `[t, F]`, and the factor of their predictive covariance."""
+    """Data added after the fact: posterior covariance of the weights with their rows, and the factor of these rows'.
+
+    All rows are whitened, that is divided by their noise; one that was not observed is zero.
+    """
 
     columns: Tensor
     factor: CholeskyFactor
     x: Tensor
     residual: Tensor
-    noise: Tensor
+    row_scales: Tensor
 
 
 @final
@@ -76,7 +79,7 @@ class Posterior:
             self.result: SolveResult = self.inverse.weights(self._residual.unsqueeze(0))
         self.weights = self.result.checked().squeeze(0)
         self._updates: tuple[_Update, ...] = ()
-        self._directions: Tensor | None = None
+        self._directions: tuple[int, Tensor] | None = None
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean of f(x) `[T*C]` for x `[T, D]`; differentiable in x."""
@@ -110,19 +113,20 @@ class Posterior:
         exact = self.inverse.exact
         rows, device = self._residual.shape[0], self._residual.device
 
-        def normal(*shape: int) -> Tensor:
+        alike, own = exact.features.generators(generator)
+
+        def normal(*shape: int, generator: torch.Generator | None = alike) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=self.inverse.dtype, device=device)
 
         # w0 ~ N(0, I), e ~ N(0, I):  w0 + Ψᵀ (I + Ψ Ψᵀ)⁻¹ (D^(-1/2) y - Ψ w0 - e)  has the posterior's law.
         prior = normal(count, exact.features.num_features)
-        gap = self._residual * exact.row_scales - exact.apply(prior) - normal(count, rows)
+        gap = self._residual * exact.row_scales - exact.apply(prior) - normal(count, rows, generator=own)
         solution = self.inverse.whitened(gap)
-        SolveResult(solution.primal, *solution[2:]).checked()
-        weights = (prior + solution.primal) * exact.feature_scales
+        weights = (prior + solution.result(solution.primal).checked()) * exact.feature_scales
         for update in self._updates:
-            fitted = self._jvp(update.x, weights)
-            noise = normal(count, update.noise.shape[0]) * update.noise.sqrt()
-            weights = weights + update.factor.solve(update.residual - fitted - noise) @ update.columns
+            gap = (update.residual - self._jvp(update.x, weights)) * update.row_scales
+            gap = gap - normal(count, update.row_scales.shape[0])
+            weights = weights + update.factor.solve(gap) @ update.columns
         return weights
 
     def condition_on(self, x: Tensor, y: Tensor, noise: Tensor) -> Posterior:
@@ -130,31 +134,34 @@ class Posterior:
 
         Args:
             x: Inputs `[T, D]`.
-            y: Targets minus prior mean `[T*C]`.
+            y: Targets minus prior mean `[T*C]`; rows of infinite noise may be NaN.
             noise: Noise variances `[1]` or `[T*C]`.
         """
         updated = copy.copy(self)
         new = NoisySystem(Features(self.inverse.system.features.backend, x), self.inverse.system.variances, noise)
         residual = _checked(new, y).to(self.inverse.dtype)
-        variances = new.noise.to(self.inverse.dtype).expand(residual.shape[0])
-        scales = self.inverse.exact.feature_scales
-        columns = self.inverse.primal_columns(x) * scales
+        row_scales = new.noise.rsqrt().expand(residual.shape[0])
+        columns = self.inverse.primal_columns(x) * self.inverse.exact.feature_scales
         for index, update in enumerate(self._updates):
             columns = columns - update.factor.solve(self._cross(x.unsqueeze(0), index).squeeze(0)) @ update.columns
-        covariance = self._jvp(x, columns)
-        factor = cholesky((covariance + covariance.mT) / 2 + variances.diag())
-        gap = residual - self.mean(x)
+        columns = columns * row_scales.unsqueeze(-1)
+        covariance = self._jvp(x, columns) * row_scales
+        covariance = (covariance + covariance.mT) / 2
+        covariance.diagonal().add_(1)
+        factor = cholesky(covariance)
+        gap = (residual - self.mean(x)) * row_scales
         updated.weights = self.weights + factor.solve(gap.unsqueeze(0)).squeeze(0) @ columns
-        updated._updates = (*self._updates, _Update(columns, factor, x, residual, variances))
+        updated._updates = (*self._updates, _Update(columns, factor, x, residual, row_scales))
         return updated
 
     # --- private -----------------------------------------------------------------------------------------------
 
     def _upper_bound(self, x: Tensor, rank: int) -> Tensor:
         """ψ ψᵀ - ψ V diag(λ / (1 + λ)) Vᵀ ψᵀ for ``rank`` eigenpairs of Ψᵀ Ψ: the prior is not truncated."""
-        if self._directions is None or self._directions.shape[0] < rank:
-            self._directions = self.inverse.directions(rank)
-        half = self._jvp(x.flatten(0, 1), self._directions[:rank] * self.inverse.exact.feature_scales).mT
+        if self._directions is None or self._directions[0] < rank:
+            # There may be fewer of them than asked for.
+            self._directions = rank, self.inverse.directions(rank)
+        half = self._jvp(x.flatten(0, 1), self._directions[1][:rank] * self.inverse.exact.feature_scales).mT
         half = half.unflatten(0, (x.shape[0], -1))
         return self.inverse.prior(x) - half @ half.mT
 
@@ -164,15 +171,17 @@ class Posterior:
         return self.inverse.system.features.backend.jvp(x.unsqueeze(0), weights.unsqueeze(0)).squeeze(0)
 
     def _cross(self, x: Tensor, index: int) -> Tensor:
-        """Posterior covariance of f(x) with an update's rows, given what came before them, `[B, T*C, t]`."""
+        """Posterior covariance of f(x) with an update's whitened rows, given what came before, `[B, T*C, t]`."""
         columns = self._updates[index].columns
         flat = self._jvp(x.flatten(0, 1), columns).mT
         return flat.unflatten(0, (x.shape[0], -1))
 
     def _split(self, x: Tensor) -> list[Tensor]:
         system = self.inverse.exact
-        bytes_each = 8 * 4 * (system.features.num_features + system.features.num_rows)
-        size = next(chunks(x.shape[0], bytes_each, system.features.backend.memory_budget // 2)).stop
+        # Ranks that hold different numbers of rows must take as many test points at once.
+        rows = 0 if system.features.sharded else system.features.num_rows
+        bytes_each = 8 * 4 * (system.features.num_features + rows)
+        size = next(chunks(x.shape[0], bytes_each, system.features.memory_budget // 2)).stop
         return list(x.split(max(1, min(size, _ROWS))))
 
 

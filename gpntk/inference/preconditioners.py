@@ -167,7 +167,7 @@ class PivotedCholesky(AbstractPreconditioner):
             count = min(_PIVOTS, self.max_rank - root.shape[0], int((left > 0).sum()))
             pivots = torch.multinomial(left, count, generator=generator)
             unit = torch.zeros(count, features.num_rows, dtype=features.dtype, device=features.device)
-            unit[torch.arange(count), pivots] = 1
+            unit[torch.arange(count, device=left.device), pivots] = 1
             rows = product(unit) - root[:, pivots].mT @ root
             core = rows[:, pivots].to(left.dtype)
             values, vectors = torch.linalg.eigh((core + core.mT) / 2)
@@ -216,15 +216,17 @@ class SampledGram(AbstractPreconditioner):
             if not any(bool(info) for info in failed):
                 factors = [CholeskyFactor(lower.to(features.dtype)) for lower in lowers]
                 return BlockFactor(factors, indices) if self.per_layer else factors[0]
-        raise SolveError("the sampled Gram matrix is not positive definite: " + Outcome.NOT_POSITIVE.value)
+        finite = all(bool(moment.isfinite().all()) for moment in moments)
+        outcome = Outcome.NOT_POSITIVE if finite else Outcome.NOT_FINITE
+        raise SolveError(f"the sampled Gram matrix cannot be factorised ({outcome.name}): {outcome.value}")
 
     def _moments(self, system: NoisySystem, indices: list[Tensor]) -> list[Tensor]:
         """I + (n/s) Ψ_Sᵀ Ψ_S of each block of features."""
         features = system.features
         x, chosen = features.sample(max(1, int(self.oversampling * features.num_features)), self.seed)
         sampled = Features(features.backend, x)
-        rows, held = (features.total(torch.tensor(float(part.num_rows))) for part in (features, sampled))
-        scales = system.row_scales.expand(features.num_rows).unflatten(0, (-1, sampled.num_rows // max(1, x.shape[0])))
+        rows, held = features.place()[1], features.total(x.new_tensor(float(x.shape[0]), dtype=exact_dtype(x.device)))
+        scales = system.row_scales.expand(features.num_rows).unflatten(0, (-1, features.num_outputs))
         scales = scales[chosen].flatten() * float(rows / held) ** 0.5
         moments = [system.feature_scales.new_zeros(index.numel(), index.numel()) for index in indices]
         for part, block in sampled.blocks():

@@ -33,8 +33,8 @@ class SolveResult(NamedTuple):
             the outcome is not ``CONVERGED``.
         outcomes: What happened to each column, `K` of them.
         iterations: Products with the matrix that were made (0 for a factorisation).
-        residual_norms: Norm of the residual over that of the right-hand side `[K]`, computed in float64 after the
-            fact, of the whitened system.
+        residual_norms: What the tolerance is compared with `[K]`, computed in float64 after the fact on the whitened
+            system: the residual over the right-hand side, or in weight space the error over the solution (estimated).
     """
 
     value: Tensor

@@ -86,6 +86,8 @@ class AutoSolver(AbstractSolver):
             return time if isinstance(solver, ConjugateGradients) else time / _DIRECT_BONUS
 
         best = min(fitting, key=seconds)
+        # Estimates of ranks with different rows may differ by a hair, and their choices with them.
+        best = candidates[int(system.features.first(torch.tensor(candidates.index(best))))]
         return SolverChoice(best, f"the cheapest that fits for {sizes.rows} rows, {sizes.features} features.", counted)
 
     def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:
@@ -98,13 +100,11 @@ class AutoSolver(AbstractSolver):
 def sizes_of(system: NoisySystem, columns: int) -> Sizes:
     """What costs are counted from."""
     features = system.features
-    rows = int(features.total(torch.tensor(features.num_rows)))
-    x = next(iter(features.parts()))[1]
-    few = x[:64].unsqueeze(0)
-    counted = {
-        cost.strategy: cost for cost in features.backend.costs(few, 1) if cost.strategy in ("Gram", "factors, kept")
-    }
-    share = rows / max(1, few.shape[1] * features.backend.num_outputs(few.squeeze(0)))
+    rows = int(features.total(torch.tensor(features.num_rows, device=features.device)))
+    few = features.take(torch.arange(min(64, features.num_samples), device=features.device)).unsqueeze(0)
+    costs = features.backend.costs(few, 1) if few.shape[1] else ()
+    counted = {cost.strategy: cost for cost in costs if cost.strategy in ("Gram", "factors, kept")}
+    share = rows / max(1, few.shape[1] * features.num_outputs)
     f = features.num_features
     gram, product = Work(2 * rows**2 * f, 0, 100), Work(4 * rows * f, 0, 100)
     if counted:
@@ -120,6 +120,6 @@ def sizes_of(system: NoisySystem, columns: int) -> Sizes:
         itemsize=torch.finfo(features.dtype).bits // 8,
         gram=gram,
         product=product,
-        budget=features.backend.memory_budget,
+        budget=features.memory_budget,
         sharded=features.sharded,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from gpntk.errors import InputError
 from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.system import NoisySystem
 from gpntk.jacobians.cost import Cost, Work
@@ -31,6 +32,15 @@ class Sizes(NamedTuple):
     product: Work
     budget: int
     sharded: bool
+
+
+def refuse_sharded(system: NoisySystem, solver: object) -> None:
+    """Raise if rows are spread over processes, for a solver that needs them all in one."""
+    if system.features.sharded:
+        raise InputError(
+            f"{solver} works in function space, which needs all rows in one process: for sharded features take "
+            "WeightSpace(), ConjugateGradients(SampledGram()) or ConjugateGradients(Nystrom(space='weight'))."
+        )
 
 
 class AbstractSolver(ABC):

@@ -9,10 +9,15 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from gpntk.inference.direct import spectrum
+from gpntk.inference.features import AbstractFeatures, exact_dtype
+
 _GRID = 241
 _LARGEST_RATIO = 1e10
 # Smallest marginal variance, in units where y is of order one; keeps a perfect fit from an infinite likelihood.
 _MIN_VARIANCE = 1e-12
+# Eigenvalues of ΦᵀΦ that are rounding, in units of the largest.
+_ROUNDING = 1e-12
 
 
 def smallest_noise(dtype: torch.dtype) -> float:
@@ -64,19 +69,68 @@ class SpectralMarginalLikelihood:
     """
 
     def __init__(self, gram: Tensor, y: Tensor, basis: Tensor | None = None) -> None:
-        eigenvalues, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram)
+        basis = y.new_zeros(y.shape[0], 0) if basis is None else basis
         # Rounding leaves eigenvalues of either sign near zero; K is positive semi-definite by construction.
-        self._eigenvalues = eigenvalues.clamp_min(0)
-        self._y = vectors.mT @ y
-        self._basis = vectors.mT @ (y.new_zeros(y.shape[0], 0) if basis is None else basis)
-        self._level = self._eigenvalues.mean().item() or 1.0
-        self._smallest_ratio = smallest_noise(y.dtype) * max(self._eigenvalues.max().item(), self._level)
+        self._set(values.clamp_min(0), vectors.mT @ y, vectors.mT @ basis)
+
+    @classmethod
+    def from_features(
+        cls, features: AbstractFeatures, y: Tensor, basis: Tensor | None = None
+    ) -> SpectralMarginalLikelihood:
+        """That of K = Φ Φᵀ, from the smaller of Φ Φᵀ `[n, n]` and ΦᵀΦ `[F, F]`, in float64.
+
+        The spectrum is kept with the features, for the solver that predicts later. In weight space Φ v_i / √λ_i are the
+        eigenvectors of K with eigenvalues λ_i > 0; on all that is orthogonal to them, K is zero.
+
+        Args:
+            features: Φ, in memory, streamed, or spread over processes.
+            y: Targets `[n]` of the rows held.
+            basis: H `[n, Q]` of the rows held.
+        """
+        dtype = exact_dtype(features.device)
+        y, features = y.to(dtype), features.to(dtype)
+        basis = y.new_zeros(y.shape[0], 0) if basis is None else basis.to(dtype)
+        likelihood = cls.__new__(cls)
+        if features.num_rows <= features.num_features and not features.sharded:
+            values, vectors = spectrum(features, "function")
+            likelihood._set(values, vectors.mT @ y, vectors.mT @ basis)
+            return likelihood
+        values, vectors = spectrum(features, "weight")
+        kept = values > _ROUNDING * values.max()
+        values, roots = values[kept], (vectors[:, kept] * values[kept].rsqrt()).mT
+        both = torch.cat([y.unsqueeze(-1), basis], -1)
+        inside = roots @ features.vjp(both.mT.contiguous()).mT
+        outside = features.total(both.mT @ both) - inside.mT @ inside
+        rows = int(features.total(torch.tensor(features.num_rows)))
+        likelihood._set(values, inside[:, 0], inside[:, 1:], outside, rows - values.shape[0])
+        return likelihood
+
+    def _set(
+        self, eigenvalues: Tensor, y: Tensor, basis: Tensor, outside: Tensor | None = None, dimension: int = 0
+    ) -> None:
+        """Take coordinates in the eigenbasis, and the second moment of [y, H] `[1 + Q, 1 + Q]` where K is zero."""
+        self._eigenvalues, self._y, self._basis = eigenvalues, y, basis
+        self._outside = y.new_zeros(1 + basis.shape[1], 1 + basis.shape[1]) if outside is None else outside
+        self._dimension, self._rows = dimension, y.shape[0] + dimension
+        self._level = eigenvalues.sum().item() / max(1, self._rows) or 1.0
+        largest = eigenvalues.max().item() if eigenvalues.numel() else 0.0
+        self._smallest_ratio = smallest_noise(y.dtype) * max(largest, self._level)
 
     def __call__(self, scale: float, noise: float, coefficients: Tensor | None = None) -> float:
         """Log marginal likelihood at s = ``scale``, σ² = ``noise``, c = ``coefficients``."""
         variances = scale * self._eigenvalues + noise
-        residual = self._y if coefficients is None else self._y - self._basis @ coefficients
-        return float(-0.5 * (residual.square() / variances + variances.log() + math.log(2 * math.pi)).sum())
+        inside, outside = self._residual(coefficients)
+        quad = (inside.square() / variances).sum() + outside / noise
+        logdet = variances.log().sum() + self._dimension * math.log(noise)
+        return float(-0.5 * (quad + logdet + self._rows * math.log(2 * math.pi)))
+
+    def _residual(self, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y - H c where K is not zero `[r]`, and its squared norm elsewhere `[]`."""
+        minus = self._y.new_zeros(self._basis.shape[1]) if coefficients is None else -coefficients.to(self._y)
+        combination = torch.cat([minus.new_ones(1), minus])
+        squares = combination @ self._outside @ combination
+        return self._y + self._basis @ minus, squares.clamp_min(0)
 
     def maximize(self, min_noise: float = 0.0) -> SpectralFit:
         """The maximum over s, σ² and c, with σ² >= ``min_noise`` and s K + σ² I fit to be factorised."""
@@ -99,9 +153,11 @@ class SpectralMarginalLikelihood:
         ratio = math.exp(log_ratio)
         variances = self._eigenvalues + ratio
         weighted = self._basis / variances.unsqueeze(-1)
-        coefficients = torch.linalg.lstsq(weighted.mT @ self._basis, weighted.mT @ self._y).solution
-        residual = self._y - self._basis @ coefficients
-        scale = max((residual.square() / variances).mean().item(), _MIN_VARIANCE / (self._level + ratio))
+        normal = weighted.mT @ self._basis + self._outside[1:, 1:] / ratio
+        coefficients = torch.linalg.lstsq(normal, weighted.mT @ self._y + self._outside[1:, 0] / ratio).solution
+        inside, outside = self._residual(coefficients)
+        quad = ((inside.square() / variances).sum() + outside / ratio).item()
+        scale = max(quad / self._rows, _MIN_VARIANCE / (self._level + ratio))
         if scale * ratio < min_noise:
             # On the bound the ratio sweeps the scale instead.
             scale = min_noise / ratio

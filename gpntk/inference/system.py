@@ -8,8 +8,9 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from gpntk.errors import InputError
+from gpntk.errors import DistributedError, InputError
 from gpntk.inference.features import AbstractFeatures, exact_dtype
+from gpntk.jacobians.memory import chunks
 
 Space = Literal["function", "weight"]
 
@@ -32,12 +33,17 @@ class NoisySystem:
         noise: D: one noise variance for all rows `[1]`, or one per row `[n]`.
 
     Raises:
-        InputError: A variance is negative or NaN, a noise variance is not positive, or a shape does not fit.
+        InputError: A variance is negative, infinite or NaN, a noise variance is not positive, a shape does not fit, or
+            there is no data.
     """
 
     def __init__(self, features: AbstractFeatures, variances: Tensor, noise: Tensor) -> None:
         self.features = features
-        self.variances, self.noise = variances.detach(), noise.detach()
+        # Hyperparameters are few: they are exact whatever the precision of the data.
+        exact = exact_dtype(features.device)
+        self.variances, self.noise = variances.detach().to(exact), noise.detach().to(exact)
+        if not features.num_rows and not features.sharded:
+            raise InputError("x has no rows: give at least one input.")
         if self.noise.shape not in ((1,), (features.num_rows,)):
             raise InputError(
                 f"noise has shape {tuple(self.noise.shape)}: give one variance (1,) or one per row "
@@ -45,37 +51,39 @@ class NoisySystem:
             )
         if not bool((self.noise > 0).all()):
             raise InputError("noise variances must be positive: they are what makes K + D invertible.")
-        if not bool((self.variances >= 0).all()):
-            raise InputError("prior variances must be at least zero.")
+        if not bool(((self.variances >= 0) & self.variances.isfinite()).all()):
+            raise InputError("prior variances must be finite and at least zero.")
+        self.homoscedastic = _homoscedastic(features, self.noise)
         dtype = features.dtype
         self.row_scales = self.noise.rsqrt().to(dtype)
-        per_layer = self.variances.shape[0] > 1
-        spread = self.variances[features.backend.feature_groups(features.device)] if per_layer else self.variances
+        spread = self.variances
+        if spread.shape != (1,):
+            groups = features.backend.feature_groups(features.device)
+            layers = int(groups.max()) + 1
+            if spread.shape != (layers,):
+                raise InputError(
+                    f"variances has shape {tuple(spread.shape)}: give one prior variance (1,) or one per layer "
+                    f"({layers},)."
+                )
+            spread = spread[groups]
         self.feature_scales = spread.sqrt().to(dtype)
 
     def to(self, dtype: torch.dtype) -> NoisySystem:
         """The same system in another precision."""
         if dtype == self.features.dtype:
             return self
-        return NoisySystem(self.features.to(dtype), self.variances.to(dtype), self.noise.to(dtype))
-
-    @property
-    def homoscedastic(self) -> bool:
-        """Whether all rows have the same noise."""
-        return self.noise.shape[0] == 1
+        return NoisySystem(self.features.to(dtype), self.variances, self.noise)
 
     @property
     def observed(self) -> Tensor:
         """Number of rows observed, of all processes `[]`."""
-        rows = self.noise.new_tensor(self.features.num_rows)
-        return self.features.total(rows if self.homoscedastic else self.noise.isfinite().sum().to(rows))
+        return self.features.total(self.noise.isfinite().expand(self.features.num_rows).sum().to(self.noise))
 
     @property
     def noise_logdet(self) -> Tensor:
         """log|D| over the rows observed `[]`."""
-        if self.homoscedastic:
-            return self.observed * self.noise.log().squeeze(0)
-        return self.features.total(self.noise[self.noise.isfinite()].log().sum())
+        logs = torch.where(self.noise.isfinite(), self.noise, 1.0).log()
+        return self.observed * logs.squeeze(0) if self.homoscedastic else self.features.total(logs.sum())
 
     def apply(self, v: Tensor) -> Tensor:
         """Ψ v `[K, n]`."""
@@ -87,9 +95,16 @@ class NoisySystem:
 
     def product(self, space: Space) -> Callable[[Tensor], Tensor]:
         """v -> Ψ Ψᵀ v (function space) or Ψᵀ Ψ v (weight space)."""
-        if space == "function":
-            return lambda v: self.apply(self.adjoint(v))
-        return lambda v: self.adjoint(self.apply(v))
+        first, second = (self.adjoint, self.apply) if space == "function" else (self.apply, self.adjoint)
+        # Columns pass through the other space a few at a time, so that it may be the larger one.
+        rows = self.features.place()[1] * self.features.num_outputs
+        size = self.size("weight") if space == "function" else rows
+        bytes_each, budget = size * torch.finfo(self.features.dtype).bits // 4, self.features.memory_budget // 4
+
+        def product(v: Tensor) -> Tensor:
+            return torch.cat([second(first(v[part])) for part in chunks(v.shape[0], bytes_each, budget)])
+
+        return product
 
     def size(self, space: Space) -> int:
         """n or F."""
@@ -108,3 +123,14 @@ class NoisySystem:
             return values.sum(-1, keepdim=True)
         groups = self.features.backend.feature_groups(self.features.device)
         return values.new_zeros(self.variances.shape[0]).index_add(0, groups, values)
+
+
+def _homoscedastic(features: AbstractFeatures, noise: Tensor) -> bool:
+    """Whether all rows have the same noise variance; a process with a single row cannot tell, the others can."""
+    one = noise.shape[0] == 1
+    if not features.sharded:
+        return one
+    common, each = features.total(torch.tensor([one and features.num_rows != 1, not one], dtype=torch.int64)).tolist()
+    if common and each:
+        raise DistributedError("some ranks give one noise variance, others one for each of their rows.")
+    return not each

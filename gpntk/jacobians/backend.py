@@ -46,6 +46,10 @@ class AbstractJacobianBackend(ABC):
         """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
         return self.cache.get((kind, self.network.version), tensors, compute)
 
+    def holds(self, kind: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether `remember` would compute nothing."""
+        return self.cache.holds((kind, self.network.version), tensors)
+
     def share_cache(self, cache: TensorCache) -> None:
         """Keep what is kept in ``cache``, within its budget."""
         self.cache = cache

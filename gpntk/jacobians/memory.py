@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, final
 
 import torch
@@ -82,6 +83,24 @@ def frozen(x: Tensor) -> Tensor:
         return x.clone()
 
 
+# Memory of tensors that are passing through, by its address.
+_passing: set[int] = set()
+
+
+@contextmanager
+def passing(x: Tensor) -> Iterator[None]:
+    """Within it, no cache keeps anything of x or of views of it, for they will not come again.
+
+    Else the pieces of data larger than memory would push out of a cache what does come again, each for nothing.
+    """
+    address = x.untyped_storage().data_ptr()
+    _passing.add(address)
+    try:
+        yield
+    finally:
+        _passing.discard(address)
+
+
 @final
 class TensorCache:
     """Results of pure functions of tensors, found by the tensors' memory and confirmed by their values.
@@ -100,6 +119,9 @@ class TensorCache:
         """``compute()``, or what it returned the last time for the same tensors."""
         if any(tensor.is_inference() or tracks_gradient(tensor) for tensor in tensors):
             return compute()
+        if any(tensor.untyped_storage().data_ptr() in _passing for tensor in tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                return compute()
         key = (kind, *(_fingerprint(tensor) for tensor in tensors))
         with self._lock:
             entry = self._entries.get(key)

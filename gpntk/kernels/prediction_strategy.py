@@ -70,6 +70,8 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
         noise = problem.noise if problem.noise.shape[0] == 1 else problem.noise[old:]
         x = problem.features.x[self.train_inputs[0].shape[-2] :]
         residual = (strategy.train_labels - strategy.train_prior_dist.loc.reshape(-1))[old:]
+        if policy != "ignore":
+            noise = torch.where(residual.isnan(), torch.inf, noise)
         with torch.no_grad():
             updated = posterior.condition_on(x, residual, noise)
         add_to_cache(strategy, "posterior", updated, policy)

@@ -3,5 +3,11 @@
 from gpntk.operators.feature_gram import FeatureGramLinearOperator
 from gpntk.operators.jacobian import JacobianLinearOperator
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator
+from gpntk.operators.sharded import ShardedLinearOperator
 
-__all__ = ["FeatureGramLinearOperator", "JacobianLinearOperator", "NoisyGramLinearOperator"]
+__all__ = [
+    "FeatureGramLinearOperator",
+    "JacobianLinearOperator",
+    "NoisyGramLinearOperator",
+    "ShardedLinearOperator",
+]

@@ -1,0 +1,142 @@
+"""Rows spread over two processes give the answers of one; a process that fails does not leave the other waiting."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpntk
+from gpntk.errors import DistributedError
+from gpntk.inference import Features, NoisySystem, ShardedFeatures, WeightSpace
+from gpntk.io import load_tensors
+from tests.sharded_ranks import OUTPUTS, ROWS, answers, data, network
+
+_PATIENCE = 120
+
+
+def ranks(scenario: str, folder: Path) -> list[Any]:
+    """What both ranks give; None for one that gave nothing."""
+    for file in (folder / "ranks", folder / "result0", folder / "result1"):
+        file.unlink(missing_ok=True)
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "tests.sharded_ranks", scenario, str(rank), str(folder)])
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            process.wait(_PATIENCE)
+    finally:
+        for process in processes:
+            process.kill()
+    files = [folder / f"result{rank}" for rank in range(2)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return ranks("compare", tmp_path_factory.mktemp("compare"))
+
+
+def whole() -> Features:
+    return Features(gpntk.AutoBackend(network()), data()[0])
+
+
+@pytest.mark.parametrize("first", ["37", "59", "60"])
+def test_two_processes_give_the_answers_of_one(compared: list[Any], first: str) -> None:
+    expected = answers(whole(), slice(0, ROWS * OUTPUTS))
+    for name, value in expected.items():
+        parts = [rank[first][name] for rank in compared]
+        if name.startswith("rows: "):
+            parts = [torch.cat(parts)]
+        for part in parts:
+            error = (part - value).abs().max() / value.abs().max()
+            assert error < 1e-10, (name, float(error))
+
+
+@pytest.mark.parametrize("first", ["37", "59", "60"])
+def test_samples_of_rows_do_not_depend_on_how_they_are_spread(compared: list[Any], first: str) -> None:
+    x, _ = whole().sample(25, seed=3)
+    assert torch.equal(torch.cat([rank[f"{first} sampled"] for rank in compared]), x)
+
+
+def test_all_ranks_draw_the_same_weights_from_the_posterior(compared: list[Any]) -> None:
+    for first in ("37", "59", "60"):
+        one, two = (rank[f"{first} samples"] for rank in compared)
+        assert torch.equal(one, two)
+        assert not torch.equal(one[0], one[1])
+        assert torch.equal(*(rank[f"{first} global samples"] for rank in compared))
+    # The law: covariance S^(1/2) (I + ΨᵀΨ)⁻¹ S^(1/2), of 4000 draws.
+    draws = compared[0]["37 samples"].flatten(0, 1)
+    moment = answers(whole(), slice(0, ROWS * OUTPUTS))["moment"]
+    precision = moment / 0.1 + torch.eye(moment.shape[0], dtype=torch.float64)
+    # Hence x ~ N(m, P⁻¹) has E (x - m)ᵀ P (x - m) = F.
+    centred = draws - draws.mean(0)
+    energy = (centred @ precision * centred).sum(-1).mean() / moment.shape[0]
+    assert abs(float(energy) - 1) < 0.03
+
+
+def test_ranks_choose_one_solver_and_refuse_those_of_function_space(compared: list[Any]) -> None:
+    assert compared[0]["37 choice"] == compared[1]["37 choice"]
+    assert compared[0]["60 choice"] == compared[1]["60 choice"]
+    for rank in compared:
+        assert "needs all rows in one process" in rank["FunctionSpace"]
+        assert "needs all rows in one process" in rank["ConjugateGradients"]
+
+
+def test_ranks_that_do_not_fit_together_or_come_late_all_hear_of_it(tmp_path: Path) -> None:
+    expected = {
+        "features": "ranks differ in features: 26 on rank 0, 32 on rank 1",
+        "weights": "ranks differ in weights",
+        "dtype": "ranks differ in dtype: torch.float64 on rank 0, torch.float32 on rank 1",
+        "columns": r"float64 [2, 26] on rank 0, float64 [3, 26] on rank 1",
+        "precision": "float64 [3] on rank 0, float32 [3] on rank 1",
+        "noise": "some ranks give one noise variance, others one for each",
+    }
+    first, second = ranks("differ", tmp_path)
+    for messages in (first, second):
+        for name, part in expected.items():
+            assert part in messages[name], (name, messages[name])
+    assert "took more than timeout=1 s" in first["late"]
+
+
+def test_the_death_of_a_rank_ends_the_others_and_their_solve_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    left, gone = ranks("die", tmp_path)
+    assert gone is None
+    assert "lost the others" in left["message"]
+    assert left["seconds"] < 20
+    # The first rank alone writes.
+    assert not (tmp_path / "solve1").exists()
+    made = load_tensors(tmp_path / "solve0", "solve")[1]["iterations"]
+    assert made > 0
+    results = ranks("resume", tmp_path)
+    for result in results:
+        assert result["outcomes"] == ["CONVERGED", "CONVERGED"]
+        resumed, again, fresh = result["iterations"]
+        assert made < resumed == again
+        assert fresh > made
+        assert torch.allclose(*result["values"], rtol=1e-6)
+    assert torch.equal(results[0]["values"], results[1]["values"])
+    assert "another solve: it differs in right-hand side" in results[0]["message"]
+    assert "the message of rank 0 says why" in results[1]["message"]
+
+
+def test_without_a_group_there_are_no_shards() -> None:
+    with pytest.raises(DistributedError, match="torchrun"):
+        ShardedFeatures(whole())
+
+
+def test_a_process_alone_is_a_group(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/f", rank=0, world_size=1)
+    try:
+        features = ShardedFeatures(whole())
+        assert features.place() == (0, ROWS)
+        assert features.to(torch.float64) is features
+        single = features.to(torch.float32)
+        assert single.second_moment().dtype == torch.float32
+        system = NoisySystem(single, torch.ones(1), torch.tensor([0.1]))
+        assert WeightSpace().prepare(system).logdet().value.dtype == torch.float64
+    finally:
+        torch.distributed.destroy_process_group()
