@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 import gpntk
-from gpntk.inference import SpectralMarginalLikelihood
+from gpntk.inference import (
+    AbstractSolver,
+    Features,
+    FunctionSpace,
+    NoisySystem,
+    Posterior,
+    SpectralMarginalLikelihood,
+    WeightSpace,
+    log_marginal_likelihood,
+)
 from gpntk.models import TangentGP
 
 DIRECTORY = Path(__file__).parent / "oracles"
@@ -101,3 +110,29 @@ def test_evidence_on_the_grid(oracle: Oracle) -> None:
     values = [[likelihood(1 / d.item(), s.item() ** 2) for s in oracle["grid_sigma"]] for d in oracle["grid_delta"]]
     assert_agrees(torch.tensor(values, dtype=torch.float64), oracle["grid_gp_evidence"])
     assert likelihood(oracle.scale, oracle.noise) == pytest.approx(oracle["gp_evidence"].item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("solver", [FunctionSpace(), WeightSpace()], ids=lambda solver: type(solver).__name__)
+def test_evidence_gradient_and_posterior_in_either_space(oracle: Oracle, solver: AbstractSolver) -> None:
+    features, y = Features(oracle.kernel.backend, oracle.x), oracle["pseudo_targets"].flatten()
+    values = [
+        [
+            log_marginal_likelihood(features, 1 / d.reshape(1), s.reshape(1).square(), y, solver)
+            for s in oracle["grid_sigma"]
+        ]
+        for d in oracle["grid_delta"]
+    ]
+    assert_agrees(torch.tensor(values, dtype=torch.float64), oracle["grid_gp_evidence"])
+
+    logs = torch.stack([oracle["prior_precision"].log().squeeze(), oracle["sigma_noise"].log().squeeze()])
+    logs.requires_grad_()
+    value = log_marginal_likelihood(features, (-logs[:1]).exp(), (2 * logs[1:]).exp(), y, solver)
+    value.backward()
+    assert_agrees(value, oracle["gp_evidence"])
+    assert_agrees(logs.grad, oracle["grad_evidence_logdelta_logsigma"], 1e-8)
+
+    variances, noise = torch.tensor([[oracle.scale], [oracle.noise]], dtype=torch.float64)
+    system = NoisySystem(features, variances, noise)
+    posterior = Posterior(system, y, solver)
+    assert_agrees(posterior.mean(oracle.x_test), oracle["dual_mean"].flatten())
+    assert_agrees(posterior.covariance(oracle.x_test), oracle["glm_joint_cov"])

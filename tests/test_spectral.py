@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpntk.inference import SpectralMarginalLikelihood
+import gpntk
+from gpntk.inference import Features, SpectralMarginalLikelihood
+from tests.cases import reference_jacobian
 
 
 def problem(size: int, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,3 +80,29 @@ def test_degenerate_problems_stay_finite(gram: Tensor, y: Tensor) -> None:
     assert 0 < fit.scale < float("inf")
     assert 0 < fit.noise < float("inf")
     assert abs(fit.log_marginal_likelihood) < float("inf")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 30),
+    width=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    basis=st.booleans(),
+    scale=st.floats(1e-3, 1e3),
+    noise=st.floats(1e-3, 1e3),
+)
+def test_either_space_gives_the_same_function(
+    rows: int, width: int, seed: int, basis: bool, scale: float, noise: float
+) -> None:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    features = Features(gpntk.StructuredBackend(gpntk.freeze(module)), torch.randn(rows, 2).double())
+    y = torch.randn(rows).double() + 2
+    ones = torch.ones(rows, 1).double() if basis else None
+    level = torch.tensor([1.5]).double() if basis else None
+    jacobian = reference_jacobian(module, features.x)
+    likelihood = SpectralMarginalLikelihood.from_features(features, y, ones)
+    value = dense(jacobian @ jacobian.T, y, scale, noise, 0.0 if level is None else level)
+    assert likelihood(scale, noise, level) == pytest.approx(value, rel=1e-8, abs=1e-8)
+    fit, other = likelihood.maximize(), SpectralMarginalLikelihood(jacobian @ jacobian.T, y, ones).maximize()
+    assert fit.log_marginal_likelihood == pytest.approx(other.log_marginal_likelihood, rel=1e-6, abs=1e-6)
