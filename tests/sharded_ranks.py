@@ -211,7 +211,7 @@ def long_solve(rank: int, folder: Path) -> tuple[ShardedFeatures, NoisySystem, T
         checkpoint=folder / f"solve{rank}",
         checkpoint_iterations=1,
     )
-    system = NoisySystem(features, torch.ones(1), torch.tensor([1e-6]))
+    system = NoisySystem(features, torch.ones(1), torch.tensor([1e-3]))
     return features, system, y[rows.start * OUTPUTS : rows.stop * OUTPUTS], solver
 
 

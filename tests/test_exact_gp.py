@@ -135,3 +135,48 @@ def test_fit_reaches_a_stationary_point_and_reports_it() -> None:
     objective(model(x), y).backward()
     assert max(p.grad.abs().max() for p in model.parameters()) < 1e-4  # nats per observation
     assert value == pytest.approx(objective(model(x), y).item() * 40, rel=1e-9)
+
+
+class IndependentGPs(gpytorch.models.ExactGP):
+    """Three outputs on one x, each with its own scale and noise."""
+
+    def __init__(self, x: Tensor, y: Tensor, solver: gpntk.inference.AbstractSolver) -> None:
+        batch = torch.Size([3])
+        super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood(batch_shape=batch))
+        self.mean_module = gpytorch.means.ZeroMean(batch_shape=batch)
+        kernel = gpntk.NTKKernel(SINGLE, solver=solver)
+        self.covar_module = gpytorch.kernels.ScaleKernel(kernel, batch_shape=batch)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        return MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
+@pytest.mark.parametrize("solver", [gpntk.inference.FunctionSpace(), gpntk.inference.WeightSpace()])
+def test_independent_outputs_are_a_batch_of_posteriors(solver: gpntk.inference.AbstractSolver) -> None:
+    x, z = torch.randn(900, 5).double(), torch.randn(4, 5).double()
+    y = torch.stack([x[:, 0].sin(), x[:, 1].cos(), x[:, 2]]) + 0.1 * torch.randn(3, 900).double()
+    model = IndependentGPs(x, y, solver).double()
+    scales, noises = torch.tensor([0.5, 1.0, 2.0]).double(), torch.tensor([[0.1], [0.02], [0.3]]).double()
+    model.covar_module.outputscale, model.likelihood.noise = scales, noises
+    value = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)(model(x), y)
+    value.sum().backward()
+    with torch.no_grad():
+        posterior = model.eval()(z)
+        batched = model(z.expand(2, 1, 4, 5))
+    j, k = reference_jacobian(SINGLE, x), reference_jacobian(SINGLE, z)
+    assert value.shape == (3,)
+    assert batched.mean.shape == (2, 3, 4)
+    for index in range(3):
+        scale, noise = scales[index].clone().requires_grad_(), noises[index, 0].clone().requires_grad_()
+        noisy, cross = scale * j @ j.T + noise * torch.eye(900).double(), (scale * k @ j.T).detach()
+        exact = torch.distributions.MultivariateNormal(torch.zeros(900).double(), noisy).log_prob(y[index]) / 900
+        exact.backward()
+        torch.testing.assert_close(value[index], exact)
+        chain = torch.sigmoid(model.covar_module.raw_outputscale.detach()[index])
+        torch.testing.assert_close(model.covar_module.raw_outputscale.grad[index], scale.grad * chain)
+        noisy = noisy.detach()
+        torch.testing.assert_close(posterior.mean[index], cross @ torch.linalg.solve(noisy, y[index]))
+        covariance = scale.detach() * k @ k.T - cross @ torch.linalg.solve(noisy, cross.T)
+        torch.testing.assert_close(posterior.covariance_matrix[index], covariance, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(batched.mean[1, index], posterior.mean[index])
+        torch.testing.assert_close(batched.covariance_matrix[1, index], posterior.covariance_matrix[index])

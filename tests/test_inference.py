@@ -1,7 +1,6 @@
 """Every solver gives the GP of the dense float64 formulas: solves, posteriors, evidence and gradients."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from gpntk.inference import (
     NoisySystem,
     Nystrom,
     Posterior,
-    SampledGram,
     WeightSpace,
     log_marginal_likelihood,
 )
@@ -151,7 +149,7 @@ def case(rows: int, outputs: int, variances: list[float], noise: Tensor, seed: i
     return Problem(module, x, y, torch.tensor(variances).double(), noise.double())
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------
+# --- precision -------------------------------------------------------------------------------------------------------
 
 PRECISE: dict[str, AbstractSolver] = {
     **DIRECT,
@@ -235,7 +233,7 @@ def test_hyperparameters_of_lower_precision_are_taken_as_they_are() -> None:
         torch.testing.assert_close(*determinants, rtol=1e-14, atol=0)
 
 
-# --- caches ------------------------------------------------------------------------------------------------------------
+# --- caches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DIRECT)
@@ -269,7 +267,7 @@ def test_nothing_is_changed_in_place(name: str) -> None:
     torch.testing.assert_close((posterior.mean(z), posterior.covariance(z)), first, rtol=0, atol=0)
 
 
-# --- devices -----------------------------------------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "auto"])
@@ -289,7 +287,7 @@ def test_no_tensor_of_the_default_device(name: str) -> None:
     assert {result.device.type for result in results} == {"cpu"}
 
 
-# --- the automatic choice ----------------------------------------------------------------------------------------------
+# --- the automatic choice --------------------------------------------------------------------------------------------
 
 
 def choice(rows: int, width: int, budget: int) -> gpntk.inference.SolverChoice:
@@ -348,4 +346,3 @@ def test_the_reference_is_the_plain_one() -> None:
     """torch.func and plain autograd agree on J."""
     module, x = mlp(3).double().eval(), torch.randn(4, 5).double()
     torch.testing.assert_close(jacobian(module, x), reference_jacobian(module, x))
-    assert replace(ITERATIVE["sampled"], seed=1).preconditioner == SampledGram()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 import gpntk
-from gpntk.errors import DistributedError
-from gpntk.inference import Features, NoisySystem, ShardedFeatures, WeightSpace
+from gpntk.errors import DistributedError, FileFormatError, InputError
+from gpntk.inference import ConjugateGradients, Features, NoisySystem, Nystrom, Outcome, ShardedFeatures, WeightSpace
 from gpntk.io import load_tensors
 from tests.sharded_ranks import OUTPUTS, ROWS, answers, data, network
 
@@ -121,6 +122,42 @@ def test_the_death_of_a_rank_ends_the_others_and_their_solve_goes_on_from_its_ch
     assert torch.equal(results[0]["values"], results[1]["values"])
     assert "another solve: it differs in right-hand side" in results[0]["message"]
     assert "the message of rank 0 says why" in results[1]["message"]
+
+
+@pytest.mark.parametrize("space", ["function", "weight"])
+def test_a_solve_in_one_process_goes_on_too(space: Any, tmp_path: Path) -> None:
+    path = tmp_path / "solve"
+    rhs = data()[1].expand(2, -1) * torch.tensor([[1.0], [2.0]])
+    system = NoisySystem(whole(), torch.ones(1), torch.tensor([1e-3]))
+    solver = ConjugateGradients(Nystrom(3, space=space), tolerance=1e-10, checkpoint=path, checkpoint_iterations=2)
+    stopped = replace(solver, max_iterations=7).prepare(system)
+    assert stopped.weights(rhs).outcome is Outcome.EXHAUSTED
+    kept = path.read_bytes()
+    # Only the first solve of an inverse is kept: what follows it does not overwrite it.
+    stopped.weights(3 * rhs)
+    assert path.read_bytes() == kept
+    resumed = solver.prepare(system).weights(rhs)
+    fresh = replace(solver, checkpoint=None).prepare(system).weights(rhs)
+    assert resumed.outcome is fresh.outcome is Outcome.CONVERGED
+    assert resumed.iterations > 7
+    assert torch.allclose(resumed.value, fresh.value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileFormatError, match=r"another solve: it differs in .*noise"):
+        solver.prepare(NoisySystem(whole(), torch.ones(1), torch.tensor([1e-2]))).weights(rhs)
+    path.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(FileFormatError, match="cut short"):
+        solver.prepare(system).weights(rhs)
+    with pytest.raises(InputError, match="no such folder"):
+        replace(solver, checkpoint=tmp_path / "none" / "solve").prepare(system).weights(rhs)
+
+
+def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    script = tmp_path / "sharded.py"
+    script.write_text(page.split("```python\n")[1].split("```")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensor(") == 2
 
 
 def test_without_a_group_there_are_no_shards() -> None:

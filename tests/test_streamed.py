@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "NaN": (lambda: with_value(float("nan"), 17).numpy(), "row 17 of the source has nan in column 1"),
     "infinite": (lambda: with_value(float("inf"), 0), "row 0 of the source has inf in column 1"),
     "ragged": (lambda: Ragged(x64()), "row 33 has shape"),
-    "other widths": (lambda: DataLoader([x64(), x64()[:, :2]], batch_size=None), "rows 50 to 99 have 2 values each"),  # pyright: ignore[reportArgumentType]
+    "other widths": (lambda: DataLoader([x64(), x64()[:, :2]], batch_size=None), "rows 50 to 69 have 2 values each"),  # pyright: ignore[reportArgumentType]
     "augments": (lambda: Augmented(x64()), "row 0 is not what it was"),
 }
 

@@ -120,7 +120,7 @@ class _FunctionInverse(AbstractInverse):
         by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
         return LogDet(self._factor.logdet(), by_variance, by_noise)
 
-    def covariance(self, x: Tensor) -> Tensor:
+    def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
         half = in_batches(self._factor.half(self.cross(x)), x.shape[0])
         return self.prior(x) - half @ half.mT
 
@@ -174,7 +174,7 @@ class _WeightInverse(AbstractInverse):
                 by_noise[rows] -= self._factor.half(psi).square().sum(-1)
         return LogDet(self._factor.logdet(), by_variance, by_noise)
 
-    def covariance(self, x: Tensor) -> Tensor:
+    def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
         half = self._factor.half(self.test_features(x))
         return half @ half.mT
 
@@ -258,11 +258,12 @@ class _Refinement:
         """Outcomes, iterations and relative residual norms."""
         norms = self._norms(self._rhs)
         relative = torch.where(norms == 0, 0.0, self._errors / norms)
-        outcomes = tuple(
-            Outcome.NOT_FINITE if value != value else Outcome.CONVERGED if value <= _TOLERANCE else Outcome.STAGNATED
-            for value in relative.tolist()
-        )
-        return outcomes, 0, relative
+        outcomes = [
+            Outcome.CONVERGED if reached else Outcome.STAGNATED for reached in (relative <= _TOLERANCE).tolist()
+        ]
+        for column in (~relative.isfinite()).nonzero().flatten().tolist():
+            outcomes[column] = Outcome.NOT_FINITE
+        return tuple(outcomes), 0, relative
 
     def _norms(self, rows: Tensor) -> Tensor:
         return self._exact.features.total(rows.square().sum(-1)).sqrt()

@@ -72,8 +72,11 @@ class AbstractInverse(ABC):
         """log|I + Ψ Ψᵀ| with derivatives."""
 
     @abstractmethod
-    def covariance(self, x: Tensor) -> Tensor:
-        """Posterior covariance of f(x) `[B, T*C, T*C]` for x `[B, T, D]`; differentiable in x to first order."""
+    def covariance(self, x: Tensor, close: bool = False) -> Tensor:
+        """Posterior covariance of f(x) `[B, T*C, T*C]` for x `[B, T, D]`; differentiable in x to first order.
+
+        With ``close``, good enough for something nearly as large to be taken from it.
+        """
 
     @abstractmethod
     def primal_columns(self, x: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ _VECTORS = 8
 # Error of a mean in weight space, in posterior standard deviations: |ψ e| <= (ψ A⁻¹ ψᵀ)^(1/2) (eᵀA e)^(1/2). Where the
 # noise is tiny, an error small beside the data may be large in directions that the data say nothing of.
 _STANDARD_DEVIATIONS = 0.01
+# No error is asked for that is smaller than so much of the solution: right-hand sides may have other units.
+_SMALLEST = 1e-9
 # Relative rounding of a difference of variances in float64.
 _ROUNDING = 1e-13
 # The first reduction asked for where the end is not in sight.
@@ -180,7 +182,12 @@ class _IterativeInverse(AbstractInverse):
         self, rhs: Tensor, accuracy: float, most: float = torch.inf
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Reduce the error until it is ``accuracy`` times the solution's norm and ``most``, in the norm of A."""
-        return lambda x, r: (accuracy * self._energy(rhs, x, r).sqrt()).clamp_max(most) / self._error(r)
+
+        def factor(x: Tensor, r: Tensor) -> Tensor:
+            norm = self._energy(rhs, x, r).sqrt()
+            return torch.minimum(accuracy * norm, (_SMALLEST * norm).clamp_min(most)) / self._error(r)
+
+        return factor
 
     def _refine(
         self, rhs: Tensor, wanted: Callable[[Tensor, Tensor], Tensor], checkpoint: SolveCheckpoint | None = None
@@ -209,7 +216,9 @@ class _IterativeInverse(AbstractInverse):
             # From the solution itself: a residual carried along would not show the rounding of the steps before.
             present = value[open_columns]
             residual = residual.index_copy(0, open_columns, rhs[open_columns] - present - self._exact_product(present))
-            previous, iterations = norms, iterations + made
+            iterations += made
+            # What was cut short has not stopped falling.
+            previous = norms if iterations < self._solver.max_iterations else torch.full_like(norms, torch.inf)
             if checkpoint is not None:
                 checkpoint.save(value, iterations)
             for column, outcome in zip(open_columns.tolist(), failures, strict=True):
@@ -319,9 +328,9 @@ class _IterativeInverse(AbstractInverse):
 
     # --- posterior ---------------------------------------------------------------------------------------------
 
-    def covariance(self, x: Tensor) -> Tensor:
+    def covariance(self, x: Tensor, close: bool = False) -> Tensor:
         # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
-        allowed = 2 * self._solver.variance_tolerance
+        allowed = self._solver.tolerance**2 if close else 2 * self._solver.variance_tolerance
         if self._space == "weight":
             psi = self.test_features(x)
             columns, residual = self._columns(psi.detach().flatten(0, 1), allowed)

@@ -98,7 +98,10 @@ class Posterior:
         at ``rank`` F operations a point.
         """
         batched = x.reshape(-1, *x.shape[-2:])
-        covariance = self.inverse.covariance(batched) if rank is None else self._upper_bound(batched, rank)
+        if rank is None:
+            covariance = self.inverse.covariance(batched, close=bool(self._updates))
+        else:
+            covariance = self._upper_bound(batched, rank)
         for index in range(len(self._updates)):
             half = self._updates[index].factor.half(self._cross(batched, index))
             covariance = covariance - half @ half.mT

@@ -105,6 +105,10 @@ def _low_rank(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     shift = torch.finfo(basis.dtype).eps * float(image.norm())
     shifted = image + shift * basis
     core = (basis @ shifted.mT).to(exact_dtype(basis.device))
+    if not bool(core.isfinite().all()):
+        raise SolveError(
+            f"a product with the system is not finite ({Outcome.NOT_FINITE.name}): {Outcome.NOT_FINITE.value}"
+        )
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     kept = values > torch.finfo(basis.dtype).eps * values[-1].clamp_min(0)
     root = (vectors[:, kept] * values[kept].rsqrt()).mT.to(basis.dtype) @ shifted

@@ -20,6 +20,8 @@ from gpntk.jacobians.memory import chunks, passing
 _SHARE = 8
 # Bytes of a value of a source, at most.
 _ITEMSIZE = 8
+# On a CPU, what larger pieces leave behind between the two halves of a product no longer fits its cache.
+_CPU_ROWS = 2**14
 
 
 @final
@@ -27,9 +29,9 @@ class StreamedFeatures(AbstractFeatures):
     """The features of inputs that are too many for memory.
 
     Each product is one pass over the source, in which every piece is read, checked, cast, moved to the device, used
-    and dropped: factors are made anew for each, so a pass costs 2 to 3 times a product of `Features`, whose factors
-    are kept. Take it when x does not fit; where only the factors do not, `Features` reads x faster and forgets as
-    much. With a GPU and decoding on the CPU, a `DataLoader` with workers reads ahead.
+    and dropped: factors are made anew for each, so a pass costs up to 4 times a product of `Features` that keeps them.
+    Take it when x does not fit; where only the factors do not, `Features` makes them anew by pieces too. Where reading
+    is slow, a `DataLoader` with workers reads ahead.
 
     Args:
         backend: How Jacobian products are computed.
@@ -37,7 +39,8 @@ class StreamedFeatures(AbstractFeatures):
             of x or (x, y); or a `DataLoader` of such batches that does not shuffle. Each input is made flat, `[D]`.
         dtype: Of products; default: that of the network.
         device: Of products; default: that of the network.
-        chunk_rows: Inputs read at once; default: as many as an eighth of the backend's memory budget holds.
+        chunk_rows: Inputs read at once; default: as many as an eighth of the backend's memory budget holds, on
+            a CPU at most 16,384.
         progress: Whether a pass that takes more than two seconds shows a bar.
 
     Raises:
@@ -81,6 +84,7 @@ class StreamedFeatures(AbstractFeatures):
         super().__init__(backend, dtype, device, self._source.num_rows, outputs)
         width = max(1, self._first_row.shape[1])
         rows = next(chunks(self.num_samples, 2 * _ITEMSIZE * width, backend.memory_budget // _SHARE)).stop
+        rows = min(rows, _CPU_ROWS) if device.type == "cpu" else rows
         self._chunk_rows = max(1, rows) if chunk_rows is None else chunk_rows
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:

@@ -172,6 +172,12 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
 
     # --- constants and diagonals stay inside -------------------------------------------------------------------
 
+    def mul(self, other: float | Tensor | LinearOperator) -> LinearOperator:
+        """K times a constant, or a constant for each element of a batch (for which the host would form K)."""
+        if isinstance(other, Tensor) and other.shape[-2:] == (1, 1):
+            return self._mul_constant(other[..., 0, 0])
+        return super().mul(other)
+
     def _mul_constant(self, other: float | Tensor) -> FeatureGramLinearOperator:
         factor = torch.as_tensor(other, dtype=self._variances.dtype, device=self._variances.device)
         return self._like(self._x1, self._x2, self._variances * factor[..., None, None])
@@ -187,12 +193,11 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
         return super().__add__(other)
 
     def statement(self) -> tuple[Features, Tensor, AbstractSolver] | None:
-        x, variances = collapse(self._x1), collapse(self._variances)
-        single = x.shape[:-2].numel() == variances.shape[:-2].numel() == 1
-        if not single or not self._same_inputs or tracks_gradient(x) or 0 in self.shape:
+        x = collapse(self._x1)
+        if x.shape[:-2].numel() != 1 or not self._same_inputs or tracks_gradient(x) or 0 in self.shape:
             return None
         features = Features(self._backend, x.reshape(x.shape[-2:]))
-        return features, variances.reshape(-1), self._solver or AutoSolver()
+        return features, self._variances.squeeze(-1), self._solver or AutoSolver()
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:

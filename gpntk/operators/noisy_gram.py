@@ -18,7 +18,9 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.inference import AbstractInverse, AbstractSolver, Features, NoisySystem, inv_quad_logdet
-from gpntk.operators.batching import collapse
+
+# Elements of a batch that are solved one after the other; more are left to the host's batched algorithms.
+_MOST = 16
 
 
 class Problem(NamedTuple):
@@ -42,7 +44,7 @@ class AbstractGramLinearOperator(LinearOperator):
 
     @abstractmethod
     def statement(self) -> tuple[Features, Tensor, AbstractSolver] | None:
-        """Features, prior variances `[G]` and solver; None for batches, or x1 other than x2 or with a gradient."""
+        """Features, variances `[..., G]`, solver; None for batches of x, or if x1 is not x2 or carries a gradient."""
 
 
 @final
@@ -61,38 +63,55 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
         ('NoisyGramLinearOperator', torch.Size([5]))
     """
 
-    def problem(self) -> Problem | None:
-        """What is to be solved; None for real batches, inputs that carry a gradient, and sums with other kernels."""
+    def problems(self) -> list[Problem] | None:
+        """What is to be solved, for every element of the batch: one x, but each its own hyperparameters.
+
+        None for batches of x (or more than 16 in all), inputs that carry a gradient, and sums with other kernels.
+        """
         gram, diagonal = self._linear_op, self._diag_tensor
         stated = gram.statement() if isinstance(gram, AbstractGramLinearOperator) else None
-        if stated is None:
+        if stated is None or self.batch_shape.numel() > _MOST:
             return None
+        features, variances, solver = stated
         constant = isinstance(diagonal, ConstantDiagLinearOperator)
         noise = diagonal.diag_values if constant else diagonal._diagonal()
-        if collapse(noise.unsqueeze(-2)).shape[:-2].numel() != 1:
-            return None
-        noise = collapse(noise.unsqueeze(-2)).reshape(-1)
-        if not constant and not noise.requires_grad and bool((noise == noise[:1]).all()):
-            noise = noise[:1]
-        return Problem(*stated[:2], noise, stated[2])
+        if not constant and not noise.requires_grad and bool((noise == noise[..., :1]).all()):
+            noise = noise[..., :1]
+        pairs = zip(self._elements(variances), self._elements(noise), strict=True)
+        return [Problem(features, *pair, solver) for pair in pairs]
+
+    def _elements(self, values: Tensor) -> Tensor:
+        """`[..., k]` for every element of the batch, `[B, k]`."""
+        return values.expand(*self.batch_shape, values.shape[-1]).reshape(-1, values.shape[-1])
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        problem = self.problem() if logdet and self.dim() == 2 else None
-        if problem is None or inv_quad_rhs is None:
+        problems = self.problems() if logdet and inv_quad_rhs is not None else None
+        if problems is None or inv_quad_rhs is None:
             return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
         columns = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
-        quad, determinant = inv_quad_logdet(*problem[:3], columns.mT, problem.solver)
-        return quad.sum() if reduce_inv_quad else quad, determinant
+        columns = columns.mT.reshape(len(problems), -1, self.shape[-1])
+        parts = [
+            inv_quad_logdet(*problem[:3], rhs, problem.solver) for problem, rhs in zip(problems, columns, strict=True)
+        ]
+        quad = torch.stack([part[0] for part in parts]).reshape(*self.batch_shape, -1)
+        determinant = torch.stack([part[1] for part in parts]).reshape(self.batch_shape)
+        return quad.sum(-1) if reduce_inv_quad else quad, determinant
 
     def _solve(
         self, rhs: Tensor, preconditioner: Callable[[Tensor], Tensor] | None = None, num_tridiag: int | None = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        problem = None if num_tridiag else self.problem()
-        if problem is not None and self.dim() == 2:
-            columns = self._inverse(problem).solve(rhs.mT.flatten(0, -2)).checked()
-            return columns.to(rhs.dtype).reshape(rhs.mT.shape).mT
+        problems = None if num_tridiag else self.problems()
+        if problems is not None:
+            columns = rhs.mT.expand(*torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape), *rhs.mT.shape[-2:])
+            # The operator's own batch first, all other columns second.
+            own = columns.reshape(-1, len(problems), *columns.shape[-2:]).transpose(0, 1)
+            pairs = zip(self._inverses(problems), own, strict=True)
+            solved = torch.stack(
+                [inverse.solve(part.flatten(0, 1)).checked().view(part.shape) for inverse, part in pairs]
+            )
+            return solved.transpose(0, 1).reshape(columns.shape).mT.to(rhs.dtype)
         tiny = torch.finfo(rhs.dtype).tiny
         # Through the module, so that whoever counts the host's CG calls counts these.
         return utils.linear_cg(
@@ -106,9 +125,9 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
             preconditioner=preconditioner,
         )
 
-    @cached(name="inverse", ignore_args=True)
-    def _inverse(self, problem: Problem) -> AbstractInverse:
-        return problem.solver.prepare(problem.system())
+    @cached(name="inverses", ignore_args=True)
+    def _inverses(self, problems: list[Problem]) -> list[AbstractInverse]:
+        return [problem.solver.prepare(problem.system()) for problem in problems]
 
 
 def noisy_gram(gram: LinearOperator, noise: DiagLinearOperator) -> NoisyGramLinearOperator:
