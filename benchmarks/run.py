@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, sharded
 from benchmarks.measure import provenance, settle
 from benchmarks.suites import SUITES
 
@@ -50,8 +50,8 @@ def write_readme() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        suite = SUITES.get(result["suite"])
-        doc = ((peers if suite is None else suite).__doc__ or "").strip()
+        source = sharded if result["suite"] == "sharded" else SUITES.get(result["suite"], peers)
+        doc = (source.__doc__ or "").strip()
         parts += [
             f"## {result['suite']}: {result['device']}, {result['threads']} thread(s)\n",
             f"{doc}\n",

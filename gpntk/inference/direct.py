@@ -107,7 +107,7 @@ class _FunctionInverse(AbstractInverse):
             primal = self.exact.adjoint(dual)
         return Solution(dual, primal, *refinement.verdict(), self.dual_quad(rhs, dual, primal))
 
-    def logdet(self) -> LogDet:
+    def logdet(self, by_row: bool = True) -> LogDet:  # noqa: ARG002
         diagonal = self._factor.inverse_diagonal()
         if self.grouped:
             eye = torch.eye(diagonal.shape[0], dtype=self.dtype, device=diagonal.device)
@@ -161,7 +161,7 @@ class _WeightInverse(AbstractInverse):
             dual = rhs - self.exact.apply(primal)
         return Solution(dual, primal, *refinement.verdict(), self.primal_quad(dual, primal))
 
-    def logdet(self) -> LogDet:
+    def logdet(self, by_row: bool = True) -> LogDet:
         diagonal = self._factor.inverse_diagonal()
         by_variance = self.exact.by_group(1 - diagonal)
         if self.exact.homoscedastic:
@@ -169,6 +169,7 @@ class _WeightInverse(AbstractInverse):
             by_noise = self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
         else:
             by_noise = torch.ones_like(self.exact.noise)
+        if by_row and not self.exact.homoscedastic:
             for rows, block in self.exact.features.blocks():
                 psi = block * self.exact.feature_scales * self.exact.row_scales[rows].unsqueeze(-1)
                 by_noise[rows] -= self._factor.half(psi).square().sum(-1)

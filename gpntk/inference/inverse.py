@@ -68,8 +68,8 @@ class AbstractInverse(ABC):
         """(I + Ψ Ψᵀ)⁻¹ b for b `[K, n]`."""
 
     @abstractmethod
-    def logdet(self) -> LogDet:
-        """log|I + Ψ Ψᵀ| with derivatives."""
+    def logdet(self, by_row: bool = True) -> LogDet:
+        """log|I + Ψ Ψᵀ| with derivatives; those with respect to a noise per row, which cost, only if ``by_row``."""
 
     @abstractmethod
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:

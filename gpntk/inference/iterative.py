@@ -276,7 +276,7 @@ class _IterativeInverse(AbstractInverse):
 
     # --- determinants ------------------------------------------------------------------------------------------
 
-    def logdet(self) -> LogDet:
+    def logdet(self, by_row: bool = True) -> LogDet:
         # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
         system, dtype = self.system, self.system.features.dtype
@@ -290,14 +290,18 @@ class _IterativeInverse(AbstractInverse):
         y = self._factor.half_transposed(probes)
         rest = self._factor.half_transposed(run.value) - y
         diagonal = (self._factor.inverse_diagonal() + (y * rest).mean(0)).to(self.dtype)
-        derivatives = self._weight_derivatives if self._space == "weight" else self._function_derivatives
-        return LogDet(self._factor.logdet().to(self.dtype) + value, *derivatives(diagonal, y, rest), error)
+        if self._space == "weight":
+            derivatives = self._weight_derivatives(diagonal, by_row)
+        else:
+            derivatives = self._function_derivatives(diagonal, y, rest)
+        return LogDet(self._factor.logdet().to(self.dtype) + value, *derivatives, error)
 
-    def _weight_derivatives(self, diagonal: Tensor, _y: Tensor, _rest: Tensor) -> tuple[Tensor, Tensor]:
+    def _weight_derivatives(self, diagonal: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
         by_variance = self.exact.by_group(1 - diagonal)
         if self.exact.homoscedastic:
             return by_variance, self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
-        return by_variance, self._row_diagonal((1 - diagonal).sum())
+        trace = (1 - diagonal).sum()
+        return by_variance, self._row_diagonal(trace) if by_row else torch.zeros_like(self.exact.noise)
 
     def _row_diagonal(self, trace: Tensor) -> Tensor:
         """diag (I + Ψ Ψᵀ)⁻¹ `[n]`, estimated by probes of function space; tr (I - (I + Ψ Ψᵀ)⁻¹) is known better."""

@@ -78,7 +78,7 @@ class _InvQuadLogdet(torch.autograd.Function):
         whitened = torch.where(exact.row_scales > 0, rhs.to(exact.row_scales), 0.0) * exact.row_scales
         solution = inverse.whitened(whitened)
         alpha = solution.result(solution.dual * exact.row_scales).checked()
-        determinant = inverse.logdet()
+        determinant = inverse.logdet(by_row=noise.requires_grad)
         # Of every prior variance, times it: primal = S^(1/2) Φᵀ α.
         energies = torch.stack([exact.by_group(row) for row in solution.primal.square()])
         ctx.save_for_backward(

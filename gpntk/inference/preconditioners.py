@@ -10,6 +10,7 @@ exact log|M|. It is good where R⁻¹ A R⁻ᵀ has few different eigenvalues.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -227,7 +228,8 @@ class SampledGram(AbstractPreconditioner):
     def _moments(self, system: NoisySystem, indices: list[Tensor]) -> list[Tensor]:
         """I + (n/s) Ψ_Sᵀ Ψ_S of each block of features."""
         features = system.features
-        x, chosen = features.sample(max(1, int(self.oversampling * features.num_features)), self.seed)
+        wanted = math.ceil(self.oversampling * features.num_features / features.num_outputs)
+        x, chosen = features.sample(wanted, self.seed)
         sampled = Features(features.backend, x)
         rows, held = features.place()[1], features.total(x.new_tensor(float(x.shape[0]), dtype=exact_dtype(x.device)))
         scales = system.row_scales.expand(features.num_rows).unflatten(0, (-1, features.num_outputs))
