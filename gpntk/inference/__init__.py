@@ -1,6 +1,7 @@
 """Exact GP inference on Jacobian features: systems, solvers, preconditioners, evidence and posteriors. Pure torch."""
 
 from gpntk.inference.direct import FunctionSpace, WeightSpace
+from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, Features
 from gpntk.inference.inverse import AbstractInverse, LogDet
 from gpntk.inference.iterative import ConjugateGradients
@@ -16,11 +17,13 @@ from gpntk.inference.streamed import StreamedFeatures, targets
 from gpntk.inference.system import NoisySystem
 
 __all__ = [
+    "AbstractFactor",
     "AbstractFeatures",
     "AbstractInverse",
     "AbstractPreconditioner",
     "AbstractSolver",
     "AutoSolver",
+    "CholeskyFactor",
     "ConjugateGradients",
     "Features",
     "FunctionSpace",
@@ -34,6 +37,7 @@ __all__ = [
     "ShardedFeatures",
     "SolveResult",
     "SolverChoice",
+    "SpectralFactor",
     "SpectralFit",
     "SpectralMarginalLikelihood",
     "StreamedFeatures",

@@ -109,7 +109,7 @@ class ConjugateGradients(AbstractSolver):
             once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
             kept, step = 5.0 * item * size * rank, sizes.product + Work(4 * size * rank, 2 * item * size * rank, 4)
         fits = 1.5 * kept <= 2 * sizes.budget and not (sizes.sharded and self.preconditioner.space == "function")
-        name = f"conjugate gradients, {self.preconditioner.space} space"
+        name = f"CG, {type(self.preconditioner).__name__}, {self.preconditioner.space} space"
         iterations = _TYPICAL_ITERATIONS if self.preconditioner.space == "function" else _TYPICAL_ITERATIONS // 2
         return Cost(name, once, step.times(iterations * sizes.columns), kept, fits)
 

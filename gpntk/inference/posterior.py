@@ -65,8 +65,7 @@ class Posterior:
 
     References:
         Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.8 to 2.12 (both spaces).
-        Wilson et al. (2020), Efficiently Sampling Functions from Gaussian Process Posteriors,
-            https://arxiv.org/abs/2002.09309, eq. 5.
+        Wilson et al. (2020), Efficiently Sampling Functions from GP Posteriors, arXiv 2002.09309, eq. 5.
     """
 
     def __init__(self, system: NoisySystem, y: Tensor, solver: AbstractSolver | None = None) -> None:

@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk.errors import SolveError
+from gpntk.errors import InputError, SolveError
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import Features, add_second_moment, exact_dtype, mirror
 from gpntk.inference.result import Outcome
@@ -65,6 +65,10 @@ class Nystrom(AbstractPreconditioner):
     error: float = 30.0
     space: Space = "function"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rank < 1:
+            raise InputError(f"max_rank={self.max_rank} must be at least 1.")
 
     def build(self, system: NoisySystem) -> SpectralFactor:
         like = system.feature_scales.new_empty(system.size(self.space))

@@ -15,12 +15,13 @@ class Outcome(Enum):
 
     CONVERGED = "the tolerance was reached."
     STAGNATED = (
-        "the residual stopped falling: the system is too ill-conditioned for its precision. Use float64 inputs, a "
-        "larger noise variance, or a direct solver."
+        "the residual stopped falling: the system is too ill-conditioned for its precision. Use a larger noise "
+        "variance; with an iterative solver also float64 inputs, or a direct solver."
     )
     EXHAUSTED = "max_iterations were made: allow more, raise the preconditioner's rank, or use a direct solver."
     NOT_POSITIVE = (
-        "the matrix is not positive definite in this precision. Use float64 inputs or a larger noise variance."
+        "the matrix is not positive definite in this precision. Use a larger noise variance; with an iterative solver "
+        "also float64 inputs."
     )
     NOT_FINITE = "NaN or infinite values appeared: check inputs, targets, noise and hyperparameters."
 

@@ -31,7 +31,7 @@ class SolverChoice(NamedTuple):
     costs: tuple[Cost, ...]
 
     def __str__(self) -> str:
-        return f"{self.solver}: {self.reason}\n{table(self.costs)}"
+        return f"{type(self.solver).__name__}: {self.reason}\n{table(self.costs)}"
 
 
 @final

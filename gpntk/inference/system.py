@@ -23,7 +23,7 @@ class NoisySystem:
     space), whose smallest eigenvalue is at least 1:
 
         (K + D)⁻¹ = D^(-1/2) (I + Ψ Ψᵀ)⁻¹ D^(-1/2),    (I + Ψ Ψᵀ)⁻¹ = I - Ψ (I + Ψᵀ Ψ)⁻¹ Ψᵀ,
-        log|K + D| = log|I + Ψ Ψᵀ| + log|D|,           |I + Ψ Ψᵀ| = |I + Ψᵀ Ψ|.
+        log det(K + D) = log det(I + Ψ Ψᵀ) + log det(D),    det(I + Ψ Ψᵀ) = det(I + Ψᵀ Ψ).
 
     A row of infinite noise has not been observed: it is zero in Ψ and counts nowhere.
 

@@ -136,9 +136,10 @@ def count(sizes: Sizes, budget: int) -> tuple[Cost, ...]:
 
 def table(costs: tuple[Cost, ...]) -> str:
     """The costs as text, one line each."""
-    lines = [f"{'strategy':22s}{'once, Gflop':>14s}{'product, Gflop':>16s}{'kept, MB':>12s}  fits"]
+    width = max(len(cost.strategy) for cost in costs) + 2
+    lines = [f"{'strategy':{width}s}{'once, Gflop':>14s}{'product, Gflop':>16s}{'kept, MB':>12s}  fits"]
     lines += [
-        f"{cost.strategy:22s}{cost.once.flops / 1e9:14.3g}{cost.product.flops / 1e9:16.3g}{cost.kept / 1e6:12.3g}"
+        f"{cost.strategy:{width}s}{cost.once.flops / 1e9:14.3g}{cost.product.flops / 1e9:16.3g}{cost.kept / 1e6:12.3g}"
         f"  {'yes' if cost.fits else 'no'}"
         for cost in costs
     ]
