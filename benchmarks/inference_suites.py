@@ -134,7 +134,7 @@ def malaria(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def millions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Synthetic, N = 2,000,000 and D = 11 (the size of houseelectric), MLP 11-48-48-1: 1,000 means and variances.
+    """Synthetic, N = 2,000,000 and D = 11 (the size of houseelectric), MLP 11-32-32-1: 1,000 means and variances.
 
     In weight space: `fit_s` is ΦᵀΦ, its eigendecomposition, and scale and noise from all rows; `predict_s` the rest.
     """
@@ -142,7 +142,7 @@ def millions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     x = torch.randn(2_000_000, 11, generator=generator, device=device, dtype=dtype)
     noise = torch.randn(len(x), generator=generator, device=device, dtype=dtype)
     y = (x[:, :3].sin().sum(-1) + (x[:, 3] * x[:, 4]).tanh() + 0.3 * noise) / 1.5
-    module = _trained(_mlp(11, 48, 48, 1).to(device, dtype), x[:200_000], y[:200_000], epochs=2)
+    module = _trained(_mlp(11, 32, 32, 1).to(device, dtype), x[:200_000], y[:200_000], epochs=2)
     z = torch.randn(1000, 11, generator=generator, device=device, dtype=dtype)
     truth = (z[:, :3].sin().sum(-1) + (z[:, 3] * z[:, 4]).tanh()) / 1.5
     return [_regression(module, (x, y), (z, truth), residual=True)]

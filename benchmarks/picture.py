@@ -1,4 +1,4 @@
-"""Draw ``docs/growth.png``, time of inference against N and against P, from the results of the suite ``growth``."""
+"""Draw ``docs/images/growth.png``, time of inference against N and against P, from the results of the suite ``growth``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> None:
         axes.set_title(f"slope at the end: {slope:.2f}")
         axes.legend(fontsize="small")
         print(f"{label}: slope {slope:.2f} over the last three points")
-    figure.savefig(ROOT / "docs" / "growth.png", dpi=120)
+    figure.savefig(ROOT / "docs" / "images" / "growth.png", dpi=120)
 
 
 if __name__ == "__main__":
