@@ -36,9 +36,9 @@ _SUBSET = 5000
 def protein(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """UCI protein, 5 splits of 41,157 + 4,573 rows, MLP 9-64-64-1: scale and noise, means and variances, in seconds.
 
-    The GP of mean zero sees the targets themselves: at the minimum of its loss a network leaves nothing in the span of its
-    own tangents to be explained. `fit_s`: the marginal likelihood's global maximum over scale
-    and noise; `predict_s`: means and variances of all test rows; `rmse` and `nll` in units of y's standard deviation.
+    The GP of mean zero sees the targets themselves: at the minimum of its loss a network leaves nothing in the span of
+    its own tangents to be explained. `fit_s`: the marginal likelihood's global maximum over scale and noise;
+    `predict_s`: means and variances of all test rows; `rmse` and `nll` in units of y's standard deviation.
     """
     stored = np.load(_data() / "uci_pbp_splits" / "protein-tertiary-structure.npz")
     rows = []

@@ -1,4 +1,4 @@
-"""Draw ``docs/images/growth.png``, time of inference against N and against P, from the results of the suite ``growth``."""
+"""Draw ``docs/images/growth.png``, time of inference against N and against P, from results of the suite ``growth``."""
 
 from __future__ import annotations
 

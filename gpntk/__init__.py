@@ -1,12 +1,15 @@
 """Turn a trained PyTorch network into a Gaussian process: f(x; w + d) = f(x; w) + J(x) d, d ~ N(0, S)."""
 
 from gpntk import errors as errors
+from gpntk.dynamics import GradientFlow as GradientFlow
 from gpntk.estimators import TransferRegressor as TransferRegressor
 from gpntk.jacobians import AutoBackend as AutoBackend
 from gpntk.jacobians import AutodiffBackend as AutodiffBackend
 from gpntk.jacobians import Choice as Choice
 from gpntk.jacobians import DenseBackend as DenseBackend
 from gpntk.jacobians import StructuredBackend as StructuredBackend
+from gpntk.kernels import InfiniteNNGPKernel as InfiniteNNGPKernel
+from gpntk.kernels import InfiniteNTKKernel as InfiniteNTKKernel
 from gpntk.kernels import NNGPKernel as NNGPKernel
 from gpntk.kernels import NTKKernel as NTKKernel
 from gpntk.kernels import SketchedNTKKernel as SketchedNTKKernel

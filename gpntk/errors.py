@@ -46,3 +46,7 @@ class SolveError(GpntkError, RuntimeError):
 
 class DistributedError(GpntkError, RuntimeError):
     """A process of the group failed or saw other data than was expected."""
+
+
+class UnsupportedLayerError(NetworkError):
+    """A layer has no infinite-width limit that is known here; the message names it and the way out."""

@@ -56,8 +56,7 @@ _ROUNDING = 1e-13
 # The first reduction asked for where the end is not in sight.
 _FIRST = 1e-4
 # Iterations and ranks that costs are counted with.
-_TYPICAL_ITERATIONS = 30
-_TYPICAL_RANK = 400
+_TYPICAL_ITERATIONS, _TYPICAL_RANK = 30, 400
 
 
 @final
@@ -218,7 +217,7 @@ class _IterativeInverse(AbstractInverse):
             residual = residual.index_copy(0, open_columns, rhs[open_columns] - present - self._exact_product(present))
             iterations += made
             # What was cut short has not stopped falling.
-            previous = norms if iterations < self._solver.max_iterations else torch.full_like(norms, torch.inf)
+            previous = norms if iterations < self._solver.max_iterations else norms.new_full(norms.shape, torch.inf)
             if checkpoint is not None:
                 checkpoint.save(value, iterations)
             for column, outcome in zip(open_columns.tolist(), failures, strict=True):
@@ -235,10 +234,10 @@ class _IterativeInverse(AbstractInverse):
                 outcomes[column] = Outcome.NOT_FINITE
             elif bool(factor[column] >= 1):
                 outcomes[column] = Outcome.CONVERGED
-            elif outcomes[column] is Outcome.NOT_POSITIVE or bool(norms[column] > _PROGRESS * previous[column]):
-                outcomes[column] = outcomes[column] if outcomes[column] is Outcome.NOT_POSITIVE else Outcome.STAGNATED
-            else:
+            elif outcomes[column] is not Outcome.NOT_POSITIVE and bool(norms[column] <= _PROGRESS * previous[column]):
                 remaining.append(column)
+            elif outcomes[column] is not Outcome.NOT_POSITIVE:
+                outcomes[column] = Outcome.STAGNATED
         return torch.tensor(remaining, dtype=torch.long, device=columns.device)
 
     def _keeper(
@@ -279,11 +278,10 @@ class _IterativeInverse(AbstractInverse):
     def logdet(self, by_row: bool = True) -> LogDet:
         # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
-        system, dtype = self.system, self.system.features.dtype
-        size = system.size(self._space)
+        features, size = self.system.features, self.system.size(self._space)
         generator = torch.Generator("cpu").manual_seed(self._solver.seed)
         signs = torch.randint(0, 2, (self._solver.probes, size), generator=generator, device="cpu")
-        probes = (2 * signs - 1).to(device=system.features.device, dtype=dtype)
+        probes = (2 * signs - 1).to(device=features.device, dtype=features.dtype)
         run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
         SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
@@ -383,8 +381,7 @@ class _IterativeInverse(AbstractInverse):
     ) -> tuple[Tensor, Tensor]:
         """Solutions and residuals for the rows of ``rhs``, as many at a time as the memory budget holds."""
         values, residuals = [], []
-        budget = self.system.features.memory_budget
-        for rows in chunks(rhs.shape[0], _VECTORS * rhs.shape[1] * rhs.element_size(), budget):
+        for rows in chunks(rhs.shape[0], _VECTORS * 8 * rhs.shape[1], self.system.features.memory_budget):
             refined = self._refine(rhs[rows], wanted(rows))
             relative = _norms(refined.residual) / _norms(rhs[rows])
             SolveResult(refined.value, tuple(refined.outcomes), refined.iterations, relative).checked()

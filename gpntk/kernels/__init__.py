@@ -1,8 +1,17 @@
-"""GPyTorch kernels whose features are Jacobians of a frozen network."""
+"""GPyTorch kernels: of the Jacobian features of a frozen network, and of infinitely wide networks."""
 
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
+from gpntk.kernels.infinite import InfiniteNNGPKernel, InfiniteNTKKernel
 from gpntk.kernels.nngp import NNGPKernel
 from gpntk.kernels.ntk import NTKKernel
 from gpntk.kernels.sketched import SketchedNTKKernel
 
-__all__ = ["AbstractFeatureKernel", "NNGPKernel", "NTKKernel", "SketchedNTKKernel", "log_scale_constraint"]
+__all__ = [
+    "AbstractFeatureKernel",
+    "InfiniteNNGPKernel",
+    "InfiniteNTKKernel",
+    "NNGPKernel",
+    "NTKKernel",
+    "SketchedNTKKernel",
+    "log_scale_constraint",
+]

@@ -1,0 +1,144 @@
+"""What all activations share: the base class, and functions of a 2 x 2 covariance that stay exact where it is singular.
+
+Parallel inputs are common (equal inputs, deep layers), and there q1 q2 - k² = 0. Two things go wrong in the textbook
+formulas: the subtraction cancels (arccos(k / √(q1 q2)) of two equal rows is off by √ε, 4e-4 in float32), and
+derivatives such as dθ/dk = -1/√(q1 q2 - k²) are infinite although they are multiplied by zero. Here the difference is
+computed without cancellation, in float64, and a function whose derivative is known in closed form is given that one.
+
+What remains is the rounding of q1, q2 and k themselves: a relative ε in k moves the angle of parallel inputs, and with
+it the second moment of a kinked φ, by √ε (1e-8 in float64, 3e-4 in float32). Use `diagonal` for equal inputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+class AbstractActivation(ABC):
+    """An elementwise function φ, by its Gaussian moments.
+
+    Laws: moments(q, q, q) = diagonal(q) up to rounding; the derivative of the first moment in k is the second
+    (Price 1958); both are symmetric under exchange of q1 and q2. Gradients in q1, q2 and k are finite everywhere; a
+    part of one that is infinite (of the second moment of a kinked φ at k = ±√(q1 q2)) or does not exist (at q = 0) is
+    left out. All is computed in float64 and returned in the dtype of k.
+    """
+
+    def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """E[φ(u) φ(v)] and E[φ'(u) φ'(v)] for (u, v) ~ N(0, [[q1, k], [k, q2]]).
+
+        Args:
+            q1: Variances of u, broadcastable to the shape of ``k``.
+            q2: Variances of v, likewise.
+            k: Covariances, at most √(q1 q2) in absolute value; an excess by rounding is taken as equality.
+        """
+        first, second = self._moments(_unexpanded(q1).double(), _unexpanded(q2).double(), k.double())
+        return first.expand(k.shape).to(k.dtype), second.expand(k.shape).to(k.dtype)
+
+    def diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """E[φ(u)²] and E[φ'(u)²] for u ~ N(0, q): what the moments are at k = q1 = q2 = q."""
+        first, second = self._diagonal(q.double())
+        return first.expand(q.shape).to(q.dtype), second.expand(q.shape).to(q.dtype)
+
+    @abstractmethod
+    def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments in float64."""
+
+    @abstractmethod
+    def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The diagonal in float64."""
+
+
+def _unexpanded(q: Tensor) -> Tensor:
+    """The entries of an expanded view, once."""
+    for dim, stride in enumerate(q.stride()):
+        if stride == 0 and q.shape[dim] > 1:
+            q = q.narrow(dim, 0, 1)
+    return q
+
+
+@final
+class _Known(torch.autograd.Function):
+    """A value with given derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slopes = ctx.saved_tensors
+        return (None, *(gradient * slope for slope in slopes), *(None for _ in slopes))
+
+
+def with_derivatives(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """``value``, to be differentiated as if d value = Σ slope d input over the ``pairs`` (input, slope).
+
+    Slopes may be differentiable functions of the inputs themselves; derivatives of second order are then right too.
+    """
+    if not (torch.is_grad_enabled() and any(entry.requires_grad for entry, _ in pairs)):
+        return value.detach()
+    inputs = [entry.expand(value.shape) for entry, _ in pairs]
+    slopes = [slope.expand(value.shape) for _, slope in pairs]
+    result = _Known.apply(value.detach(), *inputs, *slopes)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, zero (with zero derivatives) where the denominator is zero."""
+    zero = denominator == 0
+    return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
+
+
+def root(x: Tensor) -> Tensor:
+    """√x, with derivative zero at x = 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers of 26 bits each, whose products are exact (Dekker 1971)."""
+    high = x * 134217729.0  # 2**27 + 1
+    high = high - (high - x)
+    return high, x - high
+
+
+def _rounding(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+    """a b - product, exactly, for the rounded product."""
+    (a1, a2), (b1, b2) = _split(a), _split(b)
+    return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def determinant(q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
+    """q1 q2 - k² without cancellation, at least zero, `[*k]`.
+
+    A negative value can only be rounding of k: Cauchy and Schwarz forbid it. Its derivatives are kept all the same.
+    """
+    a, b, c = torch.broadcast_tensors(q1.detach(), q2.detach(), k.detach())
+    product, square = a * b, c * c
+    value = (product - square) + (_rounding(a, b, product) - _rounding(c, c, square))
+    return with_derivatives(value.clamp_min(0), (q1, q2), (q2, q1), (k, -2 * k))
+
+
+def angle(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """s = √(q1 q2 - k²) and ψ = arcsin(k / √(q1 q2)) in [-π/2, π/2], zero where a variance is zero; `[*k]`.
+
+    P(u > 0, v > 0) = 1/4 + ψ / 2π.
+    """
+    s = root(determinant(q1, q2, k))
+    inverse = divide(torch.ones_like(s), s)
+    slope = -0.5 * k * inverse
+    psi = torch.atan2(k.detach(), s.detach())
+    return s, with_derivatives(psi, (q1, divide(slope, q1)), (q2, divide(slope, q2)), (k, inverse))
+
+
+def absolute_moment(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """(π/2) E|u v| = s + k ψ, with derivatives s/(2 q1), s/(2 q2) and ψ; and ψ; `[*k]`."""
+    s, psi = angle(q1, q2, k)
+    value = (s + k * psi).detach()
+    return with_derivatives(value, (q1, divide(0.5 * s, q1)), (q2, divide(0.5 * s, q2)), (k, psi)), psi

@@ -1,0 +1,285 @@
+"""The kernels of a network whose layers become infinitely wide."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from gpytorch.constraints import GreaterThan
+from gpytorch.kernels import Kernel
+from torch import Tensor, nn
+
+from gpntk._checks import check_input
+from gpntk.errors import InputError, SelectionError
+from gpntk.infinite import LayerMoments, Parametrization, Program, Weights, trace
+from gpntk.infinite.moments import Block
+from gpntk.jacobians.memory import default_budget, tracks_gradient
+from gpntk.kernels.feature_kernel import log_scale_constraint
+from gpntk.operators.batching import collapse
+
+Std = float | Mapping[str, float]
+
+# Tensors of the size of a block that live at once while the recursion runs.
+_LIVE = 8
+# Row blocks that a symmetric matrix is cut into, to compute little more than half of it.
+_STRIPES = 6
+_FEW_ROWS = 256
+
+
+class _InfiniteKernel(Kernel):
+    """NNGP or NTK of the infinite-width limit of a module, σ_w and σ_b of every layer learnable."""
+
+    has_lengthscale = False
+    raw_weight_std: nn.Parameter
+    raw_bias_std: nn.Parameter
+    raw_weight_std_constraint: GreaterThan
+    raw_bias_std_constraint: GreaterThan
+    _ntk: bool
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weight_std: Std = 2**0.5,
+        bias_std: Std = 0.1,
+        parametrization: Parametrization = "ntk",
+        *,
+        input_shape: Sequence[int] | None = None,
+        learn: bool = True,
+        memory_budget: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if parametrization not in ("ntk", "standard"):
+            raise SelectionError(f"parametrization={parametrization!r}: choose 'ntk' or 'standard'.")
+        self.program: Program = trace(network, _input_shape(network, input_shape))
+        self.parametrization: Parametrization = parametrization
+        self._memory_budget = memory_budget
+        # Zero is no logarithm of anything: a bias that is zero stays so.
+        biases = _by_layer(bias_std, self.program.layers, "bias_std")
+        self.register_buffer("_has_bias_std", biases > 0, persistent=False)
+        weights = _by_layer(weight_std, self.program.layers, "weight_std")
+        if not bool((weights > 0).all()):
+            raise SelectionError("weight_std must be positive.")
+        for name, values in (("weight_std", weights), ("bias_std", torch.where(biases > 0, biases, 1.0))):
+            self.register_parameter(f"raw_{name}", nn.Parameter(values.log(), requires_grad=learn))
+            self.register_constraint(f"raw_{name}", log_scale_constraint())
+
+    @property
+    def weight_std(self) -> Tensor:
+        """σ_w of every layer with weights `[L]`, in the order of ``program.layers``."""
+        return self.raw_weight_std_constraint.transform(self.raw_weight_std)
+
+    @weight_std.setter
+    def weight_std(self, value: Tensor | float) -> None:
+        self._set("raw_weight_std", value)
+
+    @property
+    def bias_std(self) -> Tensor:
+        """σ_b of every layer `[L]`; zero where it was given as zero."""
+        learned = self._buffers["_has_bias_std"]
+        assert learned is not None
+        return self.raw_bias_std_constraint.transform(self.raw_bias_std) * learned
+
+    @bias_std.setter
+    def bias_std(self, value: Tensor | float) -> None:
+        self._set("raw_bias_std", value)
+
+    def _set(self, name: str, value: Tensor | float) -> None:
+        raw = getattr(self, name)
+        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).expand_as(raw)
+        self.initialize(**{name: getattr(self, f"{name}_constraint").inverse_transform(value)})
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **_params: Any
+    ) -> Tensor:
+        """k(x1, x2) `[..., N, M]`; with ``diag=True`` its diagonal `[..., N]`."""
+        if last_dim_is_batch:
+            raise NotImplementedError("last_dim_is_batch is not defined for a kernel of whole inputs to a network.")
+        device = self.raw_weight_std.device
+        check_input(x1, device, "x1")
+        check_input(x2, device, "x2")
+        if diag:
+            return self._diagonal(x1, x2)
+        batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+        two = collapse(x2)
+        if two.shape[:-2].numel() == 1 and (x1 is not x2 or not batch):
+            # One set of columns for all: the batches of x1 are so many more rows.
+            same = x1 is x2 or (not batch and _equal(x1, x2))
+            rows = self._matrix(x1.reshape(-1, x1.shape[-1]), two.reshape(two.shape[-2:]), same)
+            return rows.reshape(*x1.shape[:-1], x2.shape[-2]).expand(*batch, x1.shape[-2], x2.shape[-2])
+        ones, twos = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (x1, x2))
+        blocks = [self._matrix(one, two, x1 is x2 or _equal(one, two)) for one, two in zip(ones, twos, strict=True)]
+        return torch.stack(blocks).reshape(*batch, x1.shape[-2], x2.shape[-2])
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:  # noqa: ARG002
+        """One: all outputs are independent, with this kernel."""
+        return 1
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _matrix(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
+        """k(x1, x2) `[N, M]`, by blocks of rows; of a symmetric matrix, from the diagonal on."""
+        rows, columns = x1.shape[0], x2.shape[0]
+        if not rows or not columns:
+            return x1.new_zeros(rows, columns)
+        budget = default_budget(x1.device) if self._memory_budget is None else self._memory_budget
+        size = max(1, int(budget // (_LIVE * columns * self.program.positions * x1.element_size())))
+        if same and rows >= _FEW_ROWS:
+            size = min(size, -(-rows // _STRIPES))
+        if size >= rows:
+            return self._block(x1, x2, 0 if same else None)
+        if not same:
+            return torch.cat([self._block(part, x2, None) for part in x1.split(size)])
+        stripes = [self._block(x1[start : start + size], x1[start:], 0) for start in range(0, rows, size)]
+        result = []
+        for index, stripe in enumerate(stripes):
+            before = [stripes[i][:, (index - i) * size : (index - i) * size + stripe.shape[0]].mT for i in range(index)]
+            result.append(torch.cat([*before, stripe], -1))
+        return torch.cat(result)
+
+    def _block(self, x1: Tensor, x2: Tensor, diagonal: int | None) -> Tensor:
+        """k(x1, x2) in one go; ``diagonal`` 0 says that x2 begins with the rows of x1."""
+        program = self.program
+        equal = _equal_rows(x1, x2)
+
+        def settle(state: LayerMoments) -> LayerMoments:
+            return _settled(state, equal, diagonal is not None)
+
+        start = settle(program.start(x1, x2, self._ntk))
+        final = program.run(start, self._weights(x1), settle)
+        return self._of(final.cross)
+
+    def _diagonal(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """k(x1_n, x2_n) `[..., N]`."""
+        shape = torch.broadcast_shapes(x1.shape, x2.shape)
+        one, two = (x.expand(shape).reshape(-1, shape[-1]) for x in (x1, x2))
+        if x1 is x2 or _equal(one, two):
+            program = self.program
+            final = program.run(program.start(one, one[:1], self._ntk), self._weights(one), lambda state: state)
+            return self._of(final.first).reshape(shape[:-1])
+        pairs = [self._block(a.unsqueeze(0), b.unsqueeze(0), None) for a, b in zip(one, two, strict=True)]
+        return torch.cat(pairs).reshape(shape[:-1])
+
+    def _of(self, block: Block) -> Tensor:
+        if not self._ntk:
+            return block.nngp
+        assert block.ntk is not None
+        return block.ntk
+
+    def _weights(self, x: Tensor) -> list[Weights]:
+        program = self.program
+        stds = zip(self.weight_std.to(x), self.bias_std.to(x), strict=True)
+        return [
+            Weights(weight, bias if program.biases[index] else None, program.fan_ins[index], self.parametrization)
+            for index, (weight, bias) in enumerate(stds)
+        ]
+
+
+def _settled(state: LayerMoments, equal: Tensor | None, symmetric: bool) -> LayerMoments:
+    """Exact moments where both inputs are the same: the difference to a row's own is rounding, magnified by kinks.
+
+    Their gradient is that of a row with itself on the diagonal of a symmetric matrix; elsewhere it stays as it is.
+    """
+    if equal is None:
+        return state
+
+    def exact(cross: Tensor, own: Tensor) -> Tensor:
+        mask = equal.reshape(*equal.shape, *[1] * (cross.dim() - 2))
+        value = own.unsqueeze(1)
+        if not symmetric:
+            value = cross + (value - cross).detach()
+        return torch.where(mask, value, cross)
+
+    cross, first = state.cross, state.first
+    ntk = None if cross.ntk is None or first.ntk is None else exact(cross.ntk, first.ntk)
+    return state.with_blocks(Block(exact(cross.nngp, first.nngp), ntk), state.first, state.second)
+
+
+def _equal_rows(x1: Tensor, x2: Tensor) -> Tensor | None:
+    """Which rows of x1 are which rows of x2, `[N, M]`; None if none are."""
+    with torch.no_grad():
+        _, numbers = torch.unique(torch.cat([x1, x2]), dim=0, return_inverse=True)
+        equal = numbers[: x1.shape[0]].unsqueeze(1) == numbers[x1.shape[0] :]
+    return equal if bool(equal.any()) else None
+
+
+def _equal(x1: Tensor, x2: Tensor) -> bool:
+    return x1.shape == x2.shape and not tracks_gradient(x1) and not tracks_gradient(x2) and torch.equal(x1, x2)
+
+
+def _input_shape(network: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(int(size) for size in given)
+    first = next((module for module in network.modules() if list(module.parameters(recurse=False))), None)
+    if isinstance(first, nn.Linear):
+        return (first.in_features,)
+    raise InputError("input_shape is needed: the shape of one input, such as (3, 32, 32).")
+
+
+def _by_layer(value: Std, layers: Sequence[str], argument: str) -> Tensor:
+    """A value for every layer, from one for all or from globs over names."""
+    if not isinstance(value, Mapping):
+        return torch.full((len(layers),), float(value))
+    chosen = []
+    for layer in layers:
+        found = [number for pattern, number in value.items() if fnmatch.fnmatchcase(layer, pattern)]
+        if len(found) != 1:
+            raise SelectionError(
+                f"{argument}: {len(found)} patterns match layer {layer!r}; give one for each of {layers}."
+            )
+        chosen.append(float(found[0]))
+    return torch.tensor(chosen)
+
+
+@final
+class InfiniteNNGPKernel(_InfiniteKernel):
+    r"""The covariance of an infinitely wide network's outputs over random weights: its NNGP.
+
+    The module says the architecture only: its weights are not read, and its widths matter where fan-in does. Every
+    layer with weights has a σ_w and, with a bias, a σ_b, all learnable by marginal likelihood.
+
+    Args:
+        network: Any module that ``torch.fx`` can trace and whose layers have a limit; see `gpntk.infinite`.
+        weight_std: σ_w: one for all layers, or by globs over their names.
+        bias_std: σ_b likewise; zero stays zero.
+        parametrization: ``"ntk"``, z = (σ_w/√n) W a + σ_b b, or ``"standard"``, z = W a + b. The NNGP is the same.
+        input_shape: Shape of one input; x arrives flat, `[..., N, D]`. Not needed where the first layer is ``Linear``.
+        learn: Whether the σ's require gradients.
+        memory_budget: Bytes for a block of the recursion; default a quarter of what is free.
+        **kwargs: ``active_dims``: see ``gpytorch.kernels.Kernel``.
+
+    Raises:
+        UnsupportedLayerError: A layer has no known limit; the message names it.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        >>> gpntk.InfiniteNNGPKernel(network, weight_std=1.5, bias_std=0.1)(torch.randn(5, 2)).shape
+        torch.Size([5, 5])
+
+    References:
+        Lee et al. (2018), Deep Neural Networks as Gaussian Processes, https://arxiv.org/abs/1711.00165.
+    """
+
+    _ntk = False
+
+
+@final
+class InfiniteNTKKernel(_InfiniteKernel):
+    r"""The tangent kernel of an infinitely wide network, constant during training.
+
+    Arguments and errors as in `InfiniteNNGPKernel`; in the standard parametrization the finite fan-ins matter.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        >>> gpntk.InfiniteNTKKernel(network, weight_std=1.5, bias_std=0.1)(torch.randn(5, 2)).shape
+        torch.Size([5, 5])
+
+    References:
+        Jacot, Gabriel and Hongler (2018), Neural Tangent Kernel, https://arxiv.org/abs/1806.07572.
+    """
+
+    _ntk = True
