@@ -40,7 +40,7 @@ from gpntk.operators import ShardedLinearOperator
 ROWS, WIDTH, OUTPUTS = 60, 3, 2
 SOLVERS: dict[str, AbstractSolver] = {
     "direct": WeightSpace(),
-    "sampled": ConjugateGradients(SampledGram(oversampling=2.0), tolerance=1e-13, variance_tolerance=1e-12),
+    "sampled": ConjugateGradients(SampledGram(oversampling=4.0), tolerance=1e-13, variance_tolerance=1e-12),
     "nystrom": ConjugateGradients(Nystrom(space="weight"), tolerance=1e-13, variance_tolerance=1e-12),
 }
 

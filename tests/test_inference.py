@@ -310,7 +310,8 @@ def test_automatic_choice(rows: int, width: int, budget: int, kind: type[Abstrac
     assert isinstance(chosen.solver, kind), str(chosen)
     lines = str(chosen).splitlines()
     assert chosen.reason in lines[0]
-    named = ["function space", "weight space", *["conjugate gradients, function space"], "conjugate gradients, weight"]
+    spaces = ("Nystrom, function", "SampledGram, weight", "Nystrom, weight")
+    named = ["function space", "weight space", *(f"CG, {name} space" for name in spaces)]
     assert all(any(line.startswith(name) for line in lines[2:]) for name in named)
     assert len(lines) == 2 + len(chosen.costs) == 7
 
