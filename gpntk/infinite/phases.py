@@ -8,8 +8,7 @@ Far from the input both are near their fixed points q*, c*. χ₁ = σ_w² E[φ'
 inputs come together (χ₁ < 1, ordered) or apart (χ₁ > 1, chaotic), and so whether gradients vanish or explode.
 
 References:
-    Poole et al. (2016), Exponential Expressivity in Deep Neural Networks through Transient Chaos,
-        https://arxiv.org/abs/1606.05340.
+    Poole et al. (2016), Exponential Expressivity through Transient Chaos, https://arxiv.org/abs/1606.05340.
     Schoenholz et al. (2017), Deep Information Propagation, https://arxiv.org/abs/1611.01232, eqs. 3 to 9.
 """
 

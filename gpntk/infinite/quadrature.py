@@ -64,10 +64,10 @@ class Quadrature(AbstractActivation):
 
     Args:
         phi: φ, which maps a tensor to one of its shape; its derivative is taken automatically. Must be continuous, work
-            in float64, grow no faster than exp(|x|), and be analytic between its kinks, with features no narrower
-            than max(scale, |x|), as tanh has at scale one.
+            in float64, grow no faster than exp(abs(x)), and be analytic between its kinks, with features no narrower
+            than max(scale, abs(x)), as tanh has at scale one.
         kinks: Where φ or a low derivative jumps. A kink that is not declared costs the accuracy that is stated.
-        scale: Width of the finest feature of φ, 1 if there are none narrower than max(1, |x|).
+        scale: Width of the finest feature of φ, 1 if there are none narrower than max(1, abs(x)).
         tolerance: Error of the moments, relative to √(E[φ(u)²] E[φ(v)²]), and likewise of those of φ'.
 
     Example:
