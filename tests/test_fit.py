@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import gpntk
-from gpntk.errors import FileFormatError, InputError
+from gpntk.errors import FileFormatError, InputError, SolveError
 from gpntk.io import save_tensors
 from gpntk.models import TangentGP
 from gpntk.models.checkpoint import FitState, load_fit, save_fit
@@ -401,3 +401,21 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no folder .*nowhere'"):
         build().fit(checkpoint=tmp_path / "nowhere" / "fit")
     assert not os.listdir(tmp_path)
+
+
+def test_a_step_that_cannot_be_solved_ends_the_fit_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, _ = recorded(build())
+    solve = gpntk.operators.noisy_gram.inv_quad_logdet
+    left = iter(range(1000))
+
+    def failing(*args: Any) -> tuple[Tensor, Tensor]:
+        if next(left) >= 6:
+            raise SolveError("too ill-conditioned")
+        return solve(*args)
+
+    monkeypatch.setattr("gpntk.operators.noisy_gram.inv_quad_logdet", failing)
+    seen, best = recorded(build())
+    assert 0 < len(seen) < len(values)
+    assert best == max(value for _, value in seen)
+    with pytest.raises(SolveError):
+        build().fit()

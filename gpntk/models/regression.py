@@ -18,7 +18,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 from tqdm import tqdm
 
-from gpntk.errors import InputError
+from gpntk.errors import InputError, SolveError
 from gpntk.inference.spectral import smallest_noise
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 from gpntk.models.checkpoint import (
@@ -135,7 +135,7 @@ class TangentGP(gpytorch.models.ExactGP):
             checkpoint: File to keep the fit in.
 
         Raises:
-            NotPSDError, NanError: The covariance cannot be factorised at the start already.
+            SolveError, NotPSDError, NanError: The covariance cannot be factorised at the start already.
             FileFormatError: ``checkpoint`` is damaged, or belongs to another model or other data.
             InputError: ``checkpoint`` is a folder, or stands in one that does not exist.
         """
@@ -157,7 +157,7 @@ class TangentGP(gpytorch.models.ExactGP):
             before = self._snapshot()
             try:
                 value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
-            except (NotPSDError, NanError):
+            except (SolveError, NotPSDError, NanError):
                 if not math.isfinite(fit.value):
                     raise
                 fit = fit._replace(finished=True)
@@ -187,7 +187,9 @@ class TangentGP(gpytorch.models.ExactGP):
             # and a line search needs one function to descend, not a new one at each point.
             with torch.random.fork_rng(devices=[targets.device] if targets.is_cuda else []):
                 torch.manual_seed(0)
-                value = objective(self(x), targets)
+                # Importing botorch switches this off, and a dense factorisation on, for the whole process.
+                with gpytorch.settings.fast_computations(log_prob=True):
+                    value = objective(self(x), targets)
             assert isinstance(value, Tensor)
             value = -value * targets.numel()  # the host's value is per observation
             value.backward()
