@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpntk.inference import AbstractPreconditioner, ConjugateGradients, Nystrom, PivotedCholesky, SampledGram
+from gpntk.inference import (
+    AbstractPreconditioner,
+    ConjugateGradients,
+    NoisySystem,
+    Nystrom,
+    PivotedCholesky,
+    SampledGram,
+    log_marginal_likelihood,
+)
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
 from tests.dense_gp import ITERATIVE, Problem, jacobian, network, relative
 
@@ -139,6 +147,79 @@ def test_rows_that_were_not_observed_do_not_count_in_a_preconditioner(name: str)
     expected = torch.logdet(whitened(less, "function"))
     determinant = ITERATIVE[name].prepare(problem.system).logdet()
     assert abs(determinant.value - expected) < 4 * determinant.standard_error + 0.04
+
+
+def counted(preconditioner: AbstractPreconditioner, monkeypatch: pytest.MonkeyPatch) -> list[NoisySystem]:
+    """The systems that factors are built for from now on."""
+    seen, build = [], type(preconditioner).build
+    monkeypatch.setattr(type(preconditioner), "build", lambda self, system: seen.append(system) or build(self, system))
+    return seen
+
+
+RECIPES = [Nystrom(error=5.0), Nystrom(space="weight", error=5.0), PivotedCholesky(), SampledGram()]
+
+
+def spread_of_eigenvalues(factor: AbstractFactor, matrix: Tensor) -> float:
+    values = torch.linalg.eigvalsh(factor.half(factor.half(matrix).T.contiguous()))
+    return float(values[-1] / values[0])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("preconditioner", RECIPES, ids=str)
+def test_hyperparameters_nearby_share_a_factor(
+    preconditioner: AbstractPreconditioner, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = case(300, 1e-2, width=5)
+    features, middle, built = problem.features, 2.0**7 * 1e-2, counted(preconditioner, monkeypatch)
+    own = preconditioner.build(NoisySystem(features, torch.full((layers,), middle).double(), problem.noise))
+    at_best = spread_of_eigenvalues(
+        own, whitened(problem._replace(variances=torch.tensor([middle])), preconditioner.space)
+    )
+    built.clear()
+    for factors in ((1.0, 1.0, 1.0), (1.4, 0.72, 1.1), (0.72, 1.38, 1.4)):
+        system = NoisySystem(features, middle * torch.tensor(factors[:layers]).double(), problem.noise)
+        matrix = whitened(problem._replace(variances=system.spread(system.variances)), preconditioner.space)
+        # Eigenvalues change by √2 at most, up and, where layers differ, down.
+        growth = 2.0 if layers > 1 else 2**0.5
+        assert spread_of_eigenvalues(preconditioner.prepare(system), matrix) < growth * at_best * 1.001
+    assert len(built) == 1
+    preconditioner.prepare(NoisySystem(features, torch.tensor([2 * middle]).double(), problem.noise))
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize("preconditioner", RECIPES, ids=str)
+def test_another_noise_of_some_rows_is_another_factor(
+    preconditioner: AbstractPreconditioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = case(60, 1e-2)
+    features, noise = problem.features, torch.full((60,), 1e-2).double()
+    built = counted(preconditioner, monkeypatch)
+    for _ in range(2):
+        preconditioner.prepare(NoisySystem(features, problem.variances, noise))
+    assert len(built) == 1
+    noise[3] *= 2
+    preconditioner.prepare(NoisySystem(features, problem.variances, noise))
+    assert len(built) == 2
+
+
+def test_a_fit_builds_few_preconditioners(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, preconditioner = case(400, 1e-2), Nystrom()
+    features, built, solver = problem.features, counted(preconditioner, monkeypatch), ConjugateGradients(preconditioner)
+    logs = torch.tensor([0.0, -2.0]).double().requires_grad_()
+    optimizer, calls = torch.optim.LBFGS([logs], max_iter=12, line_search_fn="strong_wolfe"), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        variances, noise = logs.exp().unsqueeze(-1)
+        loss = -log_marginal_likelihood(features, variances, noise, problem.y, solver)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert calls > 10
+    assert len(built) < calls / 2
 
 
 # --- log-determinants ------------------------------------------------------------------------------------------------

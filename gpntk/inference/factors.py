@@ -33,6 +33,11 @@ class AbstractFactor(ABC):
     def inverse_diagonal(self) -> Tensor:
         """diag(A⁻¹) `[n]`."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of the tensors it holds."""
+
     def solve(self, v: Tensor) -> Tensor:
         """A⁻¹ v `[..., K, n]`."""
         return self.half_transposed(self.half(v))
@@ -58,6 +63,10 @@ class CholeskyFactor(AbstractFactor):
 
     def inverse_diagonal(self) -> Tensor:
         return torch.cholesky_inverse(self.lower).diagonal()
+
+    @property
+    def nbytes(self) -> int:
+        return self.lower.nbytes
 
 
 def _matrix(v: Tensor) -> Tensor:
@@ -86,6 +95,10 @@ class SpectralFactor(AbstractFactor):
 
     def inverse_diagonal(self) -> Tensor:
         return 1 / self.rest + self.vectors.square() @ (1 / self.values - 1 / self.rest)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.vectors.nbytes
 
     def _function(self, v: Tensor, on_values: Tensor, on_rest: float) -> Tensor:
         """f(A) v = f(rest) v + U (f(values) - f(rest)) Uᵀ v."""
@@ -120,3 +133,31 @@ class BlockFactor(AbstractFactor):
         for part, (_, index) in zip(parts, self._blocks, strict=True):
             result[index] = part
         return result
+
+    @property
+    def nbytes(self) -> int:
+        return sum(factor.nbytes + index.nbytes for factor, index in self._blocks)
+
+
+@final
+class ScaledFactor(AbstractFactor):
+    """T A T, of a factor of A and a diagonal T = diag(``scales`` `[n]`)."""
+
+    def __init__(self, factor: AbstractFactor, scales: Tensor) -> None:
+        self.factor, self.scales = factor, scales
+
+    def half(self, v: Tensor) -> Tensor:
+        return self.factor.half(v / self.scales)
+
+    def half_transposed(self, v: Tensor) -> Tensor:
+        return self.factor.half_transposed(v) / self.scales
+
+    def logdet(self) -> Tensor:
+        return self.factor.logdet() + 2 * self.scales.log().sum()
+
+    def inverse_diagonal(self) -> Tensor:
+        return self.factor.inverse_diagonal() / self.scales.square()
+
+    @property
+    def nbytes(self) -> int:
+        return self.factor.nbytes + self.scales.nbytes

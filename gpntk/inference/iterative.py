@@ -130,7 +130,7 @@ class _IterativeInverse(AbstractInverse):
         super().__init__(system)
         self._solver = solver
         self._space: Space = solver.preconditioner.space
-        self._factor = solver.preconditioner.build(system)
+        self._factor = solver.preconditioner.prepare(system)
         self._product = system.product(self._space)
         self._exact_product = self.exact.product(self._space)
         self._floor = 1.0

@@ -56,17 +56,7 @@ class NoisySystem:
         self.homoscedastic = _homoscedastic(features, self.noise)
         dtype = features.dtype
         self.row_scales = self.noise.rsqrt().to(dtype)
-        spread = self.variances
-        if spread.shape != (1,):
-            groups = features.backend.feature_groups(features.device)
-            layers = int(groups.max()) + 1
-            if spread.shape != (layers,):
-                raise InputError(
-                    f"variances has shape {tuple(spread.shape)}: give one prior variance (1,) or one per layer "
-                    f"({layers},)."
-                )
-            spread = spread[groups]
-        self.feature_scales = spread.sqrt().to(dtype)
+        self.feature_scales = self.spread(self.variances).sqrt().to(dtype)
 
     def to(self, dtype: torch.dtype) -> NoisySystem:
         """The same system in another precision."""
@@ -116,6 +106,19 @@ class NoisySystem:
         parts = self.features.diagonal(self.variances.shape[0] > 1).to(exact) * self.row_scales.to(exact).square()
         parts = parts * self.variances.to(exact).unsqueeze(-1)
         return parts if per_group else parts.sum(0)
+
+    def spread(self, variances: Tensor) -> Tensor:
+        """The prior variance of every feature `[F]`, or `[1]` where all have the same, from that of every group."""
+        if variances.shape == (1,):
+            return variances
+        groups = self.features.backend.feature_groups(self.features.device)
+        layers = int(groups.max()) + 1
+        if variances.shape != (layers,):
+            raise InputError(
+                f"variances has shape {tuple(variances.shape)}: give one prior variance (1,) or one per layer "
+                f"({layers},)."
+            )
+        return variances[groups]
 
     def by_group(self, values: Tensor) -> Tensor:
         """Sums of values `[F]` over the features that share a variance `[G]`."""

@@ -166,4 +166,6 @@ def _bytes(result: Any) -> int:
         return result.untyped_storage().nbytes()
     if isinstance(result, dict):
         return sum(_bytes(value) for value in result.values())
-    return sum(_bytes(value) for value in result) if isinstance(result, (tuple, list)) else 0
+    if isinstance(result, (tuple, list)):
+        return sum(_bytes(value) for value in result)
+    return getattr(result, "nbytes", 0)
