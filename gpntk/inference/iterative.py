@@ -83,7 +83,7 @@ class ConjugateGradients(AbstractSolver):
     """
 
     preconditioner: AbstractPreconditioner = field(default_factory=Nystrom)
-    tolerance: float = 1e-6
+    tolerance: float = 1e-7
     variance_tolerance: float = 1e-3
     max_iterations: int = 1000
     probes: int = 16
