@@ -101,7 +101,7 @@ class TargetGP(gpytorch.models.ExactGP):
         mean, covariance = self.mean_module(x), self.covar_module(x)
         if self.tasks == 1:
             return MultivariateNormal(mean, covariance)
-        return MultitaskMultivariateNormal(mean.unsqueeze(-1).expand(-1, self.tasks), covariance)
+        return MultitaskMultivariateNormal(mean.unsqueeze(-1).expand(*mean.shape, self.tasks), covariance)
 
 
 def model_of(problem: Problem, solver: AbstractSolver | None, likelihood: object = None, **options: object) -> TargetGP:

@@ -139,10 +139,13 @@ class Posterior:
             y: Targets minus prior mean `[T*C]`; rows of infinite noise may be NaN.
             noise: Noise variances `[1]` or `[T*C]`.
         """
-        updated = copy.copy(self)
+        return self.fantasies(x, y.unsqueeze(0), noise)[0]
+
+    def fantasies(self, x: Tensor, y: Tensor, noise: Tensor) -> list[Posterior]:
+        """`condition_on` for each of several sets of targets y `[K, T*C]` at one x `[T, D]`, at the cost of one."""
         new = NoisySystem(Features(self.inverse.system.features.backend, x), self.inverse.system.variances, noise)
-        residual = _checked(new, y).to(self.inverse.dtype)
-        row_scales = new.noise.rsqrt().expand(residual.shape[0])
+        residuals = torch.stack([_checked(new, row) for row in y]).to(self.inverse.dtype)
+        row_scales = new.noise.rsqrt().expand(residuals.shape[1])
         columns = self.inverse.primal_columns(x) * self.inverse.exact.feature_scales
         for index, update in enumerate(self._updates):
             columns = columns - update.factor.solve(self._cross(x.unsqueeze(0), index).squeeze(0)) @ update.columns
@@ -151,10 +154,15 @@ class Posterior:
         covariance = (covariance + covariance.mT) / 2
         covariance.diagonal().add_(1)
         factor = cholesky(covariance)
-        gap = (residual - self.mean(x)) * row_scales
-        updated.weights = self.weights + factor.solve(gap.unsqueeze(0)).squeeze(0) @ columns
-        updated._updates = (*self._updates, _Update(columns, factor, x, residual, row_scales))
-        return updated
+        gaps = (residuals - self.mean(x)) * row_scales
+        weights = self.weights + factor.solve(gaps) @ columns
+        posteriors = []
+        for residual, row in zip(residuals, weights, strict=True):
+            updated = copy.copy(self)
+            updated.weights = row
+            updated._updates = (*self._updates, _Update(columns, factor, x, residual, row_scales))
+            posteriors.append(updated)
+        return posteriors
 
     # --- private -----------------------------------------------------------------------------------------------
 

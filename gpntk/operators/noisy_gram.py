@@ -68,17 +68,21 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
 
         None for batches of x (or more than 16 in all), inputs that carry a gradient, and sums with other kernels.
         """
-        gram, diagonal = self._linear_op, self._diag_tensor
+        gram = self._linear_op
         stated = gram.statement() if isinstance(gram, AbstractGramLinearOperator) else None
         if stated is None or self.batch_shape.numel() > _MOST:
             return None
         features, variances, solver = stated
-        constant = isinstance(diagonal, ConstantDiagLinearOperator)
-        noise = diagonal.diag_values if constant else diagonal._diagonal()
-        if not constant and not noise.requires_grad and bool((noise == noise[..., :1]).all()):
-            noise = noise[..., :1]
-        pairs = zip(self._elements(variances), self._elements(noise), strict=True)
+        pairs = zip(self._elements(variances), self._elements(self.noise()), strict=True)
         return [Problem(features, *pair, solver) for pair in pairs]
+
+    def noise(self) -> Tensor:
+        """Noise variances `[..., n]`, or `[..., 1]` where all rows have the same."""
+        diagonal = self._diag_tensor
+        if isinstance(diagonal, ConstantDiagLinearOperator):
+            return diagonal.diag_values
+        noise = diagonal._diagonal()
+        return noise[..., :1] if not noise.requires_grad and bool((noise == noise[..., :1]).all()) else noise
 
     def _elements(self, values: Tensor) -> Tensor:
         """`[..., k]` for every element of the batch, `[B, k]`."""
