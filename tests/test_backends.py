@@ -242,3 +242,18 @@ def test_reduced_precision_keeps_to_its_stated_error(name: str, precision, toler
 def test_an_unknown_precision() -> None:
     with pytest.raises(InputError, match="precision='half': choose one of 'exact', 'tf32', 'bfloat16'"):
         gpntk.StructuredBackend(gpntk.freeze(nn.Linear(2, 1)), precision="half")  # pyright: ignore[reportArgumentType]
+
+
+def test_float32_sums_over_many_parameters() -> None:
+    """A plain matrix product of few rows and 10⁷ columns adds one term after another and is off by 1e-3."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(), nn.Linear(2048, 1))
+    x, budget = torch.randn(1, 3, 4), 2**30
+    v = torch.randn(1, 1, gpntk.freeze(module).num_params)
+    explicit = gpntk.DenseBackend(gpntk.freeze(module), memory_budget=budget)
+    gram, image = explicit.gram(x, x), explicit.jvp(x, v)
+    exact = gpntk.StructuredBackend(gpntk.freeze(module.double()), memory_budget=budget)
+    expected = exact.gram(x.double(), x.double())
+    assert (gram - expected).norm() < 3e-6 * expected.norm()
+    expected = exact.jvp(x.double(), v.double())
+    assert (image - expected).norm() < 2e-5 * expected.norm()

@@ -23,6 +23,8 @@ _COLUMNS = 10
 _PRODUCTS = 50
 # How many times more rows than those it was made for a choice is good for.
 _GROWTH = 8
+# An explicit J, which is larger than all factors, must cost so much less.
+_WORTH_ITS_MEMORY = 0.9
 
 
 class Choice(NamedTuple):
@@ -80,7 +82,7 @@ class AutoBackend(AbstractJacobianBackend):
             if cost.fits
         }
         factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
-        if total.get("dense Jacobian", float("inf")) >= factors:
+        if total.get("dense Jacobian", float("inf")) > _WORTH_ITS_MEMORY * factors:
             return choice
         rows = x.shape[:-1].numel() * network.num_outputs(x)
         reason = f"J is small, {rows} x {network.num_params}, and products with all of it cost less"

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.contraction import contracted_diagonal, contracted_gram, row_chunks
+from gpntk.jacobians.contraction import contracted_diagonal, contracted_gram, inner_products, row_chunks
 
 
 class AbstractExplicitBackend(AbstractJacobianBackend, ABC):
     """Products by matrix products with ``jacobian(x)`` `[B, N*C, F]`, formed by chunks of rows within the budget."""
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([v @ self.jacobian(x[:, rows]).mT for rows in row_chunks(self, x)], dim=-1)
+        return torch.cat([inner_products(v, self.jacobian(x[:, rows])) for rows in row_chunks(self, x)], dim=-1)
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
         c = self.num_outputs(x)

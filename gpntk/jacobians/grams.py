@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.bundles import Bundle, parameter_images
+from gpntk.jacobians.contraction import inner_products
 from gpntk.jacobians.layers import AbstractLayerRule, Factors, sketched
 from gpntk.jacobians.memory import chunks, workspace
 from gpntk.jacobians.passes import Parts
@@ -136,7 +137,7 @@ class Grams:
             for columns in chunks(result.shape[4], self._row_bytes(right), self._limit):
                 two = one if left is right and rows == columns else self._gradients(right, columns)
                 for name, gradient in one.items():
-                    term = gradient.flatten(1, 2) @ two[name].flatten(1, 2).mT
+                    term = inner_products(gradient.flatten(1, 2), two[name].flatten(1, 2))
                     term = term.unflatten(1, gradient.shape[1:3]).unflatten(3, two[name].shape[1:3])
                     result[:, self._group(layer_name(name)), rows, :, columns] += term
 
