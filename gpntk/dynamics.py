@@ -57,7 +57,9 @@ class GradientFlow:
     """Networks in the course of their training on (x, y), without training them.
 
     Exact for a network that is linear in its weights, as an infinitely wide or a linearized one is, and that is trained
-    by full-batch gradient flow or descent. What is predicted depends on what is given:
+    by full-batch gradient flow or descent. A network of finite width deviates by O(1/√width) from the kernels of the
+    limit; from its own kernel, taken where it starts, in practice by about 1/width. What is predicted depends on what
+    is given:
 
     * ``nngp`` given: an ensemble over initializations. f_t(x*) is Gaussian with (Θ* = Θ(x*, X), K* alike)
 
@@ -71,6 +73,8 @@ class GradientFlow:
 
     Loss: ``loss="mse"`` is L = ½ Σ_nc (f_c(x_n) - y_nc)², ``"cross_entropy"`` is L = -Σ_n log softmax(f(x_n))[y_n];
     ``normalize`` divides by N*C and by N. (PyTorch's ``MSELoss()`` is twice the normalized loss: double the rate.)
+    Cross-entropy has no formula: c' = η (Y - softmax(f_0(X) + Θ c) - s c) is integrated, by LSODA to ``tolerance``;
+    discrete steps are taken one by one. Either starts from t = 0 at every call.
 
     Time: t counts steps of ``learning_rate`` η. The flow is ω' = -η ∂L/∂ω, so that t steps of descent and the flow at t
     agree to first order in η, and the mode of Θ with eigenvalue λ is learned at about t = 1/(η λ), with momentum μ at
@@ -117,8 +121,22 @@ class GradientFlow:
         >>> flow = gpntk.GradientFlow(kernel, x, x.squeeze(-1).sin(), nngp=kernel, noise=0.01)
         >>> flow.predict(x[:2], t=[0.0, 10.0, float("inf")]).mean.shape
         torch.Size([3, 2])
-        >>> 0 < flow.max_learning_rate() < 1
+
+        Steps of descent with momentum, and their largest rate:
+
+        >>> steps = gpntk.GradientFlow(kernel, x, x.squeeze(-1).sin(), learning_rate=0.3, discrete=True, momentum=0.9)
+        >>> round(steps.max_learning_rate(), 2), steps.predict(x[:2], t=[10, 500]).mean.shape
+        (0.77, torch.Size([2, 2]))
+
+        Classes, by the cross-entropy flow; the mean holds logits:
+
+        >>> classes = (x.squeeze(-1) > 0.5).long()
+        >>> logits = gpntk.GradientFlow(kernel, x, classes, loss="cross_entropy").predict(x, t=100.0).mean
+        >>> bool((logits.argmax(-1) == classes).all())
         True
+
+        A network that is linear in its weights, after infinite time, and where they are then:
+
         >>> network = torch.nn.Linear(1, 1).double()
         >>> kernel, f0 = gpntk.NTKKernel(network), gpntk.NetworkMean(network)
         >>> flow = gpntk.GradientFlow(kernel, x, 2 - x.squeeze(-1), initial=f0)
