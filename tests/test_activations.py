@@ -93,6 +93,31 @@ def test_steep_quadrature_equals_erf() -> None:
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-10)
 
 
+def test_quadrature_says_where_it_ends() -> None:
+    # E[exp(u)²] = exp(2 q): right as long as it is said to be, and an error where 12 deviations are not enough.
+    exact, by_rule = Exponential(), Quadrature(torch.exp)
+    q = torch.tensor([1e-8, 0.5, 2.0, 7.0], dtype=D)
+    for value, reference in zip(by_rule.diagonal(q), exact.diagonal(q), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=0)
+    for q in (9.0, 16.0, 64.0, 400.0):
+        with pytest.raises(InputError, match=f"at variance {q:.3g} the function is not finite, or grows too fast"):
+            by_rule.diagonal(torch.tensor([1.0, q], dtype=D))
+        with pytest.raises(InputError, match="grows too fast"):
+            by_rule.moments(*torch.tensor([[q], [q], [0.5 * q]], dtype=D))
+    with pytest.raises(InputError, match="is not finite"):
+        Quadrature(torch.log).diagonal(torch.ones(1))
+    with pytest.raises(InputError, match="grows too fast"):
+        Quadrature(lambda x: torch.relu(x) * x.exp(), (0.0,)).moments(*torch.full((3, 1), 6.0, dtype=D))
+
+
+@pytest.mark.parametrize("deviation", [1e-6, 0.04, 0.045, 0.05, 0.1])
+def test_functions_that_are_zero_but_far_out(deviation: float) -> None:
+    shrink, q = activation_of(nn.Softshrink()), torch.tensor([deviation**2], dtype=D)
+    assert shrink is not None
+    for moment in (*shrink.diagonal(q), *shrink.moments(q, q, 0.9 * q)):
+        assert 0 <= moment.item() < 1e-5
+
+
 def parallel_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(1), dtype=D) + 3
     return x.square().mean(1)[:, None], x.square().mean(1), x @ x.mT / 5
@@ -342,6 +367,8 @@ UNKNOWN = [
     nn.Linear(2, 2),
     nn.PReLU(3),
     nn.RReLU(),
+    nn.Softplus(1.0, 1.0),
+    nn.Softplus(0.0),
     Renamed(),
     torch.softmax,
     functional.softmax,
@@ -368,6 +395,17 @@ def test_itself_and_sources() -> None:
     assert all(isinstance(source, str) for source in ACTIVATIONS.values())
 
 
+def test_softplus_that_is_turned_around() -> None:
+    # log(1 + exp(-x)) / -1 is log(sigmoid(x)).
+    q1, q2, k = covariances()
+    for one, two in zip(
+        activation_of(nn.Softplus(-1.0)).moments(q1, q2, k),
+        activation_of(nn.LogSigmoid()).moments(q1, q2, k),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
+
+
 def test_hermite_polynomials_are_normalised() -> None:
     c = torch.linspace(-1, 1, 5, dtype=D)
     for degree in range(6):
@@ -392,5 +430,10 @@ def test_single_precision_relu_of_nearly_equal_rows() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(InputError, match="tolerance must be between"):
         Quadrature(torch.tanh, tolerance=1e-16)
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match=r"scale=.* must be positive"):
+            Quadrature(torch.tanh, scale=scale)
+    with pytest.raises(InputError, match=r"kinks=.* finite"):
+        Quadrature(torch.relu, kinks=(math.nan,))
     with pytest.raises(InputError, match="power must be 2 or more"):
         RectifiedMonomial(1)

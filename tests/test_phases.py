@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpntk.errors import InputError
-from gpntk.infinite import activation_of
+from gpntk.infinite import AbstractActivation, Exponential, Gaussian, Quadrature, Sign, Step, activation_of, cosine
 from gpntk.infinite.phases import phase, phase_diagram
 
 RELU, TANH, ERF = activation_of(nn.ReLU()), activation_of(nn.Tanh()), activation_of(torch.erf)
@@ -30,6 +30,87 @@ def test_odd_activations_without_bias_are_critical_at_one_over_their_squared_slo
     slope = 4 / math.pi  # erf'(0)²
     assert phase(ERF, 0.9 / slope, 0.0).susceptibility == pytest.approx(0.9, abs=1e-6)
     assert phase(ERF, 1.3 / slope, 0.0).name == "chaotic"
+
+
+ITERATED: list[tuple[AbstractActivation, float, float]] = [
+    (RELU, 1.5, 0.3),
+    (activation_of(nn.GELU()), 2.0, 0.1),
+    (activation_of(nn.GELU()), 1.5, 0.02),
+    (TANH, 4.0, 0.0),
+    (ERF, 4.0, 0.2),
+    (activation_of(torch.sin), 3.0, 0.1),
+    (cosine(), 1.0, 0.1),
+    (cosine(), 2.0, 0.0),
+    (Gaussian(), 1.0, 0.1),
+    (Gaussian(), 30.0, 0.0),
+    (Exponential(), 0.1, 0.01),
+    (Sign(), 1.0, 0.1),
+    (Step(), 1.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("activation", "weight", "bias"), ITERATED)
+def test_against_iteration(activation: AbstractActivation, weight: float, bias: float) -> None:
+    q, c, distances = torch.tensor(1.0).double(), torch.tensor(0.5).double(), []
+    for _ in range(300):
+        q = bias + weight * activation.diagonal(q)[0]
+    for _ in range(300):
+        c = (bias + weight * activation.moments(q, q, c * q)[0]) / q
+    result = phase(activation, weight, bias)
+    assert result.variance == pytest.approx(q.item(), rel=1e-9)
+    assert result.correlation == pytest.approx(c.item(), abs=1e-7)
+    # Layers over which a distance falls by e: from the last iterations above rounding.
+    c = c - 1e-4 if result.correlation > 0.5 else c + 1e-4
+    for _ in range(2):
+        distances.append(abs(c.item() - result.correlation))
+        c = (bias + weight * activation.moments(q, q, c * q)[0]) / q
+    factor = distances[1] / distances[0]
+    assert math.exp(-1 / result.correlation_depth) == pytest.approx(factor, rel=0.02)
+    q = q + 1e-5
+    after = (bias + weight * activation.diagonal(q)[0] - result.variance).abs().item()
+    expected = math.exp(-1 / result.variance_depth) if result.variance_depth else 0.0
+    assert after / 1e-5 == pytest.approx(expected, abs=1e-3)
+
+
+def test_slow_maps_have_their_true_fixed_points() -> None:
+    # Of erf the map of correlations is (2/π) arcsin(2 q c / (1 + 2 q)) w / q, whose slope at c* = 0 is known.
+    for weight in (0.79, 0.9):
+        result = phase(ERF, weight, 0.0)
+        q = result.variance
+        assert q == pytest.approx(weight * 2 / math.pi * math.asin(2 * q / (1 + 2 * q)), rel=1e-10)
+        assert result.correlation == pytest.approx(0, abs=1e-12)
+        slope = weight * 2 / math.pi * 2 / (1 + 2 * q)
+        assert result.correlation_depth == pytest.approx(-1 / math.log(slope), rel=1e-6)
+        assert result.name == "chaotic"
+    assert phase(TANH, 1.01, 0.0).correlation == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("activation", [TANH, ERF, activation_of(torch.sin)], ids=["tanh", "erf", "sin"])
+def test_critical_odd_activations_lose_the_signal(activation: AbstractActivation) -> None:
+    critical = 1 / activation.diagonal(torch.zeros(()).double())[1].item()
+    result = phase(activation, critical, 0.0)
+    assert result.variance == 0
+    assert result.name == "critical"
+    assert result.correlation_depth == result.variance_depth == math.inf
+
+
+def test_growing_variances() -> None:
+    for weight, bias in ((2.5, 0.0), (2.0, 0.1)):
+        result = phase(RELU, weight, bias)
+        assert result.variance == math.inf
+        assert result.susceptibility == pytest.approx(weight / 2)
+    assert phase(RELU, 1.9, 1e-13).variance == pytest.approx(1e-13 / 0.05, rel=1e-6)
+    assert phase(Quadrature(torch.relu, (0.0,)), 1.0, 0.0).susceptibility == pytest.approx(0.5)
+
+
+def test_activations_that_jump_are_chaotic() -> None:
+    # Of sign: q* = 1.1, and the derivative of arcsin is infinite at one.
+    result = phase(Sign(), 1.0, 0.1)
+    c = result.correlation
+    assert result.susceptibility == math.inf
+    assert c == pytest.approx((0.1 + 2 / math.pi * math.asin(c)) / 1.1, abs=1e-12)
+    assert 0 < c < 1
+    assert result.variance_depth == 0
 
 
 def test_chaotic_network_by_simulation() -> None:

@@ -1,6 +1,6 @@
 """Infinitely wide networks: Gaussian moments of activations, and what layers make of them."""
 
-from gpntk.infinite.activations import ACTIVATIONS, activation_of
+from gpntk.infinite.activations import ACTIVATIONS, Activation, activation_of
 from gpntk.infinite.closed_forms import (
     GELU,
     ABReLU,
@@ -29,6 +29,7 @@ __all__ = [
     "GELU",
     "ABReLU",
     "AbstractActivation",
+    "Activation",
     "Erf",
     "Exponential",
     "Gaussian",

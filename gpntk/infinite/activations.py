@@ -8,12 +8,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
+from gpntk.errors import InputError
 from gpntk.infinite.closed_forms import GELU, ABReLU, Erf, Exponential, Polynomial, Sign, Sine, cosine, monomial
 from gpntk.infinite.gaussian import AbstractActivation
 from gpntk.infinite.quadrature import Quadrature
@@ -22,6 +23,8 @@ Make = Callable[..., AbstractActivation | None]
 """Makes an activation of the arguments that follow the input in a call."""
 
 _AT_ZERO = (0.0,)
+# From here on the jump of torch's softplus at its threshold, exp(-threshold), is nothing to a tolerance of 1e-10.
+_SMOOTH_THRESHOLD = 20.0
 
 
 def _relu() -> ABReLU:
@@ -36,8 +39,10 @@ def _gelu(approximate: str = "none") -> AbstractActivation:
     return GELU() if approximate == "none" else Quadrature(partial(functional.gelu, approximate=approximate))
 
 
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Quadrature:
-    return Quadrature(partial(functional.softplus, beta=beta, threshold=threshold), scale=1 / beta)
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Quadrature | None:
+    if not beta or threshold < _SMOOTH_THRESHOLD:
+        return None
+    return Quadrature(partial(functional.softplus, beta=beta, threshold=threshold), scale=1 / abs(beta))
 
 
 def _elu(alpha: float = 1.0) -> Quadrature:
@@ -63,7 +68,7 @@ def _clamp(min: float | None = None, max: float | None = None) -> AbstractActiva
     return Quadrature(partial(torch.clamp, min=min, max=max), kinks)
 
 
-def _hardsigmoid_of(x: torch.Tensor) -> torch.Tensor:
+def _hardsigmoid_of(x: Tensor) -> Tensor:
     # torch's own cannot be differentiated twice.
     return (x / 6 + 0.5).clamp(0, 1)
 
@@ -77,7 +82,7 @@ def _power(exponent: float) -> AbstractActivation | None:
     return monomial(int(exponent)) if natural else None
 
 
-def _plain(phi: Callable[..., torch.Tensor], kinks: tuple[float, ...] = ()) -> Make:
+def _plain(phi: Callable[..., Tensor], kinks: tuple[float, ...] = ()) -> Make:
     return lambda: Quadrature(phi, kinks)
 
 
@@ -135,7 +140,42 @@ def _callables() -> dict[Any, Make]:
 
 _CALLABLES = _callables()
 
+
+@final
+class Activation(nn.Module):
+    """An activation of `gpntk.infinite` as a layer, for a φ that torch has no module for, or of your own.
+
+    Args:
+        activation: φ: a closed form such as `Gaussian`, `Step` or `rbf`, or `Quadrature` of any elementwise function.
+
+    Example:
+        >>> from gpntk.infinite import Activation, Quadrature, rbf
+        >>> network = nn.Sequential(nn.Linear(2, 64), Activation(Quadrature(torch.atan)), nn.Linear(64, 1))
+        >>> network(torch.zeros(3, 2)).shape
+        torch.Size([3, 1])
+        >>> Activation(rbf(0.5))  # after a layer with weights: the Gaussian kernel of its covariance
+        Activation(Sine(a=1.4142135623730951, b=1.0, c=0.7853981633974483))
+    """
+
+    def __init__(self, activation: AbstractActivation) -> None:
+        super().__init__()
+        if not isinstance(activation, AbstractActivation):
+            raise InputError(
+                f"activation must be one of gpntk.infinite, got {activation!r}: wrap a function in Quadrature."
+            )
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """φ(x)."""
+        return self.activation(x)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return repr(self.activation)
+
+
 _MODULES: dict[type[nn.Module], Callable[[Any], AbstractActivation | None]] = {
+    Activation: lambda module: module.activation,
     nn.CELU: lambda module: _celu(module.alpha),
     nn.ELU: lambda module: _elu(module.alpha),
     nn.GELU: lambda module: _gelu(module.approximate),
@@ -146,7 +186,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any], AbstractActivation | None]] = {
     nn.LeakyReLU: lambda module: _leaky_relu(module.negative_slope),
     nn.LogSigmoid: lambda _: _FUNCTIONS["logsigmoid"](),
     nn.Mish: lambda _: _FUNCTIONS["mish"](),
-    # One slope is an activation, a slope per channel is not.
+    # One slope is an activation, a slope per channel is not. The slope is read from the module, and not trained.
     nn.PReLU: lambda module: _leaky_relu(module.weight.item()) if module.weight.numel() == 1 else None,
     nn.ReLU: lambda _: _relu(),
     nn.ReLU6: lambda _: _FUNCTIONS["relu6"](),
@@ -212,6 +252,6 @@ ACTIVATIONS: dict[str, str] = {
     "tanh, Sigmoid, SiLU, Softplus, Mish, LogSigmoid, Tanhshrink, GELU (tanh)": _SERIES,
     "ELU, SELU, CELU, Softsign": f"{_SERIES}; kink at 0",
     "Hardtanh, ReLU6, Hardswish, Hardsigmoid, Softshrink, clamp": f"{_SERIES}; kinks off zero",
-    "any continuous function": f"{_SERIES}; kinks to be declared",
+    "Activation(Quadrature(any continuous function))": f"{_SERIES}; kinks to be declared",
 }
 """Where the formulas come from, for the activations that are known."""

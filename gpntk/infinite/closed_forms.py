@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import (
-    AbstractActivation,
+    AbstractClosedForm,
     absolute_moment,
     angle,
     determinant,
@@ -28,7 +28,7 @@ from gpntk.infinite.gaussian import (
 
 @final
 @dataclass(frozen=True)
-class ABReLU(AbstractActivation):
+class ABReLU(AbstractClosedForm):
     """φ(x) = a min(x, 0) + b max(x, 0): ReLU (0, 1), leaky ReLU (slope, 1), |x| (-1, 1), the identity (1, 1).
 
     E[φ(u) φ(v)] = m² k + h² (2/π) (s + k ψ), m = (a + b)/2, h = (b - a)/2.
@@ -57,7 +57,7 @@ class ABReLU(AbstractActivation):
             return mean**2 * k, torch.full_like(k, mean**2)
         both, psi = absolute_moment(q1, q2, k)
         bend = half**2 * 2 / math.pi
-        return mean**2 * k + bend * both, mean**2 + bend * psi
+        return (bend * both).add_(k, alpha=mean**2), (bend * psi).add_(mean**2)
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         square = (self.a**2 + self.b**2) / 2
@@ -66,7 +66,7 @@ class ABReLU(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class RectifiedMonomial(AbstractActivation):
+class RectifiedMonomial(AbstractClosedForm):
     """φ(x) = max(x, 0)^p for an integer p >= 2.
 
     E[u₊^m v₊^n] = q1 (m-1) E[u₊^(m-2) v₊^n] + k n E[u₊^(m-1) v₊^(n-1)] (by parts), plus a boundary term for m = 1.
@@ -128,7 +128,7 @@ def _at_zero(q1: Tensor, q2: Tensor, k: Tensor, n: int) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class Sign(AbstractActivation):
+class Sign(AbstractClosedForm):
     """φ(x) = sign(x), sign(0) = 0: E[φ(u) φ(v)] = (2/π) ψ.
 
     φ' is taken as zero, its value almost everywhere, as automatic differentiation does: the NTK has no limit.
@@ -146,7 +146,7 @@ class Sign(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class Step(AbstractActivation):
+class Step(AbstractClosedForm):
     """φ(x) = 1[x > 0], 1/2 at zero: E[φ(u) φ(v)] = 1/4 + ψ/(2π). φ' is taken as zero (see `Sign`).
 
     References:
@@ -162,7 +162,7 @@ class Step(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class Erf(AbstractActivation):
+class Erf(AbstractClosedForm):
     """φ(x) = a erf(b x) + c: E[φ(u) φ(v)] = a² (2/π) arcsin(2 b² k / √((1 + 2 b² q1)(1 + 2 b² q2))) + c².
 
     Args:
@@ -193,7 +193,7 @@ class Erf(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class GELU(AbstractActivation):
+class GELU(AbstractClosedForm):
     """φ(x) = x Φ(x), Φ the normal distribution function (not the approximation by tanh).
 
     With Δ = (1 + q1)(1 + q2) - k², A = E[Φ(u) Φ(v)] = 1/4 + arctan(k/√Δ)/(2π), B = 1/(2π √Δ):
@@ -223,7 +223,7 @@ def _gelu(q1: Tensor, q2: Tensor, k: Tensor, det: Tensor) -> tuple[Tensor, Tenso
 
 @final
 @dataclass(frozen=True)
-class Sine(AbstractActivation):
+class Sine(AbstractClosedForm):
     """φ(x) = a sin(b x + c); the cosine has c + π/2.
 
     E[φ(u) φ(v)] = (a²/2) (exp(-b² (q1 + q2 - 2k)/2) - cos(2c) exp(-b² (q1 + q2 + 2k)/2)).
@@ -266,7 +266,7 @@ def rbf(gamma: float = 1.0) -> Sine:
 
 @final
 @dataclass(frozen=True)
-class Exponential(AbstractActivation):
+class Exponential(AbstractClosedForm):
     """φ(x) = a exp(b x): E[φ(u) φ(v)] = a² exp(b² (q1 + q2 + 2k)/2).
 
     References:
@@ -286,7 +286,7 @@ class Exponential(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class Gaussian(AbstractActivation):
+class Gaussian(AbstractClosedForm):
     """φ(x) = a exp(-b x²), b >= 0: E[φ(u) φ(v)] = a²/√Δ, E[φ'(u) φ'(v)] = 4 a² b² k/Δ^(3/2), Δ = |I + 2 b Σ|.
 
     References:
@@ -309,7 +309,7 @@ class Gaussian(AbstractActivation):
 
 @final
 @dataclass(frozen=True)
-class Polynomial(AbstractActivation):
+class Polynomial(AbstractClosedForm):
     """φ(x) = Σ_i a_i x^i: E[φ(u) φ(v)] = Σ_n (kⁿ/n!) E[φ⁽ⁿ⁾(u)] E[φ⁽ⁿ⁾(v)], a finite sum.
 
     Args:

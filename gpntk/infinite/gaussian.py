@@ -12,10 +12,17 @@ it the second moment of a kinked φ, by √ε (1e-8 in float64, 3e-4 in float32)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, final
+from collections.abc import Iterator
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+
+from gpntk.jacobians.memory import tracks_gradient
+
+# Entries computed together by elementary formulas: temporaries of so many stay in a core's cache, or in a device.
+_CACHED = 2**16
+_ON_DEVICE = 2**24
 
 
 class AbstractActivation(ABC):
@@ -27,6 +34,9 @@ class AbstractActivation(ABC):
     left out. All is computed in float64 and returned in the dtype of k.
     """
 
+    elementary: ClassVar[bool] = False
+    """Whether each entry is computed by itself in a few operations, so that a few entries at a time cost less."""
+
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """E[φ(u) φ(v)] and E[φ'(u) φ'(v)] for (u, v) ~ N(0, [[q1, k], [k, q2]]).
 
@@ -35,8 +45,17 @@ class AbstractActivation(ABC):
             q2: Variances of v, likewise.
             k: Covariances, at most √(q1 q2) in absolute value; an excess by rounding is taken as equality.
         """
-        first, second = self._moments(_unexpanded(q1).double(), _unexpanded(q2).double(), k.double())
-        return first.expand(k.shape).to(k.dtype), second.expand(k.shape).to(k.dtype)
+        q1, q2 = _unexpanded(q1), _unexpanded(q2)
+        if not self.elementary or tracked(q1, q2, k):
+            first, second = self._moments(q1.double(), q2.double(), k.double())
+            return first.expand(k.shape).to(k.dtype), second.expand(k.shape).to(k.dtype)
+        results = torch.empty_like(k), torch.empty_like(k)
+        entries = _CACHED * torch.get_num_threads() if k.device.type == "cpu" else _ON_DEVICE
+        for (one, two, part), outputs in _parts((q1, q2, k), results, entries):
+            values = self._moments(one.double(), two.double(), part.double())
+            for output, value in zip(outputs, values, strict=True):
+                output.copy_(value)
+        return results
 
     def diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """E[φ(u)²] and E[φ'(u)²] for u ~ N(0, q): what the moments are at k = q1 = q2 = q."""
@@ -52,12 +71,41 @@ class AbstractActivation(ABC):
         """The diagonal in float64."""
 
 
+class AbstractClosedForm(AbstractActivation):
+    """An activation whose moments are elementary functions."""
+
+    elementary = True
+
+
 def _unexpanded(q: Tensor) -> Tensor:
     """The entries of an expanded view, once."""
     for dim, stride in enumerate(q.stride()):
         if stride == 0 and q.shape[dim] > 1:
             q = q.narrow(dim, 0, 1)
     return q
+
+
+def _parts(
+    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], entries: int
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Views of ``inputs``, which broadcast to the shape of ``outputs``, and of those, of at most ``entries`` each."""
+    shape = outputs[0].shape
+    if shape.numel() <= max(entries, 1):
+        yield inputs, outputs
+        return
+    dim = next(index for index, size in enumerate(shape) if size > 1) - len(shape)
+    half = shape[dim] // 2
+    for start, length in ((0, half), (half, shape[dim] - half)):
+        cut = [
+            tensor.narrow(dim, start, length) if tensor.dim() >= -dim and tensor.shape[dim] > 1 else tensor
+            for tensor in (*inputs, *outputs)
+        ]
+        yield from _parts(tuple(cut[: len(inputs)]), tuple(cut[len(inputs) :]), entries)
+
+
+def tracked(*tensors: Tensor) -> bool:
+    """Whether automatic differentiation records what is done with any of them."""
+    return any(map(tracks_gradient, tensors))
 
 
 @final
@@ -80,7 +128,7 @@ def with_derivatives(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
     Slopes may be differentiable functions of the inputs themselves; derivatives of second order are then right too.
     """
-    if not (torch.is_grad_enabled() and any(entry.requires_grad for entry, _ in pairs)):
+    if not tracked(*(entry for entry, _ in pairs)):
         return value.detach()
     inputs = [entry.expand(value.shape) for entry, _ in pairs]
     slopes = [slope.expand(value.shape) for _, slope in pairs]
@@ -97,6 +145,8 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def root(x: Tensor) -> Tensor:
     """√x, with derivative zero at x = 0."""
+    if not tracked(x):
+        return x.clamp_min(0).sqrt_()
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
@@ -114,15 +164,25 @@ def _rounding(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
     return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
 
 
+def _short(x: Tensor) -> bool:
+    """Whether 24 bits hold every number, as those that were float32: their products are exact."""
+    return not x.view(torch.int64).bitwise_and(2**29 - 1).sum().item()
+
+
 def determinant(q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
     """q1 q2 - k² without cancellation, at least zero, `[*k]`.
 
     A negative value can only be rounding of k: Cauchy and Schwarz forbid it. Its derivatives are kept all the same.
     """
-    a, b, c = torch.broadcast_tensors(q1.detach(), q2.detach(), k.detach())
-    product, square = a * b, c * c
-    value = (product - square) + (_rounding(a, b, product) - _rounding(c, c, square))
-    return with_derivatives(value.clamp_min(0), (q1, q2), (q2, q1), (k, -2 * k))
+    a, b, c = q1.detach(), q2.detach(), k.detach()
+    product = a * b
+    if _short(a) and _short(b) and _short(c):
+        value = torch.addcmul(product, c, c, value=-1)
+    else:
+        square = c * c
+        value = (product - square) + (_rounding(a, b, product) - _rounding(c, c, square))
+    value = value.clamp_min_(0)
+    return with_derivatives(value, (q1, q2), (q2, q1), (k, -2 * k)) if tracked(q1, q2, k) else value
 
 
 def angle(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,14 +191,18 @@ def angle(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     P(u > 0, v > 0) = 1/4 + ψ / 2π.
     """
     s = root(determinant(q1, q2, k))
+    psi = torch.atan2(k.detach(), s.detach())
+    if not tracked(q1, q2, k):
+        return s, psi
     inverse = divide(torch.ones_like(s), s)
     slope = -0.5 * k * inverse
-    psi = torch.atan2(k.detach(), s.detach())
     return s, with_derivatives(psi, (q1, divide(slope, q1)), (q2, divide(slope, q2)), (k, inverse))
 
 
 def absolute_moment(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """(π/2) E|u v| = s + k ψ, with derivatives s/(2 q1), s/(2 q2) and ψ; and ψ; `[*k]`."""
     s, psi = angle(q1, q2, k)
-    value = (s + k * psi).detach()
+    value = torch.addcmul(s.detach(), k.detach(), psi.detach())
+    if not tracked(q1, q2, k):
+        return value, psi
     return with_derivatives(value, (q1, divide(0.5 * s, q1)), (q2, divide(0.5 * s, q2)), (k, psi)), psi

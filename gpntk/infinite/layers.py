@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpntk.infinite.gaussian import AbstractActivation
-from gpntk.infinite.moments import Block, LayerMoments, beside, sample_variances
+from gpntk.infinite.moments import Block, LayerMoments
 
 Parametrization = Literal["ntk", "standard"]
 Spatial = Callable[[Tensor], Tensor]
@@ -38,20 +38,20 @@ class Weights:
 def weighted(state: LayerMoments, weights: Weights, average: Spatial = lambda tensor: tensor) -> LayerMoments:
     """A linear layer; ``average`` is the mean over the positions that a filter sees (none for ``Linear``)."""
     variance = weights.weight_std.square()
-    bias = 0.0 if weights.bias_std is None else weights.bias_std.square()
-
-    def block(before: Block) -> Block:
-        mean = average(before.nngp)
-        nngp = variance * mean + bias
-        if before.ntk is None:
-            return Block(nngp, None)
-        inherited = variance * average(before.ntk)
-        if weights.parametrization == "ntk":
-            return Block(nngp, nngp + inherited)
+    before = state.block
+    mean = average(before.nngp)
+    # What is fresh is added to in place.
+    nngp = variance * mean
+    if weights.bias_std is not None:
+        nngp += weights.bias_std.square()
+    if not state.tangent:
+        return replace(state, block=Block(nngp, None))
+    if weights.parametrization == "ntk":
+        own = nngp
+    else:
         own = weights.fan_in * mean + (0.0 if weights.bias_std is None else 1.0)
-        return Block(nngp, own + inherited)
-
-    return state.with_blocks(*(block(before) for before in state.blocks), gaussian=True)
+    ntk = own if before.ntk is None else (variance * average(before.ntk)).add_(own)
+    return replace(state, block=Block(nngp, ntk))
 
 
 @final
@@ -77,7 +77,7 @@ def filter_mean(state: LayerMoments, windows: Windows) -> Spatial:
 
     def average(tensor: Tensor) -> Tensor:
         for axis in range(state.axes):
-            tensor = _window_sums(tensor, state.position_dims(axis), windows, axis) / windows.sizes[axis]
+            tensor = _window_sums(tensor, state.position_dims(axis), windows, axis, 1 / windows.sizes[axis])
         return tensor
 
     return average
@@ -120,7 +120,7 @@ def flatten(state: LayerMoments) -> LayerMoments:
     """Positions become units of one layer: only equal ones have anything in common."""
     state = state.equal_positions()
     dims = list(range(-state.axes, 0))
-    return state.map(lambda tensor: tensor.mean(dims) if dims else tensor, axes=0, pairs=False)
+    return state.map(lambda tensor: tensor.mean(dims) if dims else tensor, axes=0)
 
 
 def pad(state: LayerMoments, paddings: Sequence[tuple[int, int]], circular: bool) -> LayerMoments:
@@ -136,94 +136,53 @@ def pad(state: LayerMoments, paddings: Sequence[tuple[int, int]], circular: bool
 
 
 def activate(state: LayerMoments, activation: AbstractActivation) -> LayerMoments:
-    """k ← E[φ(u) φ(v)], Θ ← Θ E[φ'(u) φ'(v)]."""
-    first, second = sample_variances(state)
-    cross = _activated(state.cross, activation, *_pairing(state, first.unsqueeze(1), second.unsqueeze(0)))
-    own = [
-        _own(block, variance, state, activation) for block, variance in ((state.first, first), (state.second, second))
-    ]
-    return state.with_blocks(cross, own[0], own[1], gaussian=False)
+    """k ← E[φ(u) φ(v)], Θ ← Θ E[φ'(u) φ'(v)]; exactly, where u and v are the same unit of the same input.
 
-
-def _activated(block: Block, activation: AbstractActivation, one: Tensor, two: Tensor) -> Block:
-    nngp, slope = activation.moments(one, two, block.nngp)
-    return Block(nngp, None if block.ntk is None else block.ntk * slope)
-
-
-def _own(block: Block, variance: Tensor, state: LayerMoments, activation: AbstractActivation) -> Block:
-    """A row with itself: at equal positions the exact moments of one variable."""
-    nngp, slope = activation.diagonal(variance)
-    if not state.pairs:
-        return Block(nngp, None if block.ntk is None else block.ntk * slope)
-    pairs = _activated(block, activation, *_pairing(state, variance, variance))
-    equal = _equal_positions(state, block.nngp)
-    exact = beside(nngp, state.axes, primed=False)
-    if block.ntk is None or pairs.ntk is None:
-        return Block(torch.where(equal, exact, pairs.nngp), None)
-    exact_ntk = block.ntk * beside(slope, state.axes, primed=False)
-    return Block(torch.where(equal, exact, pairs.nngp), torch.where(equal, exact_ntk, pairs.ntk))
-
-
-def _pairing(state: LayerMoments, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    if not state.pairs:
-        return one, two
-    return beside(one, state.axes, primed=False), beside(two, state.axes, primed=True)
-
-
-def _equal_positions(state: LayerMoments, like: Tensor) -> Tensor:
-    """Where both positions of a pair are the same, `[*positions]`."""
-    equal = torch.ones((), dtype=torch.bool, device=like.device)
-    for axis in range(state.axes):
-        size = like.shape[state.position_dims(axis)[0]]
-        shape = [1] * (2 * state.axes)
-        shape[2 * axis] = shape[2 * axis + 1] = size
-        equal = equal & torch.eye(size, dtype=torch.bool, device=like.device).reshape(shape)
-    return equal
+    The difference of k to a variance is rounding there, which kinks magnify.
+    """
+    block, same = state.block, state.same()
+    if same is True:
+        nngp, slope = activation.diagonal(state.first)
+    elif same is False:
+        nngp, slope = activation.moments(*state.sides(state.first, state.second), block.nngp)
+    else:
+        where = same.expand(block.nngp.shape).nonzero(as_tuple=True)
+        k = block.nngp.index_put(where, block.nngp.new_zeros(()))
+        computed = activation.moments(*state.sides(state.first, state.second), k)
+        own = zip(activation.diagonal(state.first), activation.diagonal(state.second), strict=True)
+        # Half of either: by symmetry each input has half of the derivative.
+        exact = [
+            torch.add(*(side.expand(k.shape)[where] for side in state.sides(one / 2, two / 2))) for one, two in own
+        ]
+        nngp, slope = (moment.index_put(where, value) for moment, value in zip(computed, exact, strict=True))
+    return replace(state, block=Block(nngp, None if block.ntk is None else block.ntk * slope))
 
 
 def layer_norm(state: LayerMoments, eps: float, positions: bool) -> LayerMoments:
     """Division by the standard deviation over units, or over units and ``positions``."""
-    first, second = sample_variances(state)
-    if positions:
-        dims = list(range(-state.axes, 0))
-        first, second = (
-            first.mean(dims, keepdim=True).expand_as(first),
-            second.mean(dims, keepdim=True).expand_as(second),
-        )
-    scales = [(variance + eps).rsqrt() for variance in (first, second)]
-    pairs = (
-        _pairing(state, scales[0].unsqueeze(1), scales[1].unsqueeze(0)),
-        _pairing(state, scales[0], scales[0]),
-        _pairing(state, scales[1], scales[1]),
-    )
-    blocks = [
-        block.map(lambda tensor, one=one, two=two: tensor * one * two)
-        for block, (one, two) in zip(state.blocks, pairs, strict=True)
-    ]
-    return state.with_blocks(*blocks)
+
+    def inverse(variance: Tensor) -> Tensor:
+        if positions:
+            variance = variance.mean(list(range(-state.axes, 0)), keepdim=True).expand_as(variance)
+        return (variance + eps).rsqrt()
+
+    one, two = state.sides(inverse(state.first), inverse(state.second))
+    return state.map(lambda tensor: tensor * one * two)
 
 
 def dropout(state: LayerMoments, keep: float) -> LayerMoments:
     """In train mode, units are zeroed independently: a unit's own second moment grows by 1 / ``keep``."""
-
-    def own(block: Block) -> Block:
-        if not state.pairs:
-            return block.map(lambda tensor: tensor / keep)
-        return block.map(lambda tensor: torch.where(_equal_positions(state, tensor), tensor / keep, tensor))
-
-    return state.with_blocks(state.cross, own(state.first), own(state.second))
+    same = state.same()
+    if isinstance(same, Tensor):
+        return state.map(lambda tensor: torch.where(same, tensor / keep, tensor))
+    return scale(state, keep**-0.5) if same else state
 
 
 def add(states: Sequence[LayerMoments]) -> LayerMoments:
     """A sum of independent branches."""
-    head = states[0]
-
-    def summed(blocks: Sequence[Block]) -> Block:
-        ntks = [block.ntk for block in blocks if block.ntk is not None]
-        return Block(sum_of([block.nngp for block in blocks]), sum_of(ntks) if ntks else None)
-
-    joined = (summed(blocks) for blocks in zip(*(state.blocks for state in states), strict=True))
-    return head.with_blocks(*joined, gaussian=all(state.gaussian for state in states))
+    ntks = [state.block.ntk for state in states if state.block.ntk is not None]
+    block = Block(sum_of([state.block.nngp for state in states]), sum_of(ntks) if ntks else None)
+    return replace(states[0], block=block)
 
 
 def concatenate(states: Sequence[LayerMoments], channels: Sequence[int]) -> LayerMoments:
@@ -245,19 +204,40 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _window_sums(tensor: Tensor, dims: tuple[int, ...], windows: Windows, axis: int) -> Tensor:
-    """Σ_β of slices shifted by β along all of ``dims`` together."""
-    size, stride = windows.sizes[axis], windows.strides[axis]
-    for dim in dims:
-        tensor = _pad(tensor, dim, windows.paddings[axis], windows.circular)
-    length = (tensor.shape[dims[0]] - size) // stride + 1
-    shifted = []
-    for start in range(size):
-        piece = tensor
+def _window_sums(tensor: Tensor, dims: tuple[int, ...], windows: Windows, axis: int, factor: float = 1.0) -> Tensor:
+    """``factor`` Σ_β of slices shifted by β along all of ``dims`` together."""
+    size, stride, (before, after) = windows.sizes[axis], windows.strides[axis], windows.paddings[axis]
+    if windows.circular:
         for dim in dims:
-            piece = piece[(..., slice(start, start + stride * (length - 1) + 1, stride), *[slice(None)] * (-dim - 1))]
-        shifted.append(piece)
-    return sum_of(shifted)
+            tensor = _pad(tensor, dim, (before, after), circular=True)
+        before = after = 0
+    length = tensor.shape[dims[0]]
+    count = (length + before + after - size) // stride + 1
+    shape = list(tensor.shape)
+    for dim in dims:
+        shape[dim] = count
+    shifts = []
+    for start in range(-before, size - before):
+        # Windows whose position ``start`` is not padding.
+        low, high = max(0, -(start // stride)), min(count, (length - 1 - start) // stride + 1)
+        if low < high:
+            begin = start + stride * low
+            shifts.append((slice(low, high), slice(begin, begin + stride * (high - low - 1) + 1, stride)))
+    # The first to all windows, if there is one, and then the others to parts in place.
+    shifts.sort(key=lambda shift: shift[0].start - shift[0].stop)
+    if shifts and shifts[0][0] == slice(0, count):
+        total = factor * _at(tensor, dims, shifts.pop(0)[1])
+    else:
+        total = tensor.new_zeros(shape)
+    for here, there in shifts:
+        _at(total, dims, here).add_(_at(tensor, dims, there), alpha=factor)
+    return total
+
+
+def _at(tensor: Tensor, dims: tuple[int, ...], where: slice) -> Tensor:
+    for dim in dims:
+        tensor = tensor[(..., where, *[slice(None)] * (-dim - 1))]
+    return tensor
 
 
 def _pad(tensor: Tensor, dim: int, padding: tuple[int, int], circular: bool) -> Tensor:

@@ -1,13 +1,13 @@
 """What an infinitely wide network carries from layer to layer: second moments of its units, and its tangent kernel.
 
 In the limit the units of a layer are independent draws of one Gaussian process over inputs and positions, so that a
-layer is known by the covariance of a unit's values at two inputs and two positions. Three *blocks* hold it: of x1 with
-x2, of each row of x1 with itself, and of each row of x2 with itself:
+layer is known by the covariance of a unit's values at two inputs and two positions, for many pairs of inputs at once:
 
-    cross [N, M, *positions]    first [N, *positions]    second [M, *positions]
+    [*rows, *positions]
 
-`positions` are, for each spatial axis of length S, one axis `S` (equal positions only) or two, `S, S'` (all pairs).
-Pairs are carried only as far as a later layer mixes positions.
+`rows` are `N, M` for every row of x1 with every row of x2, or `N` for x1 with x2 row by row. `positions` are, for each
+spatial axis of length S, one axis `S` (equal positions only) or two, `S, S'` (all pairs). Pairs of positions are
+carried only as far as a later layer mixes positions.
 
 References:
     Novak et al. (2019), Bayesian Deep Convolutional Networks with Many Channels are Gaussian Processes,
@@ -23,15 +23,19 @@ from typing import final
 import torch
 from torch import Tensor
 
+# Matrix products for every position cost more than sums over so many channels.
+_FEW_CHANNELS = 8
+
 
 @final
 @dataclass(frozen=True)
 class Block:
-    """Moments of one pairing of inputs.
+    """Moments of pairs of inputs.
 
     Attributes:
-        nngp: Covariance of a unit `[*batch, *positions]`.
-        ntk: Tangent kernel of the network up to here, in the same shape; None where it is not asked for.
+        nngp: Covariance of a unit `[*rows, *positions]`.
+        ntk: Tangent kernel of the network up to here, in the same shape; None where it is not asked for, or zero
+            because no layer had weights yet.
     """
 
     nngp: Tensor
@@ -48,33 +52,26 @@ class LayerMoments:
     """The state after a layer.
 
     Attributes:
-        cross: Of x1 with x2, `[N, M, *positions]`.
-        first: Of every row of x1 with itself, `[N, *positions]`.
-        second: Of every row of x2 with itself, `[M, *positions]`.
+        block: What the next layer needs to know.
+        first: Variance of a unit at every position of the first inputs, `[*rows, *S]` up to broadcasting.
+        second: The same of the second inputs.
+        equal: Which pairs are of one input with itself, `[*rows]`; or a bool for all.
         axes: Number of spatial axes.
         pairs: Whether positions are pairs.
-        gaussian: Whether units are Gaussian with mean zero: outputs of a layer with weights.
+        tangent: Whether the tangent kernel is asked for.
     """
 
-    cross: Block
-    first: Block
-    second: Block
+    block: Block
+    first: Tensor
+    second: Tensor
+    equal: Tensor | bool
     axes: int
     pairs: bool
-    gaussian: bool
-
-    @property
-    def blocks(self) -> tuple[Block, Block, Block]:
-        """All three."""
-        return self.cross, self.first, self.second
-
-    def with_blocks(self, cross: Block, first: Block, second: Block, **changes: object) -> LayerMoments:
-        """The same with other blocks."""
-        return replace(self, cross=cross, first=first, second=second, **changes)
+    tangent: bool
 
     def map(self, linear: Callable[[Tensor], Tensor], **changes: object) -> LayerMoments:
-        """A linear map of everything, position by position."""
-        return self.with_blocks(*(block.map(linear) for block in self.blocks), **changes)
+        """A linear map of the block, position by position."""
+        return replace(self, block=self.block.map(linear), **changes)
 
     def position_dims(self, axis: int) -> tuple[int, ...]:
         """The dimensions of a block, counted from its end, that belong to a spatial axis."""
@@ -96,36 +93,44 @@ class LayerMoments:
 
         return self.map(diagonal, pairs=False)
 
+    def same(self) -> Tensor | bool:
+        """Where both inputs and both positions are the same, broadcasting with the block; or a bool for everywhere."""
+        same, sizes = self.equal, self.first.shape[self.first.dim() - self.axes :]
+        if isinstance(same, Tensor):
+            same = same.reshape(*same.shape, *[1] * ((2 if self.pairs else 1) * self.axes))
+        if same is False or not self.pairs:
+            return same
+        for axis, size in enumerate(sizes):
+            shape = [1] * (2 * self.axes)
+            shape[2 * axis] = shape[2 * axis + 1] = size
+            same = same & torch.eye(size, dtype=torch.bool, device=self.first.device).reshape(shape)
+        return same
 
-def sample_variances(state: LayerMoments) -> tuple[Tensor, Tensor]:
-    """Variance of a unit at every position, `[N, *S]` of x1 and `[M, *S]` of x2."""
-    own = state.equal_positions()
-    return own.first.nngp, own.second.nngp
+    def sides(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Functions of either input's positions `[*rows, *S]`, each shaped to broadcast with the block."""
+        if not self.pairs:
+            return first, second
+        return beside(first, self.axes, primed=False), beside(second, self.axes, primed=True)
 
 
 def beside(variance: Tensor, axes: int, primed: bool) -> Tensor:
-    """Variances `[*batch, *S]` shaped to broadcast with pairs: `S, 1` on each axis, or `1, S` if ``primed``."""
-    batch, sizes = variance.shape[: variance.dim() - axes], variance.shape[variance.dim() - axes :]
-    return variance.reshape(*batch, *(length for size in sizes for length in ((1, size) if primed else (size, 1))))
+    """Variances `[*rows, *S]` shaped to broadcast with pairs: `S, 1` on each axis, or `1, S` if ``primed``."""
+    rows, sizes = variance.shape[: variance.dim() - axes], variance.shape[variance.dim() - axes :]
+    return variance.reshape(*rows, *(length for size in sizes for length in ((1, size) if primed else (size, 1))))
 
 
-def inner_products(x1: Tensor, x2: Tensor, pairs: bool) -> Tensor:
-    """(1/C) Σ_c x1_c x2_c for x `[N, C, *S]` and `[M, C, *S]`: `[N, M, *positions]`."""
-    axes = x1.dim() - 2
-    channels = x1.shape[1]
-    if not pairs or not axes:
-        letters = "hw"[:axes]
-        return torch.einsum(f"nc{letters},mc{letters}->nm{letters}", x1, x2) / channels
-    one, two = "hw"[:axes], "ij"[:axes]
-    out = "".join(a + b for a, b in zip(one, two, strict=True))
-    return torch.einsum(f"nc{one},mc{two}->nm{out}", x1, x2) / channels
-
-
-def own_products(x: Tensor, pairs: bool) -> Tensor:
-    """The same of every row with itself, `[N, *positions]`."""
-    axes = x.dim() - 2
-    if not pairs or not axes:
-        return x.square().mean(1)
-    one, two = "hw"[:axes], "ij"[:axes]
-    out = "".join(a + b for a, b in zip(one, two, strict=True))
-    return torch.einsum(f"nc{one},nc{two}->n{out}", x, x) / x.shape[1]
+def products(x1: Tensor, x2: Tensor, by_row: bool, pairs: bool) -> Tensor:
+    """(1/C) Σ_c x1_c x2_c for x `[N, C, *S]`, `[M, C, *S]`: `[N, M, *positions]`, or ``by_row`` `[N, *positions]`."""
+    axes, channels = x1.dim() - 2, x1.shape[1]
+    if axes and not pairs and channels <= _FEW_CHANNELS:
+        one, two = (x1, x2) if by_row else (x1.unsqueeze(1), x2.unsqueeze(0))
+        total = torch.zeros((), dtype=x1.dtype, device=x1.device)
+        for channel in range(channels):
+            index = (..., channel, *[slice(None)] * axes)
+            total = torch.addcmul(total, one[index], two[index], value=1 / channels)
+        return total
+    one = "hw"[:axes]
+    two = "ij"[:axes] if pairs else one
+    positions = "".join(a + b for a, b in zip(one, two, strict=True)) if pairs else one
+    rows = ("n", "n", "n") if by_row else ("n", "m", "nm")
+    return (torch.einsum(f"{rows[0]}c{one},{rows[1]}c{two}->{rows[2]}{positions}", x1, x2) / channels).contiguous()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,21 +25,23 @@ from torch import Tensor
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import AbstractActivation
 
-# Plain iterations between extrapolations, and how often those are made.
-_PLAIN = 20
-_ROUNDS = 10
-_TOLERANCE = 1e-11
-# A variance beyond which it is taken to have no fixed point.
+# A variance beyond which it is taken to have no fixed point, and one that is taken for zero.
 _DIVERGED = 1e12
+_VANISHED = 1e-10
+# Points that a bracket is cut into, and rounds of that: 64^-12 of it is left.
+_CUTS = 64
+_ROUNDS = 12
+# Relative excess of susceptibility over one that may be rounding.
+_ROUNDING = 1e-9
 
 
 class Phase(NamedTuple):
     """Where a network of given σ_w², σ_b² stands.
 
     Attributes:
-        variance: q*, infinite where there is none.
-        correlation: c*.
-        susceptibility: χ₁.
+        variance: q*, the first fixed point on the way that the map takes from q = 1; infinite where there is none.
+        correlation: c*, the fixed point that other correlations in [0, 1) are drawn to; 1 where q* = 0.
+        susceptibility: χ₁; infinite for an activation that jumps, such as ``sign``.
         variance_depth: ξ_q, layers over which the distance from q* falls by e.
         correlation_depth: ξ_c, that from c*; infinite at the edge of chaos.
     """
@@ -77,62 +80,86 @@ def phase(activation: AbstractActivation, weight_variance: float, bias_variance:
     def step(q: Tensor) -> Tensor:
         return bias_variance + weight_variance * activation.diagonal(q)[0]
 
-    q = _fixed_point(step, torch.ones((), dtype=torch.float64, device="cpu"))
+    q = _variance(step)
     if q is None:
         slope = weight_variance * float(activation.diagonal(torch.tensor(_DIVERGED, dtype=torch.float64))[1])
         return Phase(math.inf, math.nan, slope, math.nan, math.nan)
-    slope = weight_variance * float(activation.diagonal(q)[1])
-    correlation, angle = _correlation(activation, weight_variance, bias_variance, q)
-    return Phase(float(q), correlation, slope, _depth(_derivative(step, q)), _depth(angle))
+    # At q = 0 itself a kink of φ at zero is not seen.
+    slope = weight_variance * float(activation.diagonal(q.clamp_min(_VANISHED))[1])
+    if not float(q):
+        return Phase(0.0, 1.0, slope, _depth(slope), _depth(slope))
+
+    def correlate(c: Tensor) -> Tensor:
+        return (bias_variance + weight_variance * activation.moments(q.expand_as(c), q.expand_as(c), c * q)[0]) / q
+
+    # By Mehler's formula all powers of c have factors >= 0: the map is convex on [0, 1], and steepest at 1.
+    half = torch.full_like(q, 0.5)
+    if 2 * float(1 - correlate(half)) > slope + _ROUNDING:
+        slope = math.inf
+    c = _correlation(correlate, q) if slope > 1 + _ROUNDING else torch.ones_like(q)
+    at_c = slope if float(c) == 1 else _derivative(correlate, c)
+    return Phase(float(q), float(c), slope, _depth(_derivative(step, q)), _depth(at_c))
 
 
-def _fixed_point(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
-    """The fixed point that iteration reaches from x, hastened by Aitken's rule; None if it grows beyond bounds."""
+def _variance(step: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """q*; None if the variance grows beyond bounds.
+
+    An increasing map never passes a fixed point, so that the first zero of step(q) - q on its way is where it ends.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    change = float(step(one) - one)
+    # Ranges of the variance, from one on.
+    ranges = [16.0**n for n in range(11)] if change > 0 else [16.0**-n for n in range(9)]
+    for start, stop in pairwise(ranges):
+        q = torch.logspace(math.log10(start), math.log10(stop), _CUTS, dtype=torch.float64, device="cpu")
+        passed = ~(step(q) - q > 0) if change > 0 else step(q) - q >= 0
+        if passed.any():
+            first = int(passed.int().argmax())
+            ends = sorted((float(q[max(first - 1, 0)]), float(q[first])))
+            return _zero(lambda q: step(q) - q, ends[0], ends[1])
+    if change > 0:
+        return None
+    zero = torch.zeros_like(one)
+    return _zero(lambda q: step(q) - q, 0.0, _VANISHED) if float(step(zero)) > 0 else zero
+
+
+def _correlation(correlate: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """c* below one, of a convex map that is steeper than one at c = 1."""
+    # Most of them near one, where the map of a slightly chaotic network returns.
+    c = 1 - torch.logspace(0, -8, _CUTS, dtype=like.dtype, device=like.device)
+    below = correlate(c) - c < 0
+    if not below.any():
+        return torch.ones_like(like)
+    first = int(below.int().argmax())
+    return _zero(lambda c: correlate(c) - c, float(c[max(first - 1, 0)]), float(c[first]))
+
+
+def _zero(function: Callable[[Tensor], Tensor], left: float, right: float) -> Tensor:
+    """Where a function turns from positive to negative between ``left`` and ``right``."""
     for _ in range(_ROUNDS):
-        start = x
-        for _ in range(_PLAIN):
-            before, x = x, step(x)
-            if not float(x) < _DIVERGED:
-                return None
-            if abs(float(x - before)) <= _TOLERANCE * (abs(float(x)) + _TOLERANCE):
-                return x
-        one, two = step(x), step(step(x))
-        curvature = float(two - 2 * one + x)
-        guess = x - (one - x).square() / curvature if curvature else two
-        # A jump to the other side of zero, or far away, is none of a contraction.
-        x = guess if 0 < float(guess) <= 10 * max(float(two), float(start)) else two
-    return x
+        x = torch.linspace(left, right, _CUTS + 1, dtype=torch.float64, device="cpu")
+        first = max(int((function(x) < 0).int().argmax()), 1)
+        left, right = float(x[first - 1]), float(x[first])
+    return torch.tensor(left, dtype=torch.float64, device="cpu")
 
 
-def _correlation(
-    activation: AbstractActivation, weight_variance: float, bias_variance: float, q: Tensor
-) -> tuple[float, float]:
-    """c* that is reached from unequal inputs, and the slope of its map there."""
-    if not float(q) > 0:
-        return 1.0, weight_variance * float(activation.diagonal(q)[1])
-
-    def step(c: Tensor) -> Tensor:
-        return ((bias_variance + weight_variance * activation.moments(q, q, c * q)[0]) / q).clamp(-1.0, 1.0)
-
-    c = _fixed_point(step, torch.full_like(q, 0.5))
-    assert c is not None
-    c = c.clamp(-1.0, 1.0)
-    return float(c), weight_variance * float(activation.moments(q, q, c * q)[1])
-
-
-def _derivative(step: Callable[[Tensor], Tensor], q: Tensor) -> float:
-    """Slope of the variance map."""
+def _derivative(step: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Slope of a map; zero for a constant."""
     with torch.enable_grad():
-        point = q.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(step(point), point)
+        point = x.detach().clone().requires_grad_()
+        value = step(point)
+        if not value.requires_grad:
+            return 0.0
+        (slope,) = torch.autograd.grad(value, point)
     return float(slope)
 
 
 def _depth(slope: float) -> float:
-    """-1 / log(slope): layers for a distance to fall by e; infinite for a slope of one or more."""
-    if slope >= 1 - 1e-9:
+    """-1 / log |slope|: layers for a distance to fall by e; infinite for a slope of one or more."""
+    size = abs(slope)
+    if size >= 1 - _ROUNDING:
         return math.inf
-    return 0.0 if slope <= 0 else -1 / math.log(slope)
+    return -1 / math.log(size) if size else 0.0
 
 
 def phase_diagram(

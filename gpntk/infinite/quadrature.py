@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from gpntk.infinite.panels import Elementwise, density, ladder, panels
 _TERMS = (32, 64, 128, 256, 512)
 # Largest |z|: beyond it the weight of h_n(z) φ(√q z) is below 1e-15 for n <= 512.
 _REACH = 12.0
+_NEAR_REACH = 9.0
 # Width of panels that resolves h_512 with Gauss-Legendre rules of 16 nodes.
 _WIDTH = 0.5
 # Values held at once.
@@ -64,11 +66,15 @@ class Quadrature(AbstractActivation):
 
     Args:
         phi: φ, which maps a tensor to one of its shape; its derivative is taken automatically. Must be continuous, work
-            in float64, grow no faster than exp(abs(x)), and be analytic between its kinks, with features no narrower
-            than max(scale, abs(x)), as tanh has at scale one.
+            in float64, and be analytic between its kinks, with features no narrower than max(scale, abs(x)), as tanh
+            has at scale one. Integrals end at 12 standard deviations (9 at correlations near one): at variances where
+            φ² grows too fast for that, as exp(abs(x)) does from 8 on, an error is raised.
         kinks: Where φ or a low derivative jumps. A kink that is not declared costs the accuracy that is stated.
         scale: Width of the finest feature of φ, 1 if there are none narrower than max(1, abs(x)).
         tolerance: Error of the moments, relative to √(E[φ(u)²] E[φ(v)²]), and likewise of those of φ'.
+
+    Raises:
+        InputError: ``scale`` or ``tolerance`` is out of range; on use, φ is not finite or grows too fast.
 
     Example:
         >>> import torch
@@ -87,6 +93,11 @@ class Quadrature(AbstractActivation):
     def __post_init__(self) -> None:
         if not 1e-13 <= self.tolerance < 1:
             raise InputError(f"tolerance must be between 1e-13, where rounding begins, and 1, got {self.tolerance}.")
+        if not 0 < self.scale < math.inf or not all(map(math.isfinite, self.kinks)):
+            raise InputError(f"scale={self.scale} must be positive and kinks={self.kinks} finite numbers.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.phi(x)
 
     @property
     def error(self) -> float:
@@ -95,7 +106,7 @@ class Quadrature(AbstractActivation):
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         unit = self.scale**2
-        squares = by_chunks(_Unit(self).squares, (q / unit,), _BUDGET // 2**11)
+        squares = _Unit(self).checked_squares(q / unit, _REACH)
         return squares[..., 0], squares[..., 1] / unit
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +127,7 @@ class _Unit:
         phi, scale = activation.phi, activation.scale
         self._phi = Elementwise(phi if scale == 1 else lambda x: phi(scale * x))
         self._kinks = tuple(kink / scale for kink in activation.kinks)
-        self._tolerance = activation.tolerance
+        self._tolerance, self._scale = activation.tolerance, scale
 
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
         """Both, `[*k, 2]`."""
@@ -134,6 +145,8 @@ class _Unit:
         # 3. The rest.
         rest = ~enough
         rows = [entry.expand(k.shape)[rest] for entry in (q1, q2, k)]
+        for q in rows[:2]:
+            self.checked_squares(q.detach().amax().reshape(1), _NEAR_REACH)
         values = NearParallel(self._phi, self._kinks, self._tolerance).moments(*rows)
         return series.masked_scatter(rest.unsqueeze(-1).expand(series.shape), values)
 
@@ -168,9 +181,33 @@ class _Unit:
         value, slope = self._phi(root(q).unsqueeze(-1) * z)
         return torch.stack([(weights * value**2).sum(-1), (weights * slope**2).sum(-1)], -1)
 
+    def checked_squares(self, q: Tensor, reach: float) -> Tensor:
+        """E[φ²] and E[φ'²], `[*q, 2]`, where next to nothing of them is beyond ``reach`` standard deviations.
+
+        Raises:
+            InputError: There is more than the tolerance.
+        """
+        squares = by_chunks(self.squares, (q,), _BUDGET // 2**11)
+        with torch.no_grad():
+            z = q.new_tensor([-reach, reach])
+            value, slope = self._phi(root(q).unsqueeze(-1) * z)
+            # What is left of an integrand that falls faster than it does at this point by a factor e over one.
+            rest = density(z) * torch.stack([value, slope], -2).square()
+            enough = (rest <= self._tolerance * squares.unsqueeze(-1)).all(-1).all(-1)
+            # All that a function has may be beyond a kink out there: too little to matter at any other variance.
+            kinks = divide(q.new_tensor(self._kinks).abs().expand(*q.shape, -1), root(q).unsqueeze(-1))
+            enough |= ((kinks > reach / 2) & (kinks < reach)).any(-1)
+        if not bool(enough.all()):
+            variance = float(q[~enough].amax()) * self._scale**2
+            raise InputError(
+                f"Quadrature: at variance {variance:.3g} the function is not finite, or grows too fast for an integral "
+                f"up to {reach:g} standard deviations: use smaller weights, or a closed form."
+            )
+        return squares
+
     def _coefficients(self, q: Tensor) -> _Coefficients:
         with torch.no_grad():
-            squares = by_chunks(self.squares, (q,), _BUDGET // 2**11)
+            squares = self.checked_squares(q, _REACH)
         for length in (_TERMS[1], _TERMS[-1]):
             # Kinks off zero make the nodes, and h_n at them, differ from row to row.
             entries = _BUDGET // (2**10 * (length if any(self._kinks) else 2))

@@ -2,129 +2,63 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from gpntk.errors import UnsupportedLayerError
-from gpntk.infinite import layers
+from gpntk.infinite import branches, layers
 from gpntk.infinite.activations import activation_of
+from gpntk.infinite.calls import Call, Rule
+from gpntk.infinite.gaussian import AbstractActivation
 from gpntk.infinite.layers import Weights, Windows
 from gpntk.infinite.moments import LayerMoments
-
-Apply = Callable[[Sequence[LayerMoments], "Weights | None"], LayerMoments]
-
-
-@final
-@dataclass(frozen=True)
-class Call:
-    """One call in ``forward``.
-
-    Attributes:
-        name: Its qualified name; module: if it is one.
-        args: As given, with nodes for tensors; kwargs likewise.
-        roles: Of every tensor argument's axes: ``"n"``, ``"c"``, ``"s0"``, ``"s1"``.
-        shapes: Of every tensor argument; output: of the result.
-    """
-
-    name: str
-    module: nn.Module | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    roles: list[tuple[str, ...]]
-    shapes: list[tuple[int, ...]]
-    output: tuple[int, ...]
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument of a function, by place or name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-    def refuse(self, reason: str) -> UnsupportedLayerError:
-        """The error to be raised."""
-        return UnsupportedLayerError(f"{self.name}: {reason}; gpntk.infinite.monte_carlo estimates any architecture.")
-
-
-@final
-@dataclass(frozen=True)
-class Rule:
-    """What a call does.
-
-    Attributes:
-        apply: On the moments of its inputs, with the prior of its weights.
-        roles: Of the result's axes.
-        mixes: Whether it needs pairs of positions.
-        forgets: Whether its result has no positions left to be paired.
-        fan_in: Of a layer with weights; bias: whether it has one.
-    """
-
-    apply: Apply
-    roles: tuple[str, ...]
-    mixes: bool = False
-    forgets: bool = False
-    fan_in: int | None = None
-    bias: bool = field(default=False)
-
-
-def _plain(function: Callable[[LayerMoments], LayerMoments]) -> Apply:
-    """A rule of one input without weights."""
-    return lambda states, _weights: function(states[0])
-
-
-def _spatial(roles: tuple[str, ...]) -> list[str]:
-    return sorted(role for role in roles if role.startswith("s"))
-
-
-def _identity(call: Call) -> Rule:
-    return Rule(_plain(lambda state: state), call.roles[0])
+from gpntk.infinite.units import Law, Units
 
 
 def _linear(call: Call) -> Rule:
     assert isinstance(call.module, nn.Linear)
     if call.roles[0][-1] != "c":
         raise call.refuse(f"Linear acts on the last axis, which is no channel here {call.roles[0]}")
+    return _weighted(call, call.module, call.module.in_features, None)
+
+
+def _weighted(call: Call, module: nn.Linear | nn.Conv1d | nn.Conv2d, fan_in: int, windows: Windows | None) -> Rule:
     return Rule(
-        lambda states, weights: layers.weighted(states[0], _given(weights)),
+        partial(_layer, windows=windows),
         call.roles[0],
-        fan_in=call.module.in_features,
-        bias=call.module.bias is not None,
+        Units.drawn_by(call.name),
+        fan_in=fan_in,
+        bias=module.bias is not None,
     )
 
 
-def _given(weights: Weights | None) -> Weights:
+def _layer(states: Sequence[LayerMoments], weights: Weights | None, windows: Windows | None) -> LayerMoments:
     assert weights is not None
-    return weights
+    if windows is None:
+        return layers.weighted(states[0], weights)
+    return layers.weighted(states[0], weights, layers.filter_mean(states[0], windows))
 
 
 def _convolution(call: Call) -> Rule:
     module = call.module
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-    _channels_first(call)
+    call.check_channels_first()
     if module.groups != 1 or any(step != 1 for step in module.dilation):
         raise call.refuse("convolutions with groups or dilation have no rule")
     if module.padding_mode not in ("zeros", "circular"):
         raise call.refuse(f"padding_mode={module.padding_mode!r} has no rule")
-    windows = Windows(
-        tuple(module.kernel_size), tuple(module.stride), _paddings(call), circular=module.padding_mode == "circular"
-    )
-
-    def apply(states: Sequence[LayerMoments], weights: Weights | None) -> LayerMoments:
-        return layers.weighted(states[0], _given(weights), layers.filter_mean(states[0], windows))
-
-    fan_in = module.in_channels
-    for size in module.kernel_size:
-        fan_in *= size
-    return Rule(apply, call.roles[0], fan_in=fan_in, bias=module.bias is not None)
+    sizes, circular = tuple(module.kernel_size), module.padding_mode == "circular"
+    windows = Windows(sizes, tuple(module.stride), _paddings(module), circular=circular)
+    return _weighted(call, module, module.in_channels * math.prod(sizes), windows)
 
 
-def _paddings(call: Call) -> tuple[tuple[int, int], ...]:
-    module = call.module
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+def _paddings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
     if module.padding == "valid":
         return ((0, 0),) * len(module.kernel_size)
     if module.padding == "same":
@@ -132,170 +66,114 @@ def _paddings(call: Call) -> tuple[tuple[int, int], ...]:
     return tuple((int(size), int(size)) for size in module.padding)
 
 
-def _channels_first(call: Call) -> None:
-    roles = call.roles[0]
-    if roles != ("n", "c", *_spatial(roles)):
-        raise call.refuse(f"its input must have axes rows, channels, positions, not {roles}")
-
-
 def _average_pool(call: Call) -> Rule:
-    _channels_first(call)
-    axes = len(call.roles[0]) - 2
-    module = call.module
-    if module is None:
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        defaults = (None, None, 0, False, True, None)
-        settings = {n: call.argument(i + 1, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))}
+    call.check_channels_first()
+    axes = len(call.positions)
+    if call.module is None:
+        settings = call.arguments(
+            kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+        )
     else:
-        settings = {**vars(module), "divisor_override": getattr(module, "divisor_override", None)}
+        settings = {**vars(call.module), "divisor_override": getattr(call.module, "divisor_override", None)}
     if settings["ceil_mode"]:
         raise call.refuse("ceil_mode=True has no rule")
     sizes = _tuple(settings["kernel_size"], axes)
     strides = _tuple(settings["stride"] or sizes, axes)
     windows = Windows(sizes, strides, tuple((pad, pad) for pad in _tuple(settings["padding"], axes)))
-    divisor, counted = settings["divisor_override"], settings["count_include_pad"]
-
-    def apply(state: LayerMoments) -> LayerMoments:
-        pooled = layers.pool(state, windows, total=divisor is not None, count_padding=counted)
-        return pooled if divisor is None else layers.scale(pooled, 1 / divisor)
-
-    return Rule(_plain(apply), call.roles[0], mixes=True)
+    apply = partial(
+        _pooled, windows=windows, divisor=settings["divisor_override"], count_padding=settings["count_include_pad"]
+    )
+    return Rule(apply, call.roles[0], call.units[0], mixes=True)
 
 
 def _tuple(value: Any, axes: int) -> tuple[int, ...]:
-    return (int(value),) * axes if isinstance(value, int) else tuple(int(item) for item in value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return tuple(int(item) for item in values) * (axes if len(values) == 1 else 1)
+
+
+def _pooled(
+    states: Sequence[LayerMoments],
+    _weights: Weights | None,
+    windows: Windows,
+    divisor: int | None = None,
+    count_padding: bool = True,
+) -> LayerMoments:
+    pooled = layers.pool(states[0], windows, total=divisor is not None, count_padding=count_padding)
+    return pooled if divisor is None else layers.scale(pooled, 1 / divisor)
 
 
 def _adaptive_pool(call: Call) -> Rule:
-    _channels_first(call)
+    call.check_channels_first()
     before, after = call.shapes[0][2:], call.output[2:]
     if any(size % target for size, target in zip(before, after, strict=True)):
         raise call.refuse(f"adaptive pooling from {before} to {after} has windows of several sizes")
     sizes = tuple(size // target for size, target in zip(before, after, strict=True))
     windows = Windows(sizes, sizes, ((0, 0),) * len(sizes))
-    return Rule(_plain(partial(layers.pool, windows=windows)), call.roles[0], mixes=True)
-
-
-def _flatten(call: Call) -> Rule:
-    if len(call.output) == 2:
-        return Rule(_plain(layers.flatten), ("n", "c"), forgets=True)
-    if call.output == call.shapes[0]:
-        return _identity(call)
-    raise call.refuse(f"reshaping {call.shapes[0]} to {call.output} has no rule: flatten all positions, or none")
-
-
-def _reduce(call: Call, total: bool) -> Rule:
-    dims = call.argument(1, "dim")
-    roles = call.roles[0]
-    dims = list(range(len(roles))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    chosen = [roles[dim] for dim in dims]
-    if not all(role.startswith("s") for role in chosen):
-        raise call.refuse("means and sums are over positions only")
-    axes = [_spatial(roles).index(role) for role in chosen]
-    if call.argument(2, "keepdim", False):
-        raise call.refuse("keepdim=True has no rule")
-    rest = tuple(role for role in roles if role not in chosen)
-    return Rule(_plain(partial(layers.reduce_axes, axes=axes, total=total)), rest, mixes=True)
-
-
-def _permute(call: Call) -> Rule:
-    roles = call.roles[0]
-    order = call.args[1:] if call.module is None else ()
-    order = order[0] if len(order) == 1 and not isinstance(order[0], int) else order
-    return Rule(_plain(lambda state: state), tuple(roles[dim] for dim in order))
-
-
-def _transpose(call: Call) -> Rule:
-    roles = list(call.roles[0])
-    one, two = call.argument(1, "dim0"), call.argument(2, "dim1")
-    roles[one], roles[two] = roles[two], roles[one]
-    return Rule(_plain(lambda state: state), tuple(roles))
+    return Rule(partial(_pooled, windows=windows), call.roles[0], call.units[0], mixes=True)
 
 
 def _layer_norm(call: Call) -> Rule:
     if call.module is None:
-        shape, eps = call.argument(1, "normalized_shape"), call.argument(4, "eps", 1e-5)
+        settings = call.arguments(normalized_shape=(), weight=None, bias=None, eps=1e-5)
+        shape, eps = settings["normalized_shape"], settings["eps"]
     else:
         assert isinstance(call.module, nn.LayerNorm)
         shape, eps = call.module.normalized_shape, call.module.eps
     roles = call.roles[0]
     covered = set(roles[len(roles) - len(shape) :])
-    if covered != {"c"} and covered != {"c", *_spatial(roles)}:
+    if covered not in ({"c"}, {"c", *call.positions}):
         raise call.refuse(f"LayerNorm must be over the channels, or channels and all positions, not {sorted(covered)}")
-    positions = len(covered) > 1
-    return Rule(_plain(partial(layers.layer_norm, eps=float(eps), positions=positions)), roles)
+    if call.units[0].law < Law.CENTRED:
+        raise call.refuse(
+            "LayerNorm subtracts the mean of its input's units, which is known only where it is zero: after a layer "
+            "with weights, not after an activation or of the network's input"
+        )
+    apply = partial(_normalized, eps=float(eps), positions=len(covered) > 1)
+    return Rule(apply, roles, call.units[0])
+
+
+def _normalized(states: Sequence[LayerMoments], _weights: Weights | None, eps: float, positions: bool) -> LayerMoments:
+    return layers.layer_norm(states[0], eps, positions)
 
 
 def _dropout(call: Call) -> Rule:
-    training = call.module.training if call.module is not None else call.argument(2, "training", True)
-    rate = getattr(call.module, "p", None) if call.module is not None else call.argument(1, "p", 0.5)
-    if not training or not rate:
-        return _identity(call)
-    return Rule(_plain(partial(layers.dropout, keep=1 - float(rate))), call.roles[0])
-
-
-def _add(call: Call) -> Rule:
-    if len(call.roles) != 2:
-        raise call.refuse("adding a constant gives units a mean, for which there is no rule")
-    if call.args[0] is call.args[1]:
-        raise call.refuse("both terms are the same tensor: multiply it by 2")
-    if call.roles[0] != call.roles[1] or call.shapes[0] != call.shapes[1]:
-        raise call.refuse(f"terms of shapes {call.shapes[0]} and {call.shapes[1]}")
-
-    def apply(states: Sequence[LayerMoments], _weights: Weights | None) -> LayerMoments:
-        if sum(not state.gaussian for state in states) > 1:
-            raise call.refuse("two branches that do not end in a layer with weights are not independent")
-        return layers.add(states)
-
-    return Rule(apply, call.roles[0])
-
-
-def _concatenate(call: Call) -> Rule:
-    dim = call.argument(1, "dim", 0)
-    if call.roles[0][dim] != "c":
-        raise call.refuse("only channels can be concatenated")
-    channels = [shape[dim] for shape in call.shapes]
-    return Rule(lambda states, _weights: layers.concatenate(states, channels), call.roles[0])
-
-
-def _scale(call: Call, power: int) -> Rule:
-    factors = [value for value in call.args if isinstance(value, (int, float))]
-    if len(call.roles) != 1 or len(factors) != 1 or (power < 0 and call.args[0] is factors[0]):
-        raise call.refuse("only products with, and quotients by, a number have a rule")
-    return Rule(_plain(partial(layers.scale, factor=float(factors[0]) ** power)), call.roles[0])
-
-
-def _pad(call: Call) -> Rule:
-    _channels_first(call)
     if call.module is None:
-        amounts, mode = call.argument(1, "pad", ()), call.argument(2, "mode", "constant")
-        value = call.argument(3, "value", 0)
-        if mode not in ("constant", "circular") or value:
-            raise call.refuse(f"padding with mode={mode!r} and value={value} has no rule")
+        settings = call.arguments(p=0.5, training=True, inplace=False)
+        rate, training = settings["p"], settings["training"]
     else:
-        assert isinstance(call.module, (nn.ZeroPad2d, nn.CircularPad2d))
-        amounts, mode = call.module.padding, "circular" if isinstance(call.module, nn.CircularPad2d) else "constant"
-    paddings = [(0, 0)] * (len(call.roles[0]) - 2)
-    # The last axis comes first.
-    for index in range(len(amounts) // 2):
-        paddings[-1 - index] = int(amounts[2 * index]), int(amounts[2 * index + 1])
-    return Rule(_plain(partial(layers.pad, paddings=paddings, circular=mode == "circular")), call.roles[0])
+        assert isinstance(call.module, nn.Dropout)
+        rate, training = call.module.p, call.module.training
+    if not training or not rate:
+        return branches.identity(call)
+    if rate >= 1:
+        raise call.refuse(f"p={rate} leaves no unit")
+    # A unit that may be zero is no Gaussian.
+    return Rule(partial(_dropped, keep=1 - float(rate)), call.roles[0], call.units[0].at_most(Law.CENTRED))
+
+
+def _dropped(states: Sequence[LayerMoments], _weights: Weights | None, keep: float) -> LayerMoments:
+    return layers.dropout(states[0], keep)
 
 
 def activation_rule(target: Any, call: Call) -> Rule | None:
     """The rule of an elementwise function of Gaussian units; None for what is not one."""
-    if len(call.roles) != 1:
+    if len(call.roles) != 1 or (call.module is None and not call.args):
         return None
     activation = activation_of(target, *call.args[1:], **call.kwargs)
     if activation is None:
         return None
+    if call.units[0].law is not Law.GAUSSIAN:
+        raise call.refuse(
+            "its input is not Gaussian: an activation must follow a layer with weights, before branches are "
+            "concatenated, positions flattened or units dropped"
+        )
+    return Rule(partial(_activated, activation=activation), call.roles[0], call.units[0].at_most(Law.ANY))
 
-    def apply(state: LayerMoments) -> LayerMoments:
-        if not state.gaussian:
-            raise call.refuse("its input is not Gaussian: an activation must follow a layer with weights")
-        return layers.activate(state, activation)
 
-    return Rule(_plain(apply), call.roles[0])
+def _activated(
+    states: Sequence[LayerMoments], _weights: Weights | None, activation: AbstractActivation
+) -> LayerMoments:
+    return layers.activate(states[0], activation)
 
 
 Make = Callable[[Call], Rule]
@@ -308,52 +186,70 @@ MODULES: dict[type[nn.Module], Make] = {
     nn.AvgPool2d: _average_pool,
     nn.AdaptiveAvgPool1d: _adaptive_pool,
     nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.Flatten: _flatten,
+    nn.Flatten: branches.flatten,
     nn.LayerNorm: _layer_norm,
     nn.Dropout: _dropout,
-    nn.Identity: _identity,
-    nn.ZeroPad2d: _pad,
-    nn.CircularPad2d: _pad,
+    nn.Identity: branches.identity,
+    nn.ZeroPad2d: branches.pad,
+    nn.CircularPad2d: branches.pad,
 }
 
 FUNCTIONS: dict[Any, Make] = {
-    torch.flatten: _flatten,
-    torch.reshape: _flatten,
-    torch.mean: partial(_reduce, total=False),
-    torch.sum: partial(_reduce, total=True),
-    torch.permute: _permute,
-    torch.transpose: _transpose,
-    torch.cat: _concatenate,
-    torch.concat: _concatenate,
-    torch.add: _add,
-    operator.add: _add,
-    operator.iadd: _add,
-    operator.sub: _add,
-    torch.sub: _add,
-    torch.mul: partial(_scale, power=1),
-    operator.mul: partial(_scale, power=1),
-    operator.truediv: partial(_scale, power=-1),
-    torch.div: partial(_scale, power=-1),
-    operator.neg: _identity,
+    torch.flatten: branches.flatten,
+    torch.reshape: branches.flatten,
+    torch.mean: partial(branches.reduce, total=False),
+    torch.sum: partial(branches.reduce, total=True),
+    torch.permute: branches.permute,
+    torch.transpose: branches.transpose,
+    torch.cat: branches.concatenate,
+    torch.concat: branches.concatenate,
+    torch.add: branches.add,
+    torch.sub: branches.add,
+    operator.add: branches.add,
+    operator.iadd: branches.add,
+    operator.sub: branches.add,
+    operator.isub: branches.add,
+    torch.mul: partial(branches.scale, power=1),
+    operator.mul: partial(branches.scale, power=1),
+    operator.imul: partial(branches.scale, power=1),
+    torch.div: partial(branches.scale, power=-1),
+    operator.truediv: partial(branches.scale, power=-1),
+    operator.itruediv: partial(branches.scale, power=-1),
+    operator.neg: branches.identity,
+    torch.neg: branches.identity,
     functional.avg_pool1d: _average_pool,
     functional.avg_pool2d: _average_pool,
     functional.adaptive_avg_pool1d: _adaptive_pool,
     functional.adaptive_avg_pool2d: _adaptive_pool,
     functional.layer_norm: _layer_norm,
     functional.dropout: _dropout,
-    functional.pad: _pad,
+    functional.pad: branches.pad,
 }
 
 METHODS: dict[Any, Make] = {
-    "flatten": _flatten,
-    "reshape": _flatten,
-    "view": _flatten,
-    "mean": partial(_reduce, total=False),
-    "sum": partial(_reduce, total=True),
-    "permute": _permute,
-    "transpose": _transpose,
-    "add": _add,
-    "add_": _add,
-    "contiguous": _identity,
-    "clone": _identity,
+    "flatten": branches.flatten,
+    "reshape": branches.flatten,
+    "view": branches.flatten,
+    "mean": partial(branches.reduce, total=False),
+    "sum": partial(branches.reduce, total=True),
+    "permute": branches.permute,
+    "transpose": branches.transpose,
+    "add": branches.add,
+    "add_": branches.add,
+    "sub": branches.add,
+    "sub_": branches.add,
+    "mul": partial(branches.scale, power=1),
+    "mul_": partial(branches.scale, power=1),
+    "div": partial(branches.scale, power=-1),
+    "div_": partial(branches.scale, power=-1),
+    "neg": branches.identity,
+    "contiguous": branches.identity,
+    "clone": branches.identity,
 }
+
+SPATIAL = {
+    kind
+    for kind, make in (*MODULES.items(), *FUNCTIONS.items())
+    if make in (_convolution, _average_pool, _adaptive_pool)
+}
+"""What acts on positions, after the channels."""

@@ -1,26 +1,26 @@
 """From an ``nn.Module`` to the recursion of its infinite-width limit: one step for each call in its ``forward``.
 
-The module is traced by ``torch.fx``, and run once on one input of zeros for the shapes between its layers. What each
-axis of a tensor means is followed along: rows, channels (which become infinitely many) and spatial positions.
+The module is traced by ``torch.fx``, and run on inputs of zeros for the shapes between its layers. Followed along are
+what each axis of a tensor means (rows, channels, which become infinitely many, and spatial positions), and how its
+units are distributed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.node import map_arg
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.parametrize import is_parametrized
 
 from gpntk.errors import InputError, UnsupportedLayerError
-from gpntk.infinite.layers import Parametrization, Weights
-from gpntk.infinite.moments import Block, LayerMoments, inner_products, own_products
-from gpntk.infinite.rules import FUNCTIONS, METHODS, MODULES, Call, Rule, activation_rule
-
-_WAY_OUT = "gpntk.infinite.monte_carlo estimates the kernels of any architecture."
+from gpntk.infinite.calls import WAY_OUT, Call, Rule
+from gpntk.infinite.graph import Traced, name_of, run_forward, with_constants
+from gpntk.infinite.rules import FUNCTIONS, METHODS, MODULES, SPATIAL, activation_rule
+from gpntk.infinite.units import INPUT, Units
 
 
 class Step(NamedTuple):
@@ -57,137 +57,93 @@ class Program:
     @property
     def positions(self) -> int:
         """Largest number of positions, or pairs of them, of any value."""
-        sizes = self.input_shape[:-1] if self.channels_last else self.input_shape[1:]
-        total = 1
-        for size in sizes:
-            total *= size
+        total = math.prod(self.input_shape[:-1] if self.channels_last else self.input_shape[1:])
         return total**2 if any(self.pairs) else total
-
-    def run(
-        self, start: LayerMoments, weights: Sequence[Weights], settle: Callable[[LayerMoments], LayerMoments]
-    ) -> LayerMoments:
-        """The moments of the output; ``settle`` is applied after every step."""
-        values: list[LayerMoments | None] = [start]
-        last_use = self._last_uses()
-        for number, step in enumerate(self.steps):
-            states = [_known(values[index]) for index in step.inputs]
-            own = None if step.layer is None else weights[step.layer]
-            state = settle(step.rule.apply(states, own))
-            values.append(state if self.pairs[number + 1] else state.equal_positions())
-            for index in step.inputs:
-                if last_use[index] == number:
-                    values[index] = None
-        return _known(values[-1])
-
-    def _last_uses(self) -> dict[int, int]:
-        return {index: number for number, step in enumerate(self.steps) for index in step.inputs}
-
-    def start(self, x1: Tensor, x2: Tensor, ntk: bool) -> LayerMoments:
-        """The moments of the inputs, x `[N, D]`."""
-        one, two = self._shaped(x1), self._shaped(x2)
-        pairs = self.pairs[0]
-        nngps = inner_products(one, two, pairs), own_products(one, pairs), own_products(two, pairs)
-        blocks = [Block(nngp, torch.zeros_like(nngp) if ntk else None) for nngp in nngps]
-        axes = one.dim() - 2
-        return LayerMoments(*blocks, axes=axes, pairs=pairs and axes > 0, gaussian=False)
-
-    def _shaped(self, x: Tensor) -> Tensor:
-        shaped = x.reshape(x.shape[0], *self.input_shape)
-        return shaped.movedim(-1, 1) if self.channels_last and len(self.input_shape) > 1 else shaped
-
-
-def _known(state: LayerMoments | None) -> LayerMoments:
-    assert state is not None
-    return state
 
 
 def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
     """The recursion of a module whose inputs have shape ``input_shape``.
 
     Raises:
-        UnsupportedLayerError: A layer has no limit that is known here; the message names it.
+        UnsupportedLayerError: A call has no limit that is known here; the message names it.
+        InputError: The module does not run on such inputs.
     """
     shape = tuple(int(size) for size in input_shape)
-    graph = _graph(module, shape)
-    modules = dict(graph.named_modules())
-    nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    if sum(node.op == "placeholder" for node in graph.graph.nodes) != 1:
-        raise UnsupportedLayerError("forward takes several inputs: a kernel is a function of one.")
-    (start,) = (node for node in graph.graph.nodes if node.op == "placeholder")
-    (end,) = (node for node in graph.graph.nodes if node.op == "output")
-    compiler = _Compiler(modules, _channels_last(nodes, modules, shape), len(shape))
+    if not 1 <= len(shape) <= 3:
+        raise InputError(f"input_shape={shape} must be of features, or of channels and one or two axes of positions.")
+    traced = run_forward(module, shape)
+    modules = dict(traced.module.named_modules())
+    start, *nodes, end = [node for node in traced.module.graph.nodes if node in traced.seen or node.op == "output"]
+    compiler = _Compiler(traced, modules, _channels_last(nodes, modules, shape))
     compiler.place(start)
     for node in nodes:
         compiler.add(node)
     return compiler.program(end.args[0], shape)
 
 
-def _graph(module: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
-    try:
-        graph = fx.symbolic_trace(module)
-    except Exception as error:
-        raise UnsupportedLayerError(
-            f"torch.fx cannot trace the network ({error}): its forward may depend on values. {_WAY_OUT}"
-        ) from None
-    parameter = next(module.parameters(), torch.zeros(0))
-    was = {name: child.training for name, child in module.named_modules()}
-    try:
-        ShapeProp(graph.eval()).propagate(torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device))
-    except Exception as error:
-        raise InputError(f"the network does not run on inputs of shape {shape}: {error}") from None
-    finally:
-        for name, child in module.named_modules():
-            child.training = was[name]
-    return graph
-
-
 def _channels_last(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], shape: tuple[int, ...]) -> bool:
     """Tokens have their channels last, images first: told by whether a convolution or a pooling sees them."""
-    spatial = (nn.Conv1d, nn.Conv2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-    called = [modules[str(node.target)] for node in nodes if node.op == "call_module"]
-    return len(shape) > 1 and not any(isinstance(module, spatial) for module in called)
+    kinds = {type(modules[str(node.target)]) if node.op == "call_module" else node.target for node in nodes}
+    return len(shape) > 1 and not kinds & SPATIAL
 
 
 class _Compiler:
     """Steps, collected node by node."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], channels_last: bool, axes: int) -> None:
-        self._modules, self._channels_last, self._axes = modules, channels_last, axes
+    def __init__(self, traced: Traced, modules: Mapping[str, nn.Module], channels_last: bool) -> None:
+        self._traced, self._modules, self._channels_last = traced, modules, channels_last
         self._numbers: dict[fx.Node, int] = {}
         self._roles: dict[fx.Node, tuple[str, ...]] = {}
+        self._units: dict[fx.Node, Units] = {}
         self._steps: list[Step] = []
         self._layers: dict[str, tuple[int, bool]] = {}
+        self._owners: dict[int, str] = {}
 
     def place(self, node: fx.Node) -> None:
-        spatial = tuple(f"s{index}" for index in range(self._axes - 1))
-        self._numbers[node] = 0
-        self._roles[node] = ("n", *spatial, "c") if self._channels_last and spatial else ("n", "c", *spatial)
+        spatial = tuple(f"s{index}" for index in range(len(self._traced.seen[node].shape) - 2))
+        roles = ("n", *spatial, "c") if self._channels_last and spatial else ("n", "c", *spatial)
+        self._numbers[node], self._roles[node], self._units[node] = 0, roles, INPUT
 
     def add(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            raise UnsupportedLayerError(f"{node.target}: parameters used outside of a layer have no rule. {_WAY_OUT}")
-        inputs = _nodes(node)
+            raise UnsupportedLayerError(f"{node.target}: parameters used outside of a layer have no rule. {WAY_OUT}")
+        seen, constants = self._traced.seen, self._traced.constants
+        inputs = [value for value in _nodes(node) if value in seen]
         call = Call(
-            name=_name(node),
+            name=name_of(node),
             module=self._modules[str(node.target)] if node.op == "call_module" else None,
-            args=node.args,
-            kwargs=dict(node.kwargs),
+            args=with_constants(node.args, constants),
+            kwargs=dict(with_constants(node.kwargs, constants)),
             roles=[self._roles[value] for value in inputs],
-            shapes=[tuple(value.meta["tensor_meta"].shape) for value in inputs],
-            output=tuple(node.meta["tensor_meta"].shape),
+            units=[self._units[value] for value in inputs],
+            shapes=[seen[value].shape for value in inputs],
+            output=seen[node].shape,
         )
         rule = self._rule(node, call)
-        layer = None
-        if rule.fan_in is not None:
-            if call.name in self._layers:
-                raise UnsupportedLayerError(f"{call.name} is called twice: its uses are not independent. {_WAY_OUT}")
-            layer = len(self._layers)
-            self._layers[call.name] = rule.fan_in, rule.bias
+        if seen[node].rows != rule.roles.index("n"):
+            raise call.refuse(
+                f"its result, of shape {call.output} for two inputs, has no axis of inputs: begin its shape by the "
+                "number of inputs"
+            )
+        layer = None if rule.fan_in is None else self._layer(call, rule.fan_in, rule.bias)
         self._steps.append(Step(rule, tuple(self._numbers[value] for value in inputs), layer))
-        self._numbers[node], self._roles[node] = len(self._steps), rule.roles
+        self._numbers[node], self._roles[node], self._units[node] = len(self._steps), rule.roles, rule.units
+
+    def _layer(self, call: Call, fan_in: int, bias: bool) -> int:
+        """The number of a layer with weights of its own."""
+        assert call.module is not None
+        if call.name in self._layers:
+            raise call.refuse("it is called twice, so that its uses are not independent")
+        for parameter in call.module.parameters():
+            owner = self._owners.setdefault(id(parameter), call.name)
+            if owner != call.name:
+                raise call.refuse(f"it shares parameters with {owner}, so that they are not independent")
+        self._layers[call.name] = fan_in, bias
+        return len(self._layers) - 1
 
     def _rule(self, node: fx.Node, call: Call) -> Rule:
         if call.module is not None:
+            _check_plain(call, call.module)
             made = next((make for kind, make in MODULES.items() if isinstance(call.module, kind)), None)
             target: Any = call.module
         else:
@@ -198,7 +154,7 @@ class _Compiler:
         rule = activation_rule(target, call)
         if rule is None:
             kind = type(call.module).__name__ if call.module is not None else getattr(target, "__name__", str(target))
-            raise UnsupportedLayerError(f"{call.name} ({kind}) has no known limit. {_WAY_OUT}")
+            raise UnsupportedLayerError(f"{call.name} ({kind}) has no known limit. {WAY_OUT}")
         return rule
 
     def program(self, end: Any, shape: tuple[int, ...]) -> Program:
@@ -218,6 +174,14 @@ class _Compiler:
         )
 
 
+def _check_plain(call: Call, module: nn.Module) -> None:
+    """That a module computes with its own parameters what its class says."""
+    if is_parametrized(module):
+        raise call.refuse("it is parametrized, so that its weights are not independent draws: remove that")
+    if module._forward_pre_hooks or module._forward_hooks:
+        raise call.refuse("it has hooks, which may change what it computes: remove them")
+
+
 def _nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes among a call's arguments, in order, with repetitions."""
     found: list[fx.Node] = []
@@ -225,8 +189,4 @@ def _nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op in ("call_module", "call_method") else node.name
-
-
-__all__ = ["Parametrization", "Program", "Step", "trace"]
+__all__ = ["Program", "Step", "trace"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, final
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 
 from gpntk._checks import check_input
 from gpntk.errors import InputError, SelectionError
-from gpntk.infinite import LayerMoments, Parametrization, Program, Weights, trace
+from gpntk.infinite import Parametrization, Program, Weights, trace
+from gpntk.infinite.gaussian import tracked
 from gpntk.infinite.moments import Block
-from gpntk.jacobians.memory import default_budget, tracks_gradient
+from gpntk.infinite.recursion import Variances, moments, variances
+from gpntk.jacobians.memory import default_budget, tracks_gradient, workspace
 from gpntk.kernels.feature_kernel import log_scale_constraint
 from gpntk.operators.batching import collapse
 
@@ -23,9 +27,8 @@ Std = float | Mapping[str, float]
 
 # Tensors of the size of a block that live at once while the recursion runs.
 _LIVE = 8
-# Row blocks that a symmetric matrix is cut into, to compute little more than half of it.
-_STRIPES = 6
-_FEW_ROWS = 256
+# Numbers in a block on a CPU: as many as stay in its caches.
+_CPU_BLOCK = 2**16
 
 
 class _InfiniteKernel(Kernel):
@@ -120,53 +123,71 @@ class _InfiniteKernel(Kernel):
     # --- private -----------------------------------------------------------------------------------------------
 
     def _matrix(self, x1: Tensor, x2: Tensor, same: bool) -> Tensor:
-        """k(x1, x2) `[N, M]`, by blocks of rows; of a symmetric matrix, from the diagonal on."""
+        """k(x1, x2) `[N, M]`, block by block; of a symmetric matrix, those from the diagonal on."""
         rows, columns = x1.shape[0], x2.shape[0]
         if not rows or not columns:
             return x1.new_zeros(rows, columns)
-        budget = default_budget(x1.device) if self._memory_budget is None else self._memory_budget
-        size = max(1, int(budget // (_LIVE * columns * self.program.positions * x1.element_size())))
-        if same and rows >= _FEW_ROWS:
-            size = min(size, -(-rows // _STRIPES))
-        if size >= rows:
-            return self._block(x1, x2, 0 if same else None)
-        if not same:
-            return torch.cat([self._block(part, x2, None) for part in x1.split(size)])
-        stripes = [self._block(x1[start : start + size], x1[start:], 0) for start in range(0, rows, size)]
-        result = []
-        for index, stripe in enumerate(stripes):
-            before = [stripes[i][:, (index - i) * size : (index - i) * size + stripe.shape[0]].mT for i in range(index)]
-            result.append(torch.cat([*before, stripe], -1))
-        return torch.cat(result)
+        weights = self._weights(x1)
+        one = self._variances(x1, weights)
+        two = one if same else self._variances(x2, weights)
+        numbers = _numbers(x1, x1 if same else x2)
+        entries = self._entries(x1)
+        height = min(rows, max(1, math.isqrt(entries)))
+        width = height if same else max(1, entries // height)
 
-    def _block(self, x1: Tensor, x2: Tensor, diagonal: int | None) -> Tensor:
-        """k(x1, x2) in one go; ``diagonal`` 0 says that x2 begins with the rows of x1."""
-        program = self.program
-        equal = _equal_rows(x1, x2)
+        def block(i: slice, j: slice) -> Tensor:
+            equal = numbers[0][i].unsqueeze(1) == numbers[1][j]
+            x, known = (x1[i], x2[j]), (tuple(v[i] for v in one), tuple(v[j] for v in two))
+            found = moments(self.program, x, known, weights, equal=equal if equal.any() else False, tangent=self._ntk)
+            return self._of(found)
 
-        def settle(state: LayerMoments) -> LayerMoments:
-            return _settled(state, equal, diagonal is not None)
-
-        start = settle(program.start(x1, x2, self._ntk))
-        final = program.run(start, self._weights(x1), settle)
-        return self._of(final.cross)
+        across, down = _slices(columns, width), _slices(rows, height)
+        if tracked(x1, x2, self.raw_weight_std, self.raw_bias_std):
+            blocks = {}
+            for (a, i), (b, j) in product(enumerate(down), enumerate(across)):
+                blocks[a, b] = blocks[b, a].mT if same and b < a else block(i, j)
+            return torch.cat([torch.cat([blocks[a, b] for b in range(len(across))], 1) for a in range(len(down))])
+        result = x1.new_empty(rows, columns)
+        for i, j in product(down, across):
+            if same and j.start < i.start:
+                continue
+            result[i, j] = found = block(i, j)
+            if same and i != j:
+                result[j, i] = found.mT
+        return result
 
     def _diagonal(self, x1: Tensor, x2: Tensor) -> Tensor:
         """k(x1_n, x2_n) `[..., N]`."""
         shape = torch.broadcast_shapes(x1.shape, x2.shape)
         one, two = (x.expand(shape).reshape(-1, shape[-1]) for x in (x1, x2))
-        if x1 is x2 or _equal(one, two):
-            program = self.program
-            final = program.run(program.start(one, one[:1], self._ntk), self._weights(one), lambda state: state)
-            return self._of(final.first).reshape(shape[:-1])
-        pairs = [self._block(a.unsqueeze(0), b.unsqueeze(0), None) for a, b in zip(one, two, strict=True)]
-        return torch.cat(pairs).reshape(shape[:-1])
+        same = x1 is x2 or _equal(one, two)
+        weights = self._weights(one)
+        parts = []
+        for i in _slices(one.shape[0], self._entries(one)):
+            first = variances(self.program, one[i], weights)
+            second = first if same else variances(self.program, two[i], weights)
+            equal = True if same else (one[i] == two[i]).all(-1)
+            known, x = (first, second), (one[i], two[i])
+            found = moments(self.program, x, known, weights, equal=equal, tangent=self._ntk, by_row=True)
+            parts.append(self._of(found))
+        return torch.cat(parts).reshape(shape[:-1]) if parts else one.new_zeros(shape[:-1])
+
+    def _entries(self, x: Tensor) -> int:
+        """Pairs of inputs in a block."""
+        budget = default_budget(x.device) if self._memory_budget is None else self._memory_budget
+        numbers = workspace(x.device, budget) // (_LIVE * x.element_size())
+        if x.device.type == "cpu":
+            numbers = min(numbers, _CPU_BLOCK * torch.get_num_threads())
+        return max(1, numbers // self.program.positions)
+
+    def _variances(self, x: Tensor, weights: Sequence[Weights]) -> Variances:
+        parts = [variances(self.program, x[i], weights) for i in _slices(x.shape[0], self._entries(x))]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
     def _of(self, block: Block) -> Tensor:
         if not self._ntk:
             return block.nngp
-        assert block.ntk is not None
-        return block.ntk
+        return torch.zeros_like(block.nngp) if block.ntk is None else block.ntk
 
     def _weights(self, x: Tensor) -> list[Weights]:
         program = self.program
@@ -177,32 +198,17 @@ class _InfiniteKernel(Kernel):
         ]
 
 
-def _settled(state: LayerMoments, equal: Tensor | None, symmetric: bool) -> LayerMoments:
-    """Exact moments where both inputs are the same: the difference to a row's own is rounding, magnified by kinks.
-
-    Their gradient is that of a row with itself on the diagonal of a symmetric matrix; elsewhere it stays as it is.
-    """
-    if equal is None:
-        return state
-
-    def exact(cross: Tensor, own: Tensor) -> Tensor:
-        mask = equal.reshape(*equal.shape, *[1] * (cross.dim() - 2))
-        value = own.unsqueeze(1)
-        if not symmetric:
-            value = cross + (value - cross).detach()
-        return torch.where(mask, value, cross)
-
-    cross, first = state.cross, state.first
-    ntk = None if cross.ntk is None or first.ntk is None else exact(cross.ntk, first.ntk)
-    return state.with_blocks(Block(exact(cross.nngp, first.nngp), ntk), state.first, state.second)
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _equal_rows(x1: Tensor, x2: Tensor) -> Tensor | None:
-    """Which rows of x1 are which rows of x2, `[N, M]`; None if none are."""
+def _numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """A number for every row of x1 `[N]` and x2 `[M]`, the same for equal rows."""
     with torch.no_grad():
-        _, numbers = torch.unique(torch.cat([x1, x2]), dim=0, return_inverse=True)
-        equal = numbers[: x1.shape[0]].unsqueeze(1) == numbers[x1.shape[0] :]
-    return equal if bool(equal.any()) else None
+        if x1 is x2:
+            return (torch.unique(x1, dim=0, return_inverse=True)[1],) * 2
+        numbers = torch.unique(torch.cat([x1, x2]), dim=0, return_inverse=True)[1]
+        return numbers[: x1.shape[0]], numbers[x1.shape[0] :]
 
 
 def _equal(x1: Tensor, x2: Tensor) -> bool:

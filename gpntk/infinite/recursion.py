@@ -1,0 +1,116 @@
+"""Running a program: the variances at each input once, then the moments of pairs of inputs, which need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from gpntk.infinite.layers import Weights
+from gpntk.infinite.moments import Block, LayerMoments, products
+from gpntk.infinite.trace import Program, Step
+
+Variances = tuple[Tensor, ...]
+"""Of a unit, `[N, *S]` at every value of a program, as far as any later step may ask for them."""
+
+Settle = Callable[[int, LayerMoments], LayerMoments]
+
+
+def variances(program: Program, x: Tensor, weights: Sequence[Weights]) -> Variances:
+    """The variances at inputs x `[N, D]`."""
+    steps = program.steps[: _asked_before(program.steps)]
+    found: list[Tensor] = []
+
+    def record(_: int, state: LayerMoments) -> LayerMoments:
+        # A copy: the diagonal of pairs would keep all of them.
+        variance = state.equal_positions().block.nngp.contiguous()
+        found.append(variance)
+        return replace(state, first=variance, second=variance)
+
+    pairs = _pairs(steps)
+    nngp = _products(program, (x, x), True, pairs[0])
+    _run(steps, pairs, weights, _start(nngp, program, pairs[0], equal=True, tangent=False), record)
+    return tuple(found)
+
+
+def moments(
+    program: Program,
+    x: tuple[Tensor, Tensor],
+    known: tuple[Variances, Variances],
+    weights: Sequence[Weights],
+    *,
+    equal: Tensor | bool,
+    tangent: bool,
+    by_row: bool = False,
+) -> Block:
+    """The moments of the output.
+
+    Args:
+        program: What to run.
+        x: Inputs x1 `[N, D]` and x2 `[M, D]`.
+        known: Variances at both.
+        weights: Of every layer.
+        equal: Which rows of x1 and x2 are the same input, `[N, M]` or, ``by_row``, `[N]`; or a bool for all.
+        tangent: Whether the tangent kernel is asked for.
+        by_row: Whether to take x1 with x2 row by row: blocks `[N]`, not `[N, M]`.
+    """
+
+    def fill(number: int, state: LayerMoments) -> LayerMoments:
+        if number >= len(known[0]):
+            return state
+        first, second = known[0][number], known[1][number]
+        return replace(
+            state, first=first if by_row else first.unsqueeze(1), second=second if by_row else second.unsqueeze(0)
+        )
+
+    nngp = _products(program, x, by_row, program.pairs[0])
+    start = _start(nngp, program, program.pairs[0], equal=equal, tangent=tangent)
+    return _run(program.steps, program.pairs, weights, start, fill).block
+
+
+def _run(
+    steps: Sequence[Step], pairs: Sequence[bool], weights: Sequence[Weights], start: LayerMoments, settle: Settle
+) -> LayerMoments:
+    """The result of the last step; ``settle`` completes value 0, the start, and value i + 1, the result of step i."""
+    values: dict[int, LayerMoments] = {0: settle(0, start)}
+    last_use = {index: number for number, step in enumerate(steps) for index in step.inputs}
+    for number, step in enumerate(steps):
+        states = [values[index] for index in step.inputs]
+        state = step.rule.apply(states, None if step.layer is None else weights[step.layer])
+        state = state if pairs[number + 1] else state.equal_positions()
+        for index in set(step.inputs):
+            if last_use[index] == number:
+                del values[index]
+        values[number + 1] = settle(number + 1, state)
+    return values[len(steps)]
+
+
+def _products(program: Program, x: tuple[Tensor, Tensor], by_row: bool, pairs: bool) -> Tensor:
+    """Those of the inputs' channels."""
+    one, two = (tensor.reshape(tensor.shape[0], *program.input_shape) for tensor in x)
+    if program.channels_last and one.dim() > 2:
+        one, two = one.movedim(-1, 1), two.movedim(-1, 1)
+    return products(one, two, by_row, pairs)
+
+
+def _start(nngp: Tensor, program: Program, pairs: bool, *, equal: Tensor | bool, tangent: bool) -> LayerMoments:
+    """Value 0, but for its variances."""
+    axes = len(program.input_shape) - 1
+    return LayerMoments(Block(nngp, None), nngp, nngp, equal, axes, pairs and axes > 0, tangent)
+
+
+def _asked_before(steps: Sequence[Step]) -> int:
+    """The last step that may ask for variances: any that is no layer with weights and takes no mean of positions."""
+    asks = [not step.rule.mixes and not step.rule.forgets and step.rule.fan_in is None for step in steps]
+    return max((number for number, ask in enumerate(asks) if ask), default=0)
+
+
+def _pairs(steps: Sequence[Step]) -> tuple[bool, ...]:
+    """Of every value, whether it is needed at pairs of positions so that the last one is known at equal ones."""
+    pairs = [False] * (len(steps) + 1)
+    for number in range(len(steps) - 1, -1, -1):
+        step = steps[number]
+        for index in step.inputs:
+            pairs[index] = pairs[index] or step.rule.mixes or (pairs[number + 1] and not step.rule.forgets)
+    return tuple(pairs)

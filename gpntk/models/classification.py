@@ -1,0 +1,57 @@
+"""Classification by regression: class labels as targets of a GP with Gaussian noise.
+
+A GP per class, all with the same kernel, is fitted to +1 for its class and to 0 for the others, less the mean of both
+over the classes. The class with the largest posterior mean is predicted. It costs one factorisation for all classes and
+needs no approximation, but the noise is not that of labels: means are no probabilities.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpntk.errors import InputError
+
+
+def one_hot_targets(labels: Tensor, num_classes: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Regression targets `[N, C]` for class labels `[N]`: 1 - 1/C for the class, -1/C for the others.
+
+    Rows sum to zero, as a GP of mean zero wants them; with ten classes they are 0.9 and -0.1. `gpntk.GradientFlow`
+    takes them as they are, `gpntk.models.TangentGP` with a kernel of C outputs likewise. An ``ExactGP`` that is a batch
+    of C independent GPs takes their transpose `[C, N]`, as with GPyTorch's ``DirichletClassificationLikelihood``.
+
+    Args:
+        labels: Classes, integers from 0 to C - 1.
+        num_classes: C; by default one more than the largest label.
+        dtype: Of the targets; by default torch's.
+
+    Raises:
+        InputError: ``labels`` is empty, no vector or not of integers, or has a class that is negative or not below C;
+            or C is less than 2.
+
+    Example:
+        >>> import torch
+        >>> from gpntk.models import one_hot_targets
+        >>> one_hot_targets(torch.tensor([0, 2, 1, 0]), num_classes=4)
+        tensor([[ 0.7500, -0.2500, -0.2500, -0.2500],
+                [-0.2500, -0.2500,  0.7500, -0.2500],
+                [-0.2500,  0.7500, -0.2500, -0.2500],
+                [ 0.7500, -0.2500, -0.2500, -0.2500]])
+
+    References:
+        Lee et al. (2018), Deep Neural Networks as Gaussian Processes, https://arxiv.org/abs/1711.00165, section 3.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels must be integers, got {labels.dtype}: pass labels.long().")
+    if labels.dim() != 1 or not labels.numel():
+        raise InputError(f"labels must be a vector of at least one class, got shape {tuple(labels.shape)}.")
+    least, largest = int(labels.min()), int(labels.max())
+    classes = largest + 1 if num_classes is None else num_classes
+    if classes < 2:
+        raise InputError(f"num_classes={classes}: a classification needs at least 2 classes.")
+    if least < 0 or largest >= classes:
+        wrong = least if least < 0 else largest
+        raise InputError(f"labels has class {wrong}, but num_classes={classes} allows 0 to {classes - 1} only.")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    return functional.one_hot(labels.long(), classes).to(dtype) - 1 / classes
