@@ -133,6 +133,15 @@ def test_evidence(name: str, problem: Problem) -> None:
     assert relative(gradients[2] * sds, references[2] * sds) < 1e-4
 
 
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_derivatives_by_the_noise_of_every_row(name: str) -> None:
+    problem = case(400, 1, [1.0], 0.05 + 0.1 * torch.rand(400))
+    gradient, reference = (
+        gradients(problem)[1][1] for gradients in (lambda p: evidence_gradients(p, SOLVERS[name]), dense_gradients)
+    )
+    assert relative(gradient, reference) < GRADIENT
+
+
 def test_no_derivative_with_respect_to_a_variance_of_zero() -> None:
     problem = case(8, 1, [1.0, 0.0, 1.0], torch.ones(1))
     with pytest.raises(InputError, match="its derivative is not computed"):
