@@ -39,8 +39,9 @@ _REDUCTION = {torch.float32: 1e-4, torch.float64: 1e-10}
 _REFINEMENTS = 12
 # A refinement that reduces the residual by less has met the limit of its precision.
 _PROGRESS = 0.5
-# A run is asked for so much at least, well below that: what is left to do is known to an estimate only.
-_LEAST = 0.1
+# A run is asked for so much at least, well below that: what is left to do is known to an estimate only. And for so much
+# where the end is not in sight.
+_LEAST, _FIRST = 0.1, 1e-4
 # Ritz values approach the smallest eigenvalue from above: errors estimated by them are taken for twice as large.
 _SAFETY = 2.0
 # Vectors of conjugate gradients and of its refinement that live at once, for each right-hand side.
@@ -54,8 +55,6 @@ _SMALLEST = 1e-9
 _ROW_PROBES = 4
 # Relative rounding of a difference of variances in float64.
 _ROUNDING = 1e-13
-# The first reduction asked for where the end is not in sight.
-_FIRST = 1e-4
 # Iterations and ranks that costs are counted with.
 _TYPICAL_ITERATIONS, _TYPICAL_RANK = 30, 400
 

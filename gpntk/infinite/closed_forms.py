@@ -13,6 +13,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import (
@@ -51,6 +52,9 @@ class ABReLU(AbstractClosedForm):
     a: float
     b: float
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.a * x.clamp(max=0) + self.b * x.clamp(min=0)
+
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         mean, half = (self.a + self.b) / 2, (self.b - self.a) / 2
         if half == 0:
@@ -83,6 +87,9 @@ class RectifiedMonomial(AbstractClosedForm):
     def __post_init__(self) -> None:
         if self.power < 2:
             raise InputError(f"power must be 2 or more, got {self.power}: take ABReLU(0, 1) for 1 and Step() for 0.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0) ** self.power
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         p = self.power
@@ -137,6 +144,9 @@ class Sign(AbstractClosedForm):
         Cho and Saul (2009), Kernel Methods for Deep Learning, eq. 6 with n = 0.
     """
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sign()
+
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return 2 / math.pi * angle(q1, q2, k)[1], torch.zeros_like(k)
 
@@ -152,6 +162,9 @@ class Step(AbstractClosedForm):
     References:
         Cho and Saul (2009), Kernel Methods for Deep Learning, eq. 6 with n = 0.
     """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (1 + x.sign()) / 2
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return 0.25 + angle(q1, q2, k)[1] / (2 * math.pi), torch.zeros_like(k)
@@ -177,6 +190,9 @@ class Erf(AbstractClosedForm):
     a: float = 1.0
     b: float = 1.0
     c: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.a * torch.erf(self.b * x) + self.c
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         p1, p2, r = 2 * self.b**2 * q1, 2 * self.b**2 * q2, 2 * self.b**2 * k
@@ -205,6 +221,9 @@ class GELU(AbstractClosedForm):
         Tsuchida, Pearce, van der Heide, Roosta, Gallagher (2021), Avoiding Kernel Fixed Points: Computing with ELU and
         GELU Infinite Networks.
     """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.gelu(x)
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return _gelu(q1, q2, k, determinant(q1, q2, k))
@@ -241,13 +260,19 @@ class Sine(AbstractClosedForm):
     b: float = 1.0
     c: float = 0.0
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.a * torch.sin(self.b * x + self.c)
+
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         b2 = self.b**2
         difference, total = (-b2 / 2 * (q1 + q2 - 2 * k)).exp(), (-b2 / 2 * (q1 + q2 + 2 * k)).exp()
         return self._combine(difference, total)
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        return self._combine(torch.ones_like(q), (-2 * self.b**2 * q).exp())
+        # 1 - cos(2c) e, without cancellation at small q.
+        less = torch.expm1(-2 * self.b**2 * q)
+        second = self._combine(torch.ones_like(q), 1 + less)[1]
+        return self.a**2 / 2 * (2 * math.sin(self.c) ** 2 - math.cos(2 * self.c) * less), second
 
     def _combine(self, difference: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         square, phase = self.a**2 / 2, math.cos(2 * self.c)
@@ -276,6 +301,9 @@ class Exponential(AbstractClosedForm):
     a: float = 1.0
     b: float = 1.0
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.a * torch.exp(self.b * x)
+
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         first = self.a**2 * (self.b**2 / 2 * (q1 + q2 + 2 * k)).exp()
         return first, self.b**2 * first
@@ -295,6 +323,9 @@ class Gaussian(AbstractClosedForm):
 
     a: float = 1.0
     b: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.a * torch.exp(-self.b * x**2)
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self._at(k, 1 + 2 * self.b * (q1 + q2) + 4 * self.b**2 * determinant(q1, q2, k))
@@ -320,6 +351,12 @@ class Polynomial(AbstractClosedForm):
     """
 
     coefficients: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value = torch.zeros_like(x)
+        for coefficient in reversed(self.coefficients):
+            value = value * x + coefficient
+        return value
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         slope = tuple(i * a for i, a in enumerate(self.coefficients))[1:]

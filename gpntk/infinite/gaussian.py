@@ -63,6 +63,10 @@ class AbstractActivation(ABC):
         return first.expand(q.shape).to(q.dtype), second.expand(q.shape).to(q.dtype)
 
     @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """φ(x)."""
+
+    @abstractmethod
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The moments in float64."""
 
@@ -185,11 +189,30 @@ def determinant(q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
     return with_derivatives(value, (q1, q2), (q2, q1), (k, -2 * k)) if tracked(q1, q2, k) else value
 
 
+def _extreme(q1: Tensor, q2: Tensor) -> bool:
+    """Whether q1 q2, or its rounding error, is outside of the range of float64, which is 1e±308."""
+    with torch.no_grad():
+        sizes = torch.cat([q.abs().reshape(-1) for q in (q1, q2)])
+        sizes = sizes[(sizes > 0) & sizes.isfinite()]
+        return bool(sizes.numel()) and not 1e-120 < sizes.amin().item() <= sizes.amax().item() < 1e140
+
+
+def _unit(q: Tensor) -> Tensor:
+    """A power of two within a factor of two of √q; one for zero."""
+    exponent = torch.frexp(q.detach()).exponent
+    return torch.ldexp(torch.ones_like(q), torch.div(exponent, 2, rounding_mode="floor")).detach()
+
+
 def angle(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """s = √(q1 q2 - k²) and ψ = arcsin(k / √(q1 q2)) in [-π/2, π/2], zero where a variance is zero; `[*k]`.
 
     P(u > 0, v > 0) = 1/4 + ψ / 2π.
     """
+    if _extreme(q1, q2):
+        # Powers of two, which round nothing.
+        one, two = _unit(q1), _unit(q2)
+        s, psi = angle(q1 / one / one, q2 / two / two, k / one / two)
+        return s * one * two, psi
     s = root(determinant(q1, q2, k))
     psi = torch.atan2(k.detach(), s.detach())
     if not tracked(q1, q2, k):

@@ -23,7 +23,7 @@ from gpntk.infinite.chunks import by_chunks
 from gpntk.infinite.gaussian import angle, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
-_REACH = 9.0
+REACH = 9.0
 _MIDDLE = 3.0
 _LAYERS = (-8.5, -4.0, 4.0, 8.5)
 _BUDGET = 2**20
@@ -67,7 +67,7 @@ class NearParallel:
     def direct(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
         """The same without a table."""
         largest = torch.maximum(q1.detach().max(), q2.detach().max()).sqrt().item()
-        features = len(ladder(1.0, _REACH * largest, q1)) + len(self._kinks)
+        features = len(ladder(1.0, REACH * largest, q1)) + len(self._kinks)
         points = 16 * (2 * features + 8) * 16 * (features + 4)
         return by_chunks(partial(self._integrate, largest=largest), (q1, q2, k), max(_BUDGET // points, 1))
 
@@ -78,21 +78,21 @@ class NearParallel:
         c = divide(k.unsqueeze(-1), scale)
         s = divide(root(determinant(q1, q2, k)).unsqueeze(-1), scale)
         kinks = q1.new_tensor(self._kinks)
-        features = torch.cat([ladder(1.0, _REACH * largest, q1), kinks])
-        ends = q1.new_tensor([-_REACH, -_MIDDLE, _MIDDLE, _REACH]).expand(*q1.shape, -1)
+        features = torch.cat([ladder(1.0, REACH * largest, q1), kinks])
+        ends = q1.new_tensor([-REACH, -_MIDDLE, _MIDDLE, REACH]).expand(*q1.shape, -1)
         # 1. Nodes of z1: features of u, features of v given z1, and their layers.
         centre = divide(kinks.expand(*q1.shape, -1), c * sd2)
         width = divide(s, c.abs())
         layers = [centre + step * width for step in _LAYERS]
         breaks = [divide(features.expand(*q1.shape, -1), deviation) for deviation in (sd1, c * sd2)]
-        z1, weights1 = panels(torch.cat([*breaks, *layers, ends], -1).clamp(-_REACH, _REACH))
+        z1, weights1 = panels(torch.cat([*breaks, *layers, ends], -1).clamp(-REACH, REACH))
         # 2. Nodes of z2 for each of them.
         middle = (c * sd2 * z1).unsqueeze(-1)
         spread = (s * sd2).unsqueeze(-1)
         inner = torch.cat(
             [divide(features - middle, spread.expand_as(middle)), ends.unsqueeze(-2).expand(*z1.shape, -1)], -1
         )
-        z2, weights2 = panels(inner.clamp(-_REACH, _REACH))
+        z2, weights2 = panels(inner.clamp(-REACH, REACH))
         # 3. Sums over z2, then over z1.
         u, v = sd1 * z1, middle + spread * z2
         (phi_u, slope_u), (phi_v, slope_v) = self._phi(u), self._phi(v)

@@ -30,15 +30,14 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import InputError
+from gpntk.infinite import near_parallel
 from gpntk.infinite.chunks import by_chunks
 from gpntk.infinite.gaussian import AbstractActivation, divide, root
-from gpntk.infinite.near_parallel import NearParallel
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
 _TERMS = (32, 64, 128, 256, 512)
 # Largest |z|: beyond it the weight of h_n(z) φ(√q z) is below 1e-15 for n <= 512.
 _REACH = 12.0
-_NEAR_REACH = 9.0
 # Width of panels that resolves h_512 with Gauss-Legendre rules of 16 nodes.
 _WIDTH = 0.5
 # Values held at once.
@@ -146,8 +145,8 @@ class _Unit:
         rest = ~enough
         rows = [entry.expand(k.shape)[rest] for entry in (q1, q2, k)]
         for q in rows[:2]:
-            self.checked_squares(q.detach().amax().reshape(1), _NEAR_REACH)
-        values = NearParallel(self._phi, self._kinks, self._tolerance).moments(*rows)
+            self.checked_squares(q.detach().amax().reshape(1), near_parallel.REACH)
+        values = near_parallel.NearParallel(self._phi, self._kinks, self._tolerance).moments(*rows)
         return series.masked_scatter(rest.unsqueeze(-1).expand(series.shape), values)
 
     def _enough(self, first: _Coefficients, second: _Coefficients, c: Tensor) -> tuple[int, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, final
 
@@ -35,6 +35,7 @@ class _InfiniteKernel(Kernel):
     """NNGP or NTK of the infinite-width limit of a module, σ_w and σ_b of every layer learnable."""
 
     has_lengthscale = False
+    _has_bias_std: Tensor
     raw_weight_std: nn.Parameter
     raw_bias_std: nn.Parameter
     raw_weight_std_constraint: GreaterThan
@@ -48,7 +49,7 @@ class _InfiniteKernel(Kernel):
         bias_std: Std = 0.1,
         parametrization: Parametrization = "ntk",
         *,
-        input_shape: Sequence[int] | None = None,
+        input_shape: Sequence[int] | int | None = None,
         learn: bool = True,
         memory_budget: int | None = None,
         **kwargs: Any,
@@ -59,15 +60,14 @@ class _InfiniteKernel(Kernel):
         self.program: Program = trace(network, _input_shape(network, input_shape))
         self.parametrization: Parametrization = parametrization
         self._memory_budget = memory_budget
-        # Zero is no logarithm of anything: a bias that is zero stays so.
-        biases = _by_layer(bias_std, self.program.layers, "bias_std")
-        self.register_buffer("_has_bias_std", biases > 0, persistent=False)
-        weights = _by_layer(weight_std, self.program.layers, "weight_std")
-        if not bool((weights > 0).all()):
-            raise SelectionError("weight_std must be positive.")
-        for name, values in (("weight_std", weights), ("bias_std", torch.where(biases > 0, biases, 1.0))):
-            self.register_parameter(f"raw_{name}", nn.Parameter(values.log(), requires_grad=learn))
-            self.register_constraint(f"raw_{name}", log_scale_constraint())
+        layers = self.program.layers
+        self.register_buffer("_has_bias_std", torch.ones(len(layers), dtype=torch.bool))
+        self._given: dict[str, Tensor] = {}
+        for name in ("raw_weight_std", "raw_bias_std"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(len(layers)), requires_grad=learn))
+            self.register_constraint(name, log_scale_constraint())
+        self.weight_std = _by_layer(weight_std, layers, "weight_std")
+        self.bias_std = _by_layer(bias_std, layers, "bias_std")
 
     @property
     def weight_std(self) -> Tensor:
@@ -76,23 +76,40 @@ class _InfiniteKernel(Kernel):
 
     @weight_std.setter
     def weight_std(self, value: Tensor | float) -> None:
-        self._set("raw_weight_std", value)
+        values = torch.as_tensor(value, dtype=torch.float64)
+        if not bool(((values > 0) & values.isfinite()).all()):
+            raise InputError(f"weight_std={values.tolist()}: must be positive and finite.")
+        self._set("raw_weight_std", values)
 
     @property
     def bias_std(self) -> Tensor:
-        """σ_b of every layer `[L]`; zero where it was given as zero."""
-        learned = self._buffers["_has_bias_std"]
-        assert learned is not None
-        return self.raw_bias_std_constraint.transform(self.raw_bias_std) * learned
+        """σ_b of every layer `[L]`; one that is zero is not learned."""
+        return self.raw_bias_std_constraint.transform(self.raw_bias_std) * self._has_bias_std
 
     @bias_std.setter
     def bias_std(self, value: Tensor | float) -> None:
-        self._set("raw_bias_std", value)
+        values = torch.as_tensor(value, dtype=torch.float64)
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise InputError(f"bias_std={values.tolist()}: must be finite, and positive or zero.")
+        # Zero is no logarithm of anything.
+        self._has_bias_std.copy_(values > 0)
+        self._set("raw_bias_std", torch.where(values > 0, values, 1.0))
 
-    def _set(self, name: str, value: Tensor | float) -> None:
+    def _set(self, name: str, values: Tensor) -> None:
         raw = getattr(self, name)
-        value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).expand_as(raw)
-        self.initialize(**{name: getattr(self, f"{name}_constraint").inverse_transform(value)})
+        given = getattr(self, f"{name}_constraint").inverse_transform(values.detach()).expand(raw.shape).cpu()
+        self.initialize(**{name: given.to(raw)})
+        self._given[name] = given.clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _InfiniteKernel:
+        """Moves and casts; what was given in double precision, and not learned since, is rounded anew from there."""
+        raws = {name: getattr(self, name).detach().cpu() for name in self._given}
+        kept = [name for name, raw in raws.items() if torch.equal(raw, self._given[name].to(raw))]
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for name in kept:
+                getattr(self, name).copy_(self._given[name])
+        return self
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **_params: Any
@@ -101,8 +118,13 @@ class _InfiniteKernel(Kernel):
         if last_dim_is_batch:
             raise NotImplementedError("last_dim_is_batch is not defined for a kernel of whole inputs to a network.")
         device = self.raw_weight_std.device
-        check_input(x1, device, "x1")
-        check_input(x2, device, "x2")
+        for name, x in (("x1", x1), ("x2", x2)):
+            check_input(x, device, name)
+            if x.shape[-1] != math.prod(self.program.input_shape):
+                raise InputError(
+                    f"{name} has {x.shape[-1]} features, but one input of shape {self.program.input_shape} has "
+                    f"{math.prod(self.program.input_shape)}."
+                )
         if diag:
             return self._diagonal(x1, x2)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
@@ -215,9 +237,9 @@ def _equal(x1: Tensor, x2: Tensor) -> bool:
     return x1.shape == x2.shape and not tracks_gradient(x1) and not tracks_gradient(x2) and torch.equal(x1, x2)
 
 
-def _input_shape(network: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+def _input_shape(network: nn.Module, given: Sequence[int] | int | None) -> tuple[int, ...]:
     if given is not None:
-        return tuple(int(size) for size in given)
+        return (given,) if isinstance(given, int) else tuple(int(size) for size in given)
     first = next((module for module in network.modules() if list(module.parameters(recurse=False))), None)
     if isinstance(first, nn.Linear):
         return (first.in_features,)
@@ -227,7 +249,10 @@ def _input_shape(network: nn.Module, given: Sequence[int] | None) -> tuple[int, 
 def _by_layer(value: Std, layers: Sequence[str], argument: str) -> Tensor:
     """A value for every layer, from one for all or from globs over names."""
     if not isinstance(value, Mapping):
-        return torch.full((len(layers),), float(value))
+        return torch.full((len(layers),), float(value), dtype=torch.float64)
+    for pattern in value:
+        if not fnmatch.filter(layers, pattern):
+            raise SelectionError(f"{argument}: the pattern {pattern!r} matches none of the layers {layers}.")
     chosen = []
     for layer in layers:
         found = [number for pattern, number in value.items() if fnmatch.fnmatchcase(layer, pattern)]
@@ -236,7 +261,7 @@ def _by_layer(value: Std, layers: Sequence[str], argument: str) -> Tensor:
                 f"{argument}: {len(found)} patterns match layer {layer!r}; give one for each of {layers}."
             )
         chosen.append(float(found[0]))
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, dtype=torch.float64)
 
 
 @final
@@ -249,7 +274,7 @@ class InfiniteNNGPKernel(_InfiniteKernel):
     Args:
         network: Any module that ``torch.fx`` can trace and whose layers have a limit; see `gpntk.infinite`.
         weight_std: σ_w: one for all layers, or by globs over their names.
-        bias_std: σ_b likewise; zero stays zero.
+        bias_std: σ_b likewise; zero stays zero until it is set.
         parametrization: ``"ntk"``, z = (σ_w/√n) W a + σ_b b, or ``"standard"``, z = W a + b. The NNGP is the same.
         input_shape: Shape of one input; x arrives flat, `[..., N, D]`. Not needed where the first layer is ``Linear``.
         learn: Whether the σ's require gradients.
@@ -258,6 +283,8 @@ class InfiniteNNGPKernel(_InfiniteKernel):
 
     Raises:
         UnsupportedLayerError: A layer has no known limit; the message names it.
+        InputError: A σ is out of range, or the network does not run on inputs of this shape.
+        SelectionError: A layer has no glob or several, or a glob no layer.
 
     Example:
         >>> import torch, gpntk
