@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gpntk
 from benchmarks.angle_gp import AngleKernel, OneHotRegression
-from benchmarks.inference_suites import _data, _peak
+from benchmarks.inference_suites import data_folder, peak_gib
 from gpntk.models import one_hot_targets
 
 _CLASSES = 10
@@ -145,7 +145,7 @@ def _compared(published: Published, random_subsets: int, device: torch.device, d
         row["deviation"] = torch.tensor(scores, dtype=torch.float64).std().item()
     row["table_error"] = kernel.error(data.z[:100])
     row["seconds"] = time.perf_counter() - start
-    row["peak_gib"] = _peak()
+    row["peak_gib"] = peak_gib()
     return row
 
 
@@ -154,7 +154,7 @@ class _Mnist:
 
     def __init__(self, device: torch.device, published: Published) -> None:
         def read(name: str, offset: int) -> Tensor:
-            content = gzip.decompress((_data() / "mnist" / f"{name}-ubyte.gz").read_bytes())
+            content = gzip.decompress((data_folder() / "mnist" / f"{name}-ubyte.gz").read_bytes())
             return torch.tensor(np.frombuffer(content, np.uint8, offset=offset))
 
         self._per_class = published.size // _CLASSES
@@ -210,7 +210,7 @@ _CIFAR: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 
 def _cifar(size: int, tests: int, names: tuple[str, ...], device: torch.device) -> list[dict[str, Any]]:
-    stored = np.load(_data() / "cifar10" / "cifar10_8x8.npz")
+    stored = np.load(data_folder() / "cifar10" / "cifar10_8x8.npz")
     images = {
         part: _standardised(torch.tensor(stored[f"x_{part}"]).float().permute(0, 3, 1, 2), device) for part in _PARTS
     }

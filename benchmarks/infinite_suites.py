@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gpntk
 from benchmarks.measure import gemm_rate, seconds
-from benchmarks.peak import _peak  # pyright: ignore[reportPrivateUsage]
+from benchmarks.peak import peak_bytes
 
 KERNELS = {"nngp": gpntk.InfiniteNNGPKernel, "ntk": gpntk.InfiniteNTKKernel}
 LAYERS = 3
@@ -163,9 +163,9 @@ def main() -> None:
     x = torch.randn(case.rows, torch.Size(case.input_shape).numel(), **options)
     # Libraries are loaded by other work of the kind, with hardly any data.
     Case("fc", 2, None).kernel(kind)(torch.randn(2, 784, **options))
-    before = _peak(device)
+    before = peak_bytes(device)
     result = kernel(x)
-    used = _peak(device) - before
+    used = peak_bytes(device) - before
     print(json.dumps(used if result.isfinite().all() else None))
 
 

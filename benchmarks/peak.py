@@ -43,10 +43,10 @@ def main() -> None:
         "gram": lambda: backend.gram(x, x),
         "diagonal": lambda: backend.diagonal(x),
     }[work]
-    before = _peak(device)
+    before = peak_bytes(device)
     result = run()
     own = result.numel() * result.element_size()
-    used = _peak(device) - before - own
+    used = peak_bytes(device) - before - own
     print(
         json.dumps(
             {
@@ -62,7 +62,7 @@ def main() -> None:
     )
 
 
-def _peak(device: str) -> int:
+def peak_bytes(device: str) -> int:
     """Bytes at the highest so far."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
