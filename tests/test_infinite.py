@@ -155,7 +155,7 @@ ACTIVATIONS = {
 DEEP = sorted(
     path.stem
     for path in DIRECTORY.glob("fc*_d*.npz")
-    if path.stem.split("_d")[0].split("_", 1)[1] in ACTIVATIONS and "_d1_" not in path.stem
+    if path.stem.split("_d")[0].split("_", 1)[1] in ACTIVATIONS and not {"d1", "deg25"} & set(path.stem.split("_"))
 )
 
 
@@ -173,7 +173,7 @@ def parts(name: str) -> tuple[str, int, float, float | None]:
 
 
 def test_there_are_deep_cases() -> None:
-    assert len(DEEP) == 70
+    assert len(DEEP) >= 70
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -183,9 +183,7 @@ def test_fully_connected_networks(name: str) -> None:
     module = fully_connected(activation, depth, bias_std is not None, oracle["x1"].shape[1])
     parametrization = "standard" if name.startswith("fcstd") else "ntk"
     for kind, kernel_class in (("nngp", gpntk.InfiniteNNGPKernel), ("ntk", gpntk.InfiniteNTKKernel)):
-        kernel = kernel_class(module, 1.0, bias_std or 0.0, parametrization).double()
-        kernel.weight_std = torch.tensor(weight_std, dtype=torch.float64)
-        kernel.bias_std = torch.tensor(bias_std or 1.0, dtype=torch.float64)
+        kernel = kernel_class(module, weight_std, bias_std or 0.0, parametrization).double()
         for suffix, x1, x2 in (("", "x1", "x2"), ("_11", "x1", "x1"), ("_22", "x2", "x2")):
             key = f"{kind}{suffix}_hp" if f"{kind}{suffix}_hp" in oracle else f"{kind}{suffix}"
             # The oracle's own quadrature of tanh is good to about 1e-6.

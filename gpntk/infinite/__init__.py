@@ -1,6 +1,7 @@
 """Infinitely wide networks: Gaussian moments of activations, and what layers make of them."""
 
 from gpntk.infinite.activations import ACTIVATIONS, Activation, activation_of
+from gpntk.infinite.attention import TiedAttention
 from gpntk.infinite.closed_forms import (
     GELU,
     ABReLU,
@@ -43,6 +44,7 @@ __all__ = [
     "Sign",
     "Sine",
     "Step",
+    "TiedAttention",
     "Weights",
     "activation_of",
     "cosine",

@@ -11,7 +11,7 @@ from gpntk.infinite import layers
 from gpntk.infinite.calls import Call, Rule
 from gpntk.infinite.layers import Weights
 from gpntk.infinite.moments import LayerMoments
-from gpntk.infinite.units import Law, together
+from gpntk.infinite.units import Law, Units, together
 
 
 def unchanged(states: Sequence[LayerMoments], _weights: Weights | None) -> LayerMoments:
@@ -29,19 +29,24 @@ def add(call: Call) -> Rule:
     factor = call.arguments(other=None, alpha=1)["alpha"]
     if len(call.roles) != 2:
         raise call.refuse("adding a constant gives units a mean, for which there is no rule")
-    if call.roles[0] != call.roles[1] or call.shapes[0] != call.shapes[1]:
-        raise call.refuse(f"terms of shapes {call.shapes[0]} and {call.shapes[1]} have no rule")
     if not isinstance(factor, (int, float)):
         raise call.refuse(f"alpha={factor} is not a number")
+    _check_uncorrelated(call)
+    return Rule(partial(_sum, factors=(1.0, float(factor))), call.roles[0], together(call.units))
+
+
+def _check_uncorrelated(call: Call) -> None:
+    """That two branches have the same axes, no layer in common, and not both a mean."""
+    if call.roles[0] != call.roles[1] or call.shapes[0] != call.shapes[1]:
+        raise call.refuse(f"operands of shapes {call.shapes[0]} and {call.shapes[1]} have no rule")
     common = sorted(call.units[0].sources & call.units[1].sources)
     if common:
         raise call.refuse(
-            f"both terms are made of the outputs of {', '.join(common)}, so that they are correlated; only branches "
-            "that end in different layers with weights can be added"
+            f"both operands are made of the outputs of {', '.join(common)}, so that they are correlated; only branches "
+            "that end in different layers with weights can be joined"
         )
     if all(units.law is Law.ANY for units in call.units):
         raise call.refuse("two branches that do not end in a layer with weights are not independent")
-    return Rule(partial(_sum, factors=(1.0, float(factor))), call.roles[0], together(call.units))
 
 
 def _sum(states: Sequence[LayerMoments], _weights: Weights | None, factors: Sequence[float]) -> LayerMoments:
@@ -70,13 +75,21 @@ def _beside(states: Sequence[LayerMoments], _weights: Weights | None, channels: 
 
 
 def scale(call: Call, power: int) -> Rule:
-    """A product with a number, or a quotient by one."""
+    """A product with a number, or a quotient by one; or a product of two branches that are uncorrelated."""
     call.arguments(other=None)
+    if power == 1 and len(call.roles) == 2:
+        _check_uncorrelated(call)
+        law = min(Law.CENTRED, max(units.law for units in call.units))
+        return Rule(_product, call.roles[0], Units(law, together(call.units).sources))
     factors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (int, float))]
     reciprocal = power < 0 and any(isinstance(value, (int, float)) for value in call.args[:1])
     if len(call.roles) != 1 or len(factors) != 1 or reciprocal:
-        raise call.refuse("only products with, and quotients by, a number have a rule")
+        raise call.refuse("only products of two branches, and products with, and quotients by, a number have a rule")
     return Rule(partial(_scaled, factor=float(factors[0]) ** power), call.roles[0], call.units[0])
+
+
+def _product(states: Sequence[LayerMoments], _weights: Weights | None) -> LayerMoments:
+    return layers.multiply(*_alike(states))
 
 
 def _scaled(states: Sequence[LayerMoments], _weights: Weights | None, factor: float) -> LayerMoments:

@@ -88,6 +88,7 @@ class Rule:
         units: What is known of the result's units.
         mixes: Whether it needs pairs of positions.
         forgets: Whether its result has no positions left to be paired.
+        attends: Whether it needs, of its first input, the covariances of all positions within each network input.
         fan_in: Of a layer with weights.
         bias: Whether that has one.
     """
@@ -97,5 +98,6 @@ class Rule:
     units: Units
     mixes: bool = False
     forgets: bool = False
+    attends: bool = False
     fan_in: int | None = None
     bias: bool = False

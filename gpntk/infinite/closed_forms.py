@@ -264,19 +264,22 @@ class Sine(AbstractClosedForm):
         return self.a * torch.sin(self.b * x + self.c)
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        b2 = self.b**2
-        difference, total = (-b2 / 2 * (q1 + q2 - 2 * k)).exp(), (-b2 / 2 * (q1 + q2 + 2 * k)).exp()
-        return self._combine(difference, total)
+        difference, total = ((-(self.b**2) / 2 * (q1 + q2 + sign * 2 * k)).exp() for sign in (-1, 1))
+        # total / difference - 1, but where its exponential would overflow.
+        exponent = -2 * self.b**2 * k
+        near = exponent < 1
+        return self._combine(difference, total, near, torch.expm1(torch.where(near, exponent, 0.0)))
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        # 1 - cos(2c) e, without cancellation at small q.
         less = torch.expm1(-2 * self.b**2 * q)
-        second = self._combine(torch.ones_like(q), 1 + less)[1]
-        return self.a**2 / 2 * (2 * math.sin(self.c) ** 2 - math.cos(2 * self.c) * less), second
+        return self._combine(torch.ones_like(q), 1 + less, torch.ones_like(q, dtype=torch.bool), less)
 
-    def _combine(self, difference: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def _combine(self, difference: Tensor, total: Tensor, near: Tensor, less: Tensor) -> tuple[Tensor, Tensor]:
         square, phase = self.a**2 / 2, math.cos(2 * self.c)
-        return square * (difference - phase * total), square * self.b**2 * (difference + phase * total)
+        # The same, without cancellation where both are nearly equal.
+        first = difference * (2 * math.sin(self.c) ** 2 - phase * less)
+        first = torch.where(near, first, difference - phase * total)
+        return square * first, square * self.b**2 * (difference + phase * total)
 
 
 def cosine(a: float = 1.0, b: float = 1.0, c: float = 0.0) -> Sine:

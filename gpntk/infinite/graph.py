@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.activations import Activation
+from gpntk.infinite.attention import TiedAttention
 from gpntk.infinite.calls import WAY_OUT
 
 # Two numbers of rows tell the axis of rows from one that has the same size by chance.
@@ -102,7 +103,7 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Activation) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Activation, TiedAttention)) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

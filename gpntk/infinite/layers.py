@@ -191,6 +191,28 @@ def concatenate(states: Sequence[LayerMoments], channels: Sequence[int]) -> Laye
     return add([state.map(lambda t, s=share: s * t) for state, share in zip(states, shares, strict=True)])
 
 
+def multiply(one: LayerMoments, two: LayerMoments) -> LayerMoments:
+    """A product of independent branches, unit by unit."""
+    terms = [own.block.ntk * other.block.nngp for own, other in ((one, two), (two, one)) if own.block.ntk is not None]
+    return replace(one, block=Block(one.block.nngp * two.block.nngp, sum_of(terms) if terms else None))
+
+
+def dilate(state: LayerMoments, strides: Sequence[int]) -> LayerMoments:
+    """Zeros between positions, ``strides`` - 1 of them on each axis."""
+
+    def dilated(tensor: Tensor) -> Tensor:
+        for axis, stride in enumerate(strides):
+            dims, shape = state.position_dims(axis), list(tensor.shape)
+            for dim in dims:
+                shape[dim] = (tensor.shape[dim] - 1) * stride + 1
+            result = tensor.new_zeros(shape)
+            _at(result, dims, slice(None, None, stride)).copy_(tensor)
+            tensor = result
+        return tensor
+
+    return state.map(dilated)
+
+
 def scale(state: LayerMoments, factor: float) -> LayerMoments:
     """Every unit times a constant."""
     return state.map(lambda tensor: tensor * factor**2)

@@ -59,6 +59,7 @@ class LayerMoments:
         axes: Number of spatial axes.
         pairs: Whether positions are pairs.
         tangent: Whether the tangent kernel is asked for.
+        own: Covariances of the positions of the first inputs, and of the second, `[*rows, S, S]`, where asked for.
     """
 
     block: Block
@@ -68,6 +69,7 @@ class LayerMoments:
     axes: int
     pairs: bool
     tangent: bool
+    own: tuple[Tensor, Tensor] | None = None
 
     def map(self, linear: Callable[[Tensor], Tensor], **changes: object) -> LayerMoments:
         """A linear map of the block, position by position."""

@@ -14,11 +14,14 @@ from torch.nn import functional
 
 from gpntk.infinite import branches, layers
 from gpntk.infinite.activations import activation_of
+from gpntk.infinite.attention import Mechanism, TiedAttention, attend
 from gpntk.infinite.calls import Call, Rule
 from gpntk.infinite.gaussian import AbstractActivation
 from gpntk.infinite.layers import Weights, Windows
 from gpntk.infinite.moments import LayerMoments
 from gpntk.infinite.units import Law, Units
+
+_Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
 
 
 def _linear(call: Call) -> Rule:
@@ -28,9 +31,11 @@ def _linear(call: Call) -> Rule:
     return _weighted(call, call.module, call.module.in_features, None)
 
 
-def _weighted(call: Call, module: nn.Linear | nn.Conv1d | nn.Conv2d, fan_in: int, windows: Windows | None) -> Rule:
+def _weighted(
+    call: Call, module: _Weighted, fan_in: int, windows: Windows | None, dilations: tuple[int, ...] = ()
+) -> Rule:
     return Rule(
-        partial(_layer, windows=windows),
+        partial(_layer, windows=windows, dilations=dilations),
         call.roles[0],
         Units.drawn_by(call.name),
         fan_in=fan_in,
@@ -38,11 +43,14 @@ def _weighted(call: Call, module: nn.Linear | nn.Conv1d | nn.Conv2d, fan_in: int
     )
 
 
-def _layer(states: Sequence[LayerMoments], weights: Weights | None, windows: Windows | None) -> LayerMoments:
+def _layer(
+    states: Sequence[LayerMoments], weights: Weights | None, windows: Windows | None, dilations: Sequence[int]
+) -> LayerMoments:
     assert weights is not None
+    state = layers.dilate(states[0], dilations) if dilations else states[0]
     if windows is None:
-        return layers.weighted(states[0], weights)
-    return layers.weighted(states[0], weights, layers.filter_mean(states[0], windows))
+        return layers.weighted(state, weights)
+    return layers.weighted(state, weights, layers.filter_mean(state, windows))
 
 
 def _convolution(call: Call) -> Rule:
@@ -56,6 +64,24 @@ def _convolution(call: Call) -> Rule:
     sizes, circular = tuple(module.kernel_size), module.padding_mode == "circular"
     windows = Windows(sizes, tuple(module.stride), _paddings(module), circular=circular)
     return _weighted(call, module, module.in_channels * math.prod(sizes), windows)
+
+
+def _transposed_convolution(call: Call) -> Rule:
+    """Zeros between the positions, ``stride`` - 1 of them, and a convolution."""
+    module = call.module
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d))
+    call.check_channels_first()
+    if len(call.args) + len(call.kwargs) > 1:
+        raise call.refuse("output_size has no rule: give output_padding to the layer")
+    if module.groups != 1 or any(step != 1 for step in module.dilation):
+        raise call.refuse("transposed convolutions with groups or dilation have no rule")
+    sizes, more = tuple(module.kernel_size), module.output_padding
+    paddings = [size - 1 - int(pad) for size, pad in zip(sizes, module.padding, strict=True)]
+    if min(paddings) < 0:
+        raise call.refuse("padding by the filter's size or more has no rule")
+    both = tuple((pad, pad + int(extra)) for pad, extra in zip(paddings, more, strict=True))
+    windows = Windows(sizes, (1,) * len(sizes), both)
+    return _weighted(call, module, module.in_channels * math.prod(sizes), windows, tuple(module.stride))
 
 
 def _paddings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
@@ -136,6 +162,19 @@ def _normalized(states: Sequence[LayerMoments], _weights: Weights | None, eps: f
     return layers.layer_norm(states[0], eps, positions)
 
 
+def _attention(call: Call) -> Rule:
+    assert isinstance(call.module, TiedAttention)
+    if call.kwargs or len(call.args) != 2 or set(call.roles) != {("n", "s0", "c")}:
+        raise call.refuse(f"it takes keys and values, both with axes rows, positions, channels, not {call.roles}")
+    apply = partial(_attended, mechanism=call.module.mechanism)
+    return Rule(apply, call.roles[0], call.units[1], mixes=True, attends=True)
+
+
+def _attended(states: Sequence[LayerMoments], _weights: Weights | None, mechanism: Mechanism) -> LayerMoments:
+    keys, values = states
+    return attend(keys, values, mechanism)
+
+
 def _dropout(call: Call) -> Rule:
     if call.module is None:
         settings = call.arguments(p=0.5, training=True, inplace=False)
@@ -182,6 +221,9 @@ MODULES: dict[type[nn.Module], Make] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
+    nn.ConvTranspose1d: _transposed_convolution,
+    nn.ConvTranspose2d: _transposed_convolution,
+    TiedAttention: _attention,
     nn.AvgPool1d: _average_pool,
     nn.AvgPool2d: _average_pool,
     nn.AdaptiveAvgPool1d: _adaptive_pool,
@@ -250,6 +292,6 @@ METHODS: dict[Any, Make] = {
 SPATIAL = {
     kind
     for kind, make in (*MODULES.items(), *FUNCTIONS.items())
-    if make in (_convolution, _average_pool, _adaptive_pool)
+    if make in (_convolution, _transposed_convolution, _average_pool, _adaptive_pool)
 }
 """What acts on positions, after the channels."""

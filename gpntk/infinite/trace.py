@@ -44,6 +44,7 @@ class Program:
         biases: Whether they have a bias.
         input_shape: Of one input.
         channels_last: Whether its channels are the last axis, not the first.
+        most_positions: Of any value.
     """
 
     steps: tuple[Step, ...]
@@ -53,12 +54,12 @@ class Program:
     biases: tuple[bool, ...]
     input_shape: tuple[int, ...]
     channels_last: bool
+    most_positions: int
 
     @property
     def positions(self) -> int:
         """Largest number of positions, or pairs of them, of any value."""
-        total = math.prod(self.input_shape[:-1] if self.channels_last else self.input_shape[1:])
-        return total**2 if any(self.pairs) else total
+        return self.most_positions ** (2 if any(self.pairs) else 1)
 
 
 def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
@@ -169,9 +170,12 @@ class _Compiler:
                 pairs[index] = pairs[index] or step.rule.mixes or (pairs[number + 1] and not step.rule.forgets)
         fan_ins = tuple(fan_in for fan_in, _ in self._layers.values())
         biases = tuple(bias for _, bias in self._layers.values())
-        return Program(
-            tuple(self._steps), tuple(pairs), tuple(self._layers), fan_ins, biases, shape, self._channels_last
+        positions = max(
+            math.prod(size for size, role in zip(self._traced.seen[node].shape, roles, strict=True) if role[0] == "s")
+            for node, roles in self._roles.items()
         )
+        names = tuple(self._layers)
+        return Program(tuple(self._steps), tuple(pairs), names, fan_ins, biases, shape, self._channels_last, positions)
 
 
 def _check_plain(call: Call, module: nn.Module) -> None:

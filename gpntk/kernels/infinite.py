@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
-from typing import Any, final
+from typing import Any, ParamSpec, TypeVar, cast, final
 
 import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpntk._checks import check_input
 from gpntk.errors import InputError, SelectionError
@@ -24,9 +26,13 @@ from gpntk.kernels.feature_kernel import log_scale_constraint
 from gpntk.operators.batching import collapse
 
 Std = float | Mapping[str, float]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # Tensors of the size of a block that live at once while the recursion runs.
 _LIVE = 8
+# Of a number: moments of activations are computed in double precision.
+_BYTES = 8
 # Numbers in a block on a CPU: as many as stay in its caches.
 _CPU_BLOCK = 2**16
 
@@ -164,10 +170,10 @@ class _InfiniteKernel(Kernel):
             return self._of(found)
 
         across, down = _slices(columns, width), _slices(rows, height)
-        if tracked(x1, x2, self.raw_weight_std, self.raw_bias_std):
-            blocks = {}
+        if self._tracked(x1, x2):
+            blocks, compute = {}, self._within_budget(block, rows * columns, x1)
             for (a, i), (b, j) in product(enumerate(down), enumerate(across)):
-                blocks[a, b] = blocks[b, a].mT if same and b < a else block(i, j)
+                blocks[a, b] = blocks[b, a].mT if same and b < a else compute(i, j)
             return torch.cat([torch.cat([blocks[a, b] for b in range(len(across))], 1) for a in range(len(down))])
         result = x1.new_empty(rows, columns)
         for i, j in product(down, across):
@@ -184,26 +190,46 @@ class _InfiniteKernel(Kernel):
         one, two = (x.expand(shape).reshape(-1, shape[-1]) for x in (x1, x2))
         same = x1 is x2 or _equal(one, two)
         weights = self._weights(one)
-        parts = []
-        for i in _slices(one.shape[0], self._entries(one)):
+
+        def part(i: slice) -> Tensor:
             first = variances(self.program, one[i], weights)
             second = first if same else variances(self.program, two[i], weights)
             equal = True if same else (one[i] == two[i]).all(-1)
             known, x = (first, second), (one[i], two[i])
-            found = moments(self.program, x, known, weights, equal=equal, tangent=self._ntk, by_row=True)
-            parts.append(self._of(found))
+            return self._of(moments(self.program, x, known, weights, equal=equal, tangent=self._ntk, by_row=True))
+
+        compute = self._within_budget(part, one.shape[0], one) if self._tracked(one, two) else part
+        parts = [compute(i) for i in _slices(one.shape[0], self._entries(one))]
         return torch.cat(parts).reshape(shape[:-1]) if parts else one.new_zeros(shape[:-1])
+
+    def _tracked(self, x1: Tensor, x2: Tensor) -> bool:
+        return tracked(x1, x2, self.raw_weight_std, self.raw_bias_std)
+
+    def _within_budget(self, part: Callable[_P, _T], entries: int, x: Tensor) -> Callable[_P, _T]:
+        """``part``, or where the backward pass needs too much of all ``entries``, what computes it again for that."""
+        kept = _LIVE * _BYTES * len(self.program.steps) * self.program.positions * entries
+        if kept <= self._budget(x.device):
+            return part
+        # Whose annotations say nothing of what it returns.
+        return cast("Callable[_P, _T]", partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False))
+
+    def _budget(self, device: torch.device) -> int:
+        return default_budget(device) if self._memory_budget is None else self._memory_budget
 
     def _entries(self, x: Tensor) -> int:
         """Pairs of inputs in a block."""
-        budget = default_budget(x.device) if self._memory_budget is None else self._memory_budget
-        numbers = workspace(x.device, budget) // (_LIVE * x.element_size())
+        numbers = workspace(x.device, self._budget(x.device)) // (_LIVE * _BYTES)
         if x.device.type == "cpu":
             numbers = min(numbers, _CPU_BLOCK * torch.get_num_threads())
         return max(1, numbers // self.program.positions)
 
     def _variances(self, x: Tensor, weights: Sequence[Weights]) -> Variances:
-        parts = [variances(self.program, x[i], weights) for i in _slices(x.shape[0], self._entries(x))]
+
+        def part(i: slice) -> Variances:
+            return variances(self.program, x[i], weights)
+
+        compute = self._within_budget(part, x.shape[0], x) if self._tracked(x, x) else part
+        parts = [compute(i) for i in _slices(x.shape[0], self._entries(x))]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
     def _of(self, block: Block) -> Tensor:
@@ -278,7 +304,8 @@ class InfiniteNNGPKernel(_InfiniteKernel):
         parametrization: ``"ntk"``, z = (σ_w/√n) W a + σ_b b, or ``"standard"``, z = W a + b. The NNGP is the same.
         input_shape: Shape of one input; x arrives flat, `[..., N, D]`. Not needed where the first layer is ``Linear``.
         learn: Whether the σ's require gradients.
-        memory_budget: Bytes for a block of the recursion; default a quarter of what is free.
+        memory_budget: Bytes for a block of the recursion, and for what the backward pass needs of all, beyond which
+            blocks are computed again for it; default a quarter of what is free.
         **kwargs: ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Raises:
