@@ -211,7 +211,6 @@ def test_fantasies_copies_and_state(fitted: tuple[SingleTaskGP, float, float]) -
     torch.testing.assert_close(fresh.eval().posterior(z).variance, expected)
 
 
-@pytest.mark.xfail(reason="the rules of a traced program are local functions, which pickle refuses", strict=True)
 def test_models_can_be_pickled(fitted: tuple[SingleTaskGP, float, float]) -> None:
     z = torch.rand(4, 2, dtype=torch.float64)
     twin = pickle.loads(pickle.dumps(fitted[0]))

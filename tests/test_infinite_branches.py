@@ -120,7 +120,7 @@ DENSE: dict[str, tuple[nn.Module, str]] = {
     "relu_ of a view": (dense(of_view), "changes a in place"),
     "chunk": (dense(lambda n, x: n.o(torch.cat(n.a(x).chunk(2, 1), 1))), r"chunk \(chunk\) has no known limit"),
     "value": (dense(lambda n, x: n.o(n.a(x)) * x.sum().item()), "has no known limit"),
-    "times rows": (dense(lambda n, x: n.o(n.a(x) * x.size(0))), "by, a number"),
+    "times rows": (dense(lambda n, x: n.o(n.a(x) * x.size(0))), "a number"),
     "pad channels": (dense(lambda n, x: n.o(functional.pad(n.a(x), (1, 1))), o=nn.Linear(8, 1)), "only positions"),
     "Softplus": (nn.Sequential(nn.Linear(3, 4), nn.Softplus(1.0, 1.0), nn.Linear(4, 1)), "no known limit"),
     "hooks": (nn.Sequential(hooked(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 1)), "0: it has hooks"),
