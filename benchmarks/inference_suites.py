@@ -53,7 +53,8 @@ def protein_gpytorch(device: torch.device, dtype: torch.dtype) -> list[dict[str,
     """GPyTorch's exact GP (ARD RBF, conjugate gradients) on rows of the first split of protein.
 
     `step_s`: one step of Adam on the marginal likelihood (median of 3, one beyond 5,000 rows); `predict_s`: means and
-    variances of the 4,573 test rows; `total_s`: 50 steps and the prediction; `at_41157_s`: that times the square of the ratio of rows.
+    variances of the 4,573 test rows; `total_s`: 50 steps and the prediction; `at_41157_s`: that times the square of the
+    ratio of rows.
     """
     stored = np.load(data_folder() / "uci_pbp_splits" / "protein-tertiary-structure.npz")
     x, y, z, truth = _standardised(
