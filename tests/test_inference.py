@@ -19,6 +19,7 @@ from gpntk.inference import (
     NoisySystem,
     Nystrom,
     Posterior,
+    SpectralMarginalLikelihood,
     WeightSpace,
     log_marginal_likelihood,
 )
@@ -260,6 +261,24 @@ def test_one_decomposition_serves_all_hyperparameters_but_not_other_data(name: s
     value = log_marginal_likelihood(features, *arguments, SOLVERS[name])
     expected = problem._replace(x=x).dense.log_marginal_likelihood(*arguments)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_of_rows_do_not_push_a_decomposition_out_of_the_cache() -> None:
+    """More blocks than the cache has room for: the posterior after a fit reads none of them again."""
+    module, x, made = network(1, 8), torch.randn(9000, 5).double(), []
+
+    class Counting(gpntk.AutoBackend):  # type: ignore[misc]
+        def jacobian(self, x: Tensor) -> Tensor:
+            made.append(x.shape[1])
+            return super().jacobian(x)
+
+    features = Features(Counting(gpntk.freeze(module), memory_budget=2**21), x)
+    fit = SpectralMarginalLikelihood.from_features(features, x.sin().sum(-1)).maximize()
+    assert len(made) > 20
+    made.clear()
+    hyperparameters = (torch.tensor([value], dtype=torch.float64) for value in (fit.scale, fit.noise))
+    Posterior(NoisySystem(features, *hyperparameters), x.sin().sum(-1), WeightSpace())
+    assert not made
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor
 
 from gpntk.jacobians import AbstractJacobianBackend
-from gpntk.jacobians.memory import chunks
+from gpntk.jacobians.memory import chunks, passing
 
 # Columns of a block of the second moment: large enough for a GEMM at full speed.
 _BLOCK = 1024
@@ -138,7 +139,9 @@ class AbstractFeatures(ABC):
         for rows, x in self.parts():
             bytes_each = self.num_outputs * self.num_features * x.element_size()
             for part in chunks(x.shape[0], bytes_each, self.backend.memory_budget // 8):
-                block = self.backend.jacobian(x[part].unsqueeze(0)).squeeze(0)
+                # What is kept of a piece would push out of the cache what is kept of all.
+                with nullcontext() if part == slice(0, x.shape[0]) else passing(x):
+                    block = self.backend.jacobian(x[part].unsqueeze(0)).squeeze(0)
                 start = rows.start + part.start * self.num_outputs
                 yield slice(start, start + block.shape[0]), block
 

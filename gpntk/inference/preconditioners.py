@@ -31,6 +31,8 @@ _POWER_STEPS = 4
 _FIRST_RANK = 32
 # Pivots taken at once; a block of rows costs little more than one.
 _PIVOTS = 32
+# Trace of a Gram matrix, times ε, from which on the one that is added to it is mostly lost.
+_ROUNDING = 0.5
 # Digits of a checksum that fit an integer, in which those of all processes are added.
 _DIGITS = 15
 
@@ -247,8 +249,12 @@ class SampledGram(AbstractPreconditioner):
         if self.per_layer:
             groups = features.backend.feature_groups(features.device)
             indices = [(groups == group).nonzero().squeeze(-1) for group in range(int(groups.max()) + 1)]
-        # Rounding in the data's precision may leave a Gram matrix that is not positive: then once more in float64.
-        for dtype in (features.dtype, exact_dtype(features.device)):
+        # Rounding in the data's precision may leave a Gram matrix that is not positive: then once more in float64, or
+        # there at once where it is sure to.
+        rounding = float(features.total(system.prior_diagonal().sum())) * torch.finfo(features.dtype).eps
+        exact = exact_dtype(features.device)
+        moments: list[Tensor] = []
+        for dtype in (exact,) if rounding > _ROUNDING else (features.dtype, exact):
             moments = self._moments(system.to(dtype), indices)
             lowers, failed = zip(*(torch.linalg.cholesky_ex(moment) for moment in moments), strict=True)
             if not any(bool(info) for info in failed):
