@@ -264,8 +264,11 @@ def test_one_decomposition_serves_all_hyperparameters_but_not_other_data(name: s
 
 
 def test_blocks_of_rows_do_not_push_a_decomposition_out_of_the_cache() -> None:
-    """More blocks than the cache has room for: the posterior after a fit reads none of them again."""
-    module, x, made = network(1, 8), torch.randn(9000, 5).double(), []
+    """More blocks than the cache has room for: the posterior after a fit reads none of them again.
+
+    Of float32 data, whose cast to float64 must stay as well.
+    """
+    module, x, made = network(1, 8).float(), torch.randn(9000, 5), []
 
     class Counting(gpntk.AutoBackend):  # type: ignore[misc]
         def jacobian(self, x: Tensor) -> Tensor:
