@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import gpntk
+from benchmarks import images
 from benchmarks.angle_gp import AngleKernel, OneHotRegression
 from benchmarks.inference_suites import data_folder, peak_gib
 from gpntk.models import one_hot_targets
@@ -153,16 +152,10 @@ class _Mnist:
     """Training images x and labels y (the last 50,000, as in the paper), test images z and labels t."""
 
     def __init__(self, device: torch.device, published: Published) -> None:
-        def read(name: str, offset: int) -> Tensor:
-            content = gzip.decompress((data_folder() / "mnist" / f"{name}-ubyte.gz").read_bytes())
-            return torch.tensor(np.frombuffer(content, np.uint8, offset=offset))
-
         self._per_class = published.size // _CLASSES
-        self.x, self.z = (
-            _standardised(read(f"{part}-images-idx3", 16).reshape(-1, 784).double(), device)
-            for part in ("train", "t10k")
-        )
-        self.y, self.t = (read(f"{part}-labels-idx1", 8).long().to(device) for part in ("train", "t10k"))
+        (x, y), (z, t) = (images.mnist(data_folder(), part) for part in ("train", "t10k"))
+        self.x, self.z = (_standardised(torch.tensor(values).double(), device) for values in (x, z))
+        self.y, self.t = (torch.tensor(labels).long().to(device) for labels in (y, t))
         self.x, self.y = self.x[10_000:], self.y[10_000:]
 
     def first_of_each_class(self) -> Tensor:
@@ -210,19 +203,19 @@ _CIFAR: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 
 def _cifar(size: int, tests: int, names: tuple[str, ...], device: torch.device) -> list[dict[str, Any]]:
-    stored = np.load(data_folder() / "cifar10" / "cifar10_8x8.npz")
-    images = {
-        part: _standardised(torch.tensor(stored[f"x_{part}"]).float().permute(0, 3, 1, 2), device) for part in _PARTS
+    stored = {part: images.cifar(data_folder(), part) for part in _PARTS}
+    inputs = {
+        part: _standardised(torch.tensor(x).float().permute(0, 3, 1, 2), device) for part, (x, _) in stored.items()
     }
-    labels = {part: torch.tensor(stored[f"y_{part}"]).long().to(device) for part in _PARTS}
+    labels = {part: torch.tensor(y).long().to(device) for part, (_, y) in stored.items()}
     results: dict[str, list[tuple[float, int, float, float]]] = {name: [] for name in names}
     start = time.perf_counter()
     seconds = dict.fromkeys(names, 0.0)
     for seed in range(3):
-        chosen = torch.randperm(len(images["train"]), generator=torch.Generator().manual_seed(seed))[:size].to(device)
-        train = images["train"][chosen], labels["train"][chosen]
+        chosen = torch.randperm(len(inputs["train"]), generator=torch.Generator().manual_seed(seed))[:size].to(device)
+        train = inputs["train"][chosen], labels["train"][chosen]
         for name in names:
-            results[name].append(_best(*_CIFAR[name], train, (images["test"][:tests], labels["test"][:tests])))
+            results[name].append(_best(*_CIFAR[name], train, (inputs["test"][:tests], labels["test"][:tests])))
             seconds[name] += time.perf_counter() - start
             start = time.perf_counter()
     rows, before = [], None

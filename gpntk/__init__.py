@@ -2,6 +2,7 @@
 
 from gpntk import errors as errors
 from gpntk.dynamics import GradientFlow as GradientFlow
+from gpntk.estimators import TransferClassifier as TransferClassifier
 from gpntk.estimators import TransferRegressor as TransferRegressor
 from gpntk.jacobians import AutoBackend as AutoBackend
 from gpntk.jacobians import AutodiffBackend as AutodiffBackend
@@ -15,10 +16,10 @@ from gpntk.kernels import NTKKernel as NTKKernel
 from gpntk.kernels import SketchedNTKKernel as SketchedNTKKernel
 from gpntk.means import NetworkMean as NetworkMean
 from gpntk.network import FrozenNetwork as FrozenNetwork
+from gpntk.network import freeze as freeze
 from gpntk.operators import FeatureGramLinearOperator as FeatureGramLinearOperator
 from gpntk.operators import JacobianLinearOperator as JacobianLinearOperator
 from gpntk.operators import NoisyGramLinearOperator as NoisyGramLinearOperator
 from gpntk.transfer import TransferGP as TransferGP
-from gpntk.transfer import freeze as freeze
 
 __version__ = "0.1.0"

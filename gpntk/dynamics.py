@@ -278,7 +278,8 @@ class GradientFlow:
         outputs = 1 if y.dim() == 1 else y.shape[-1]
         if classes:
             if start is not None and start.shape[-1] <= int(y.max()):
-                raise InputError(f"y has class {int(y.max())} and initial(x) only {start.shape[-1]} outputs.")
+                hint = ": for a single logit give y.double()" if start.shape[-1] == int(y.max()) == 1 else ""
+                raise InputError(f"y has class {int(y.max())} and initial(x) only {start.shape[-1]} output(s){hint}.")
             full = self._ntk.rows // y.shape[0]
             outputs = start.shape[-1] if start is not None else max(full, int(y.max()) + 1)
             y = torch.nn.functional.one_hot(y.long(), outputs)

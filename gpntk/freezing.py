@@ -47,6 +47,15 @@ class Skeleton:
         self.module = _emptied(module)
         self.lock = threading.RLock()
 
+    def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the module with copies of ``tensors``, by name, in place of the empty ones; ties are kept."""
+        memo: dict[int, Any] = {}
+        for name, parameter in self.module.named_parameters():
+            memo[id(parameter)] = nn.Parameter(tensors[name].detach().clone(), parameter.requires_grad)
+        for name, buffer in self.module.named_buffers():
+            memo[id(buffer)] = tensors[name].detach().clone()
+        return copy.deepcopy(self.module, memo)
+
     def __copy__(self) -> Skeleton:
         return self
 

@@ -63,6 +63,7 @@ class FrozenNetwork(nn.Module):
     """Where each selected parameter stands in the P-vector."""
     shapes: Mapping[str, torch.Size]
     input_shape: tuple[int, ...] | None
+    extract: Extract | None
     output: OutputSelection
 
     def __init__(
@@ -81,7 +82,7 @@ class FrozenNetwork(nn.Module):
             raise InputError(f"input_shape={input_shape} must be a sequence: pass ({input_shape},).")
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = "full"
-        self._extract = extract
+        self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
         self._num_outputs: int | None = None
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -127,6 +128,11 @@ class FrozenNetwork(nn.Module):
         # The view shares the dictionaries of tensors, so that it follows when this network is moved or cast.
         view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": None}
         return view
+
+    def thaw(self) -> nn.Module:
+        """A module like the one that was frozen, with its weights as they were; training it changes nothing here."""
+        weights = self.tensors(self.dtype, self.device)
+        return self._skeleton.filled(weights)
 
     def restrict(self, names: Collection[str]) -> FrozenNetwork:
         """The same network with only some of the selected parameters still selected, in the same order."""
@@ -240,7 +246,7 @@ class FrozenNetwork(nn.Module):
         return x.reshape(-1, *self.input_shape)
 
     def _outputs(self, returned: Any, num_rows: int) -> Tensor:
-        outputs = returned if self._extract is None else self._extract(returned)
+        outputs = returned if self.extract is None else self.extract(returned)
         if not isinstance(outputs, Tensor):
             raise NetworkError(
                 f"the network returned {type(outputs).__name__}, not a tensor: pass extract=, a function that takes "
@@ -305,6 +311,22 @@ class FrozenNetwork(nn.Module):
                 f"parameters='readout' took the last registered layer, {self._readout!r}, but the network runs "
                 f"{started[-1]!r} last: pass parameters={started[-1] + '.*'!r} to choose the readout by name."
             )
+
+
+def freeze(
+    network: nn.Module,
+    parameters: ParameterSelection = None,
+    input_shape: Sequence[int] | None = None,
+    extract: Extract | None = None,
+) -> FrozenNetwork:
+    """The network frozen where it is, as a pure function of the selected parameters; see `FrozenNetwork`.
+
+    Example:
+        >>> import torch, gpntk
+        >>> gpntk.freeze(torch.nn.Linear(3, 2), parameters="*bias").num_params
+        2
+    """
+    return FrozenNetwork(network, parameters, input_shape, extract)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import gpytorch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError
-from gpntk.models import TangentGP, one_hot_targets
+from gpntk.models import TangentGP, dirichlet_targets, one_hot_targets, probabilities
 
 
 def blobs(count: int = 40, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -119,3 +119,39 @@ def test_tangent_gp_with_an_output_per_class() -> None:
     solved = np.linalg.solve(2 * gram.numpy() + 0.05 * np.eye(90), targets[:30].flatten().numpy())
     np.testing.assert_allclose(mean.flatten(), 2 * cross.numpy() @ solved, atol=1e-8)
     assert (mean.argmax(-1) == labels[30:]).float().mean() >= 0.9
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(5, 8), st.sampled_from([1e-4, 0.01, 0.5]))
+def test_dirichlet_targets_are_the_log_normals_of_the_paper(labels: list[int], classes: int, epsilon: float) -> None:
+    targets, noise = dirichlet_targets(torch.tensor(labels), classes, epsilon, torch.float64)
+    assert targets.shape == noise.shape == (len(labels), classes)
+    # The log-normal with this mean and variance of the logarithm has the moments of Gamma(α, 1), α and α.
+    alpha = epsilon + LabelBinarizer().fit(range(classes)).transform(labels)
+    mean = (targets + noise / 2).exp().numpy()
+    np.testing.assert_allclose(mean, alpha, rtol=1e-9)
+    np.testing.assert_allclose(noise.expm1().numpy() * mean**2, alpha, rtol=1e-9)
+
+
+def test_dirichlet_regression_predicts_probabilities() -> None:
+    x, labels = blobs(60)
+    targets, noise = dirichlet_targets(labels[:45], dtype=torch.float64)
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel()).double()
+    kernel.base_kernel.lengthscale, kernel.outputscale = 0.8, 8.0
+    with torch.no_grad():
+        gram, cross = kernel(x[:45]).to_dense(), kernel(x[45:], x[:45]).to_dense()
+    level = targets.mean()
+    precisions = (gram + noise.mT.diag_embed()).inverse()
+    mean = level + torch.einsum("mn,cnk,kc->mc", cross, precisions, targets - level)
+    variance = 8 - torch.einsum("mn,cnk,mk->mc", cross, precisions, cross)
+    result = probabilities(mean, variance.diag_embed(), "monte_carlo")
+    assert (result.argmax(-1) == labels[45:]).float().mean() >= 0.9
+    assert result[torch.arange(15), labels[45:]].log().mean() > -0.4
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, float("nan")])
+def test_bad_alpha_epsilon(epsilon: float) -> None:
+    with pytest.raises(InputError, match=r"alpha_epsilon=.* must be positive"):
+        dirichlet_targets(torch.tensor([0, 1]), alpha_epsilon=epsilon)
+    with pytest.raises(InputError, match="labels has class 3"):
+        dirichlet_targets(torch.tensor([0, 3]), 3)

@@ -36,10 +36,18 @@ class AnyWidth(nn.Module):
 
 
 @parametrize_with_checks(
-    [gpntk.TransferRegressor(AnyWidth(), mean="constant")],
-    expected_failed_checks=lambda _: {
-        "check_supervised_y_2d": "a column y keeps its shape, without a warning",
+    [
+        gpntk.TransferRegressor(AnyWidth(), mean="constant", hyperparameters="maximum"),
+        gpntk.TransferRegressor(AnyWidth(), mean="constant", kernel="ntk", hyperparameters="maximum"),
+        gpntk.TransferClassifier(AnyWidth(), new_head=True, kernel="ntk", hyperparameters="maximum"),
+    ],
+    expected_failed_checks=lambda estimator: {
         "check_estimators_overwrite_params": "joblib hashes two equal torch tensors differently",
+        **(
+            {"check_supervised_y_2d": "a column y keeps its shape, without a warning"}
+            if isinstance(estimator, gpntk.TransferRegressor)
+            else {}
+        ),
     },
 )
 def test_scikit_learn_checks(estimator, check) -> None:
@@ -56,10 +64,13 @@ def data(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_posterior_equals_the_dense_formula(mean: str) -> None:
     x, y = data(30)
     z, _ = data(7, seed=1)
-    model = gpntk.TransferRegressor(SINGLE, mean=mean).fit(x, y)
+    model = gpntk.TransferRegressor(SINGLE, mean=mean, kernel="ntk", hyperparameters="maximum").fit(x, y)
     j, k = (reference_jacobian(SINGLE, torch.as_tensor(points)).numpy() for points in (x, z))
-    noisy = model.scale_ * j @ j.T + model.noise_variance_ * np.eye(30)
-    cross = model.scale_ * k @ j.T
+    prior = {"network": y - SINGLE(torch.as_tensor(x)).detach().numpy()[:, 0], "constant": y - y.mean(), "zero": y}
+    unit = np.square(prior[mean]).mean() / np.square(j).sum(-1).mean()
+    scale = model.hyperparameters_["ntk"] * unit
+    noisy = scale * j @ j.T + model.noise_variance_ * np.eye(30)
+    cross = scale * k @ j.T
     inverse = np.linalg.inv(noisy)
     constant = inverse.sum(0) @ y / inverse.sum()  # generalised least squares
     offset = {
@@ -69,7 +80,7 @@ def test_posterior_equals_the_dense_formula(mean: str) -> None:
     }[mean]
     predicted, std = model.predict(z, return_std=True)
     np.testing.assert_allclose(predicted, offset[1] + cross @ inverse @ (y - offset[0]), rtol=1e-6, atol=1e-8)
-    covariance = model.scale_ * k @ k.T - cross @ inverse @ cross.T + model.noise_variance_ * np.eye(7)
+    covariance = scale * k @ k.T - cross @ inverse @ cross.T + model.noise_variance_ * np.eye(7)
     np.testing.assert_allclose(std, np.sqrt(covariance.diagonal()), rtol=1e-6)
     np.testing.assert_allclose(model.predict(z, return_cov=True)[1], covariance, rtol=1e-5, atol=1e-9)
     latent = model.predict(z, return_std=True, observation_noise=False)[1]
@@ -104,10 +115,12 @@ def test_the_unit_of_the_targets_does_not_matter(layer_variances: bool) -> None:
 
 def test_layer_variances_raise_the_marginal_likelihood() -> None:
     x, y = data(40)
-    single = gpntk.TransferRegressor(SINGLE).fit(x, y)
-    layered = gpntk.TransferRegressor(SINGLE, layer_variances=True).fit(x, y)
+    single, layered = (
+        gpntk.TransferRegressor(SINGLE, kernel="ntk", hyperparameters="maximum", layer_variances=layers).fit(x, y)
+        for layers in (False, True)
+    )
     assert layered.log_marginal_likelihood_ > single.log_marginal_likelihood_
-    assert layered.scale_.shape == (3,)
+    assert len(layered.hyperparameters_) == 4  # three layers and the noise
 
 
 def test_the_network_as_it_is_where_there_is_nothing_to_learn() -> None:
@@ -122,16 +135,18 @@ def test_the_network_as_it_is_where_there_is_nothing_to_learn() -> None:
 def test_large_problems_take_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = data(60)
     z, _ = data(9, seed=1)
-    exact = gpntk.TransferRegressor(SINGLE).fit(x, y)
-    monkeypatch.setattr("gpntk.transfer.SPECTRAL_LIMIT", 40)
-    general = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    fit = gpntk.TransferRegressor(SINGLE, kernel="ntk", hyperparameters="maximum").fit
+    exact = fit(x, y)
+    mean_of_exact, evidence = exact.predict(z), exact.log_marginal_likelihood_
+    monkeypatch.setattr("gpntk.transfer.tangent.SPECTRAL_LIMIT", 40)
+    general = fit(x, y)
     mean, std = general.predict(z, return_std=True)
-    np.testing.assert_allclose(mean, exact.predict(z), atol=1e-3)
+    np.testing.assert_allclose(mean, mean_of_exact, atol=1e-3)
     assert np.isfinite(std).all()
-    assert general.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=0.05)
+    assert general.log_marginal_likelihood_ == pytest.approx(evidence, abs=0.05)
     torch.manual_seed(99)  # the stochastic estimates have their own seed
-    again = gpntk.TransferRegressor(SINGLE).fit(x, y)
-    assert again.log_marginal_likelihood_ == general.log_marginal_likelihood_
+    value = general.log_marginal_likelihood_
+    assert fit(x, y).log_marginal_likelihood_ == value
 
 
 def test_images_keep_their_shape() -> None:
@@ -268,7 +283,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         (lambda x, y: gpntk.TransferRegressor(SINGLE, dtype="half").fit(x, y), InputError, "dtype='half': choose"),
         (lambda x, y: gpntk.TransferRegressor(MODULE).fit(x, y), InputError, r"y has shape \(20, 1\).*3 output"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y[:-1]), ValueError, "inconsistent numbers of samples"),
-        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y * np.nan), ValueError, "y contains NaN"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y * np.nan), InputError, "y has only missing values"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(np.where(x > 1, np.inf, x), y), ValueError, "X contains inf"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x[:0], y[:0]), ValueError, r"0 sample\(s\)"),
         (lambda x, y: gpntk.TransferRegressor(mlp(1)).fit(x, y), NetworkError, "Dropout.*train mode"),

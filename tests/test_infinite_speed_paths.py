@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import gpntk
 from gpntk.infinite import ABReLU, AbstractActivation, Quadrature
+from gpntk.infinite.equal_rows import equal_pairs, row_numbers
 from gpntk.infinite.gaussian import determinant
 
 D = torch.float64
@@ -181,6 +182,25 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(counted) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, D])
+def test_equal_rows_are_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(-1, 2, (60, 3)).to(dtype) * torch.tensor([-0.0, 1.0, 2.0], dtype=dtype)
+    z = torch.cat([x[5:9], -x[:20], torch.full((2, 3), torch.nan, dtype=dtype)])
+    for hashes in (None, lambda rows: torch.zeros(len(rows), dtype=torch.long)):
+        # Where all hashes are the same, only neighbours are compared: what is found is right.
+        if hashes is not None:
+            monkeypatch.setattr("gpntk.infinite.equal_rows._hashes", hashes)
+        for one, two in ((x, x), (x, z), (z, x)):
+            pairs, found = (one.unsqueeze(1) == two).all(-1), torch.zeros(len(one), len(two), dtype=torch.bool)
+            equal = equal_pairs(*row_numbers(one, two))
+            assert isinstance(equal, tuple)
+            found[equal] = True
+            assert found.sum() == len(equal[0])
+            assert not (found & ~pairs).any()
+            assert hashes is not None or torch.equal(found, pairs)
+    assert equal_pairs(torch.tensor([1, 2]), torch.tensor([3, 4, 3])) is False
+
+
 # --- moments --------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +210,7 @@ def test_moments_by_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     q = x.square().mean(-1)
     q1, q2 = q[:, :, None, :, None], q[:, None, :, None, :]
     whole = ABReLU(-0.3, 1.0).moments(q1, q2, k)
-    monkeypatch.setattr("gpntk.infinite.gaussian._CACHED", 10)
+    monkeypatch.setattr("gpntk.infinite.gaussian._CACHED", 40)
     for part, value in zip(ABReLU(-0.3, 1.0).moments(q1, q2, k), whole, strict=True):
         assert torch.equal(part, value)
 

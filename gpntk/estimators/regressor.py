@@ -1,54 +1,70 @@
-"""scikit-learn's faces of the models."""
+"""scikit-learn's face of regression on a frozen source network."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, final
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import RegressorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length
 from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
-from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
-from gpntk.freezing import with_weights
-from gpntk.io import load_tensors, save_tensors
-from gpntk.network import FrozenNetwork
-from gpntk.transfer import MeanChoice, TransferGP, freeze
-
-_KIND = "TransferRegressor"
-_STORED = ("mean", "layer_variances", "dtype", "input_shape")
+from gpntk.errors import InputError
+from gpntk.estimators.base import TransferEstimator
+from gpntk.transfer import TransferGP
+from gpntk.transfer.components import StationaryForm
+from gpntk.transfer.hyperparameters import Treatment
+from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
+from gpntk.transfer.report import Report, report_regression
 
 
 @final
-class TransferRegressor(RegressorMixin, BaseEstimator):
+class TransferRegressor(RegressorMixin, TransferEstimator):
     """Gaussian process regression in the tangent space of a pretrained network.
 
     The network is frozen; the posterior over small moves of its weights is found in closed form. Use it with a network
-    trained on a related task and few target labels. Output scale and noise are set by the exact marginal likelihood:
-    nothing is tuned or held out, and results do not depend on the units of y. With about ten labels that likelihood is
-    nearly flat and may take noise for signal; compare with the network as it is.
+    trained on a related task and few target labels. Nothing is tuned or held out: kernel and hyperparameters are
+    inferred from their posterior, and results do not depend on the units of y. `report_` says whether the source
+    network helps.
 
     Args:
         network: The source network, in eval mode. It is copied when `fit` is called and never changed.
         mean: Prior mean: ``"network"``, its output f(x; w*), so that the GP learns the residual; ``"constant"``, one
-            number per output; or ``"zero"``. Take the network's where source and target labels mean the same.
+            number per output; or ``"zero"``. ``"auto"`` is the network's, or a constant under a new head. Take the
+            network's where source and target labels mean the same.
+        kernel: ``"ntk"``, the tangent kernel; ``"nngp"``, that of the readout alone; ``"stationary"``, an ARD kernel of
+            the inputs or the features; ``"ntk+stationary"``, the sum, for what the tangent space cannot say. ``"auto"``
+            compares them by their evidence and keeps the sum unless another is better by three nats; with more than
+            2,000 labels it is ``"ntk"``.
+        num_outputs: C, the number of columns of y. If it is not that of the network's outputs, the readout is replaced
+            by a fresh linear map; its weights, and what they make of those below, have priors of their own.
+        new_head: Replace the readout even though the number fits, because the network's outputs mean something else.
         parameters: Which parameters may move: ``None`` for all, glob(s) over their names, ``"readout"`` for the last
             layer, or a predicate of name and parameter.
-        layer_variances: Learn one prior variance per layer (L-BFGS) instead of a single one (closed form).
+        layer_variances: Learn one prior variance per layer instead of a single one.
+        stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
+        stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
+            inputs, or with ``kernel="auto"`` the better one.
+        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first up
+            to 300 labels. Or a mapping with values to be kept, by their names in ``hyperparameters_``.
+        noise_network: Maps inputs, shaped as the network wants them, to the logarithm of the noise variance `[N]` or
+            `[N, C]`, up to a factor that is learned; for noise that differs between inputs.
         input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
         extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
         dtype: Precision of the computation, ``"float64"`` or ``"float32"``; the network's weights are cast to it.
+        verbose: Print the report after `fit`.
 
     Attributes:
-        log_marginal_likelihood_: Log marginal likelihood of the fitted model, in nats, in the units of y.
-        noise_variance_: Variance of the observation noise, in the units of y squared.
-        scale_: Prior variance of the weights, in the units of y squared; one per layer with ``layer_variances``.
+        log_marginal_likelihood_: Log marginal likelihood at the best hyperparameters, in nats, in the units of y.
+        noise_variance_: Variance of the observation noise, in the units of y squared: a number, or one per output.
+        hyperparameters_: Best hyperparameters by name, in units of the residuals' mean square.
+        kernel_: Name of the kernel in use.
+        report_: See `gpntk.transfer.report.Report`.
         n_features_in_: Size of the second dimension of X in `fit`.
 
     Example:
@@ -68,62 +84,117 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         https://arxiv.org/abs/1906.01930, theorem 1.
     """
 
+    _stored = ("num_outputs",)
+
     def __init__(
         self,
         network: nn.Module,
         *,
-        mean: MeanChoice = "network",
+        mean: MeanChoice = "auto",
+        kernel: KernelChoice = "auto",
+        num_outputs: int | None = None,
+        new_head: bool = False,
         parameters: ParameterSelection = None,
         layer_variances: bool = False,
+        stationary: StationaryForm = "rbf",
+        stationary_inputs: StationaryInputs | None = None,
+        hyperparameters: Treatment | Mapping[str, float] = "auto",
+        noise_network: nn.Module | None = None,
         input_shape: Sequence[int] | None = None,
         extract: Extract | None = None,
         dtype: Literal["float64", "float32"] = "float64",
+        verbose: bool = False,
     ) -> None:
         self.network = network
         self.mean: MeanChoice = mean
+        self.kernel: KernelChoice = kernel
+        self.num_outputs = num_outputs
+        self.new_head = new_head
         self.parameters = parameters
         self.layer_variances = layer_variances
+        self.stationary: StationaryForm = stationary
+        self.stationary_inputs: StationaryInputs | None = stationary_inputs
+        self.hyperparameters = hyperparameters
+        self.noise_network = noise_network
         self.input_shape = input_shape
         self.extract = extract
-        self.dtype = dtype
+        self.dtype: Literal["float64", "float32"] = dtype
+        self.verbose = verbose
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Fit to inputs X `[N, ...]` and targets y `[N]` or `[N, C]`; returns self.
+    def fit(self, X: ArrayLike, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+        """Fit to inputs X `[N, ...]` and targets y `[N]` or `[N, C]`, NaN where missing; returns self.
+
+        Args:
+            X: Inputs.
+            y: Targets.
+            yvar: Known variances of the targets' errors, shaped as y, in the units of y squared. A noise variance
+                common to all is learned on top.
 
         Raises:
-            InputError: ``mean`` or ``dtype`` is none of the choices, or y does not match the network's outputs.
+            InputError: An argument is none of its choices, or y does not match the network's outputs.
             NetworkError, SelectionError: See `gpntk.FrozenNetwork`.
-            ValueError: NaN, infinite or empty X or y, or different numbers of rows (scikit-learn's checks).
+            ValueError: NaN, infinite or empty X, or different numbers of rows (scikit-learn's checks).
         """
-        if self.mean not in ("network", "constant", "zero"):
-            raise InputError(f"mean={self.mean!r}: choose 'network', 'constant' or 'zero'.")
-        if self.dtype not in ("float64", "float32"):
-            raise InputError(f"dtype={self.dtype!r}: choose 'float64' or 'float32'.")
-        self._prepare(*_validated(self, X, y=y, multi_output=True, y_numeric=True, dtype=self.dtype))
-        self.log_marginal_likelihood_ = self._gp.fit()
-        self._report()
+        self._check_arguments()
+        X, y = self._validated(X, y)
+        self._row_shape, self._y_ndim = X.shape[1:], y.ndim
+        self._network = self._freeze()
+        variances = None if yvar is None else _variances(yvar, y.shape)
+        self._model = self._transfer(*self._tensors(X, y, variances))
+        self.log_marginal_likelihood_ = self._model.fit()
+        self._finish()
+        if self.verbose:
+            print(self.report_)  # noqa: T201
+        return self
+
+    def partial_fit(self, X: ArrayLike, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+        """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
+
+        Before `fit`, the same as `fit`. Arguments are as there.
+        """
+        if not hasattr(self, "_model"):
+            return self.fit(X, y, yvar)
+        X, y = self._validated(X, y, reset=False)
+        self._check_shape(X)
+        if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.num_outputs):
+            raise InputError(f"y has shape {y.shape}, but fit saw {self._model.num_outputs} output(s).")
+        variances = None if yvar is None else _variances(yvar, y.shape)
+        self._model = self._model.condition_on(*self._tensors(X, y, variances))
+        self._finish()
         return self
 
     def predict(
-        self, X: ArrayLike, return_std: bool = False, return_cov: bool = False, observation_noise: bool = True
+        self,
+        X: ArrayLike,
+        return_std: bool = False,
+        return_cov: bool = False,
+        return_quantiles: Sequence[float] | None = None,
+        observation_noise: bool = True,
     ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
-        """Posterior mean of y at X `[N, ...]`, and on request its standard deviation or joint covariance.
+        """Posterior mean of y at X `[N, ...]`, and on request how far it may be off.
 
         Args:
             X: Inputs, shaped as in `fit`.
             return_std: Also return standard deviations, shaped as the mean.
             return_cov: Also return the covariance `[N*C, N*C]`, rows n*C + c.
+            return_quantiles: Also return these quantiles, numbers between 0 and 1, as ``[Q, ...]``.
             observation_noise: Whether the spread is that of y, noise included, or of the noise-free function.
 
         Returns:
-            Mean `[N]` or `[N, C]`, as y was in `fit`; with ``return_std`` or ``return_cov`` a pair.
+            Mean `[N]` or `[N, C]`, as y was in `fit`; with one of the ``return_`` arguments a pair.
         """
-        if return_std and return_cov:
-            raise InputError("return_std and return_cov exclude each other: the diagonal of the covariance is std².")
-        x = self._input(X)
-        mean, spread = self._gp.predict(x, covariance=return_cov, observation_noise=observation_noise)
+        if bool(return_std) + bool(return_cov) + (return_quantiles is not None) > 1:
+            raise InputError("return_std, return_cov and return_quantiles exclude each other: ask for one.")
+        x = self._new_input(X)
+        mean, spread = self._model.predict(x, covariance=return_cov, observation_noise=observation_noise)
         if return_cov:
             return self._shaped(mean), spread.cpu().numpy()
+        if return_quantiles is not None:
+            levels = torch.tensor(list(return_quantiles), dtype=torch.float64)
+            if not ((levels > 0) & (levels < 1)).all():
+                raise InputError(f"return_quantiles={return_quantiles}: give numbers between 0 and 1.")
+            rows = mean + torch.special.ndtri(levels).to(mean).unsqueeze(-1) * spread.sqrt()
+            return self._shaped(mean), np.stack([self._shaped(row) for row in rows])
         return (self._shaped(mean), self._shaped(spread.sqrt())) if return_std else self._shaped(mean)
 
     def sample(
@@ -133,7 +204,7 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = None,
         observation_noise: bool = False,
     ) -> NDArray[Any]:
-        """Joint samples of the posterior at X: `[S, N]`, or `[S, N, C]`.
+        """Joint samples of the Gaussian posterior at X: `[S, N]`, or `[S, N, C]`.
 
         Args:
             X: Inputs, shaped as in `fit`.
@@ -143,99 +214,84 @@ class TransferRegressor(RegressorMixin, BaseEstimator):
         """
         if num_samples < 1:
             raise InputError(f"num_samples={num_samples}: at least one sample must be drawn.")
-        mean, covariance = self._gp.predict(self._input(X), covariance=True, observation_noise=observation_noise)
+        x = self._new_input(X)
+        mean, covariance = self._model.predict(x, covariance=True, observation_noise=observation_noise)
         eigenvalues, vectors = torch.linalg.eigh(covariance)
         root = vectors * eigenvalues.clamp_min(0).sqrt()
         noise = check_random_state(random_state).standard_normal((num_samples, mean.numel()))
         samples = mean + torch.as_tensor(noise).to(root) @ root.mT
         return np.stack([self._shaped(sample) for sample in samples])
 
-    # --- files -------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted model to one safetensors file: weights, training data, hyperparameters; no code.
-
-        The network's architecture is not in the file: `load` takes the module. ``extract`` is not either.
-        """
-        check_is_fitted(self)
-        frozen = self._network.tensors(self._network.dtype, self._network.device)
-        tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
-        tensors |= {f"gp.{name}": tensor for name, tensor in self._gp.state().items()}
-        tensors |= {"x": self._x, "y": self._y}
-        facts: dict[str, Any] = {name: getattr(self, name) for name in _STORED}
-        facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape), "y_ndim": self._y_ndim}
-        facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_}
-        shape = self._network.input_shape
-        facts["input_shape"] = None if shape is None else list(shape)
-        save_tensors(path, _KIND, tensors, facts)
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], network: nn.Module, extract: Extract | None = None
-    ) -> TransferRegressor:
-        """The model saved at ``path``; ``network`` gives the architecture, the file the weights.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            FileFormatError: The file is damaged or foreign, or belongs to a network with other parameters.
-        """
-        tensors, facts = load_tensors(path, _KIND)
-        weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-        try:
-            module = with_weights(network, weights)
-        except NetworkError as error:
-            raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
-        stored: dict[str, Any] = {name: facts[name] for name in _STORED}
-        model = TransferRegressor(module, parameters=facts["parameters"], extract=extract, **stored)
-        x, y = tensors["x"].reshape(-1, *facts["row_shape"]).numpy(), tensors["y"].numpy()
-        model._prepare(x, y if facts["y_ndim"] == 2 else y[:, 0])
-        model._gp.load_state({name.removeprefix("gp."): t for name, t in tensors.items() if name.startswith("gp.")})
-        model.log_marginal_likelihood_ = facts["log_marginal_likelihood"]
-        model._report()
-        return model
-
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, X: NDArray[Any], y: NDArray[Any]) -> None:
-        """Freeze the network and set up the GP, hyperparameters not yet fitted."""
-        self._row_shape, self._y_ndim = X.shape[1:], y.ndim
-        self._network = self._freeze()
-        self._x = self._tensor(X)
-        self._y = torch.tensor(y.reshape(len(y), -1)).to(self._x)
-        self._gp = TransferGP(self._network, self._x, self._y, self.mean, self.layer_variances)
+    def _validated(self, X: ArrayLike, y: ArrayLike, reset: bool = True) -> tuple[NDArray[Any], NDArray[Any]]:
+        """X and y as arrays; scikit-learn's checks, but that y may have missing values."""
+        missing = isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.ndim > 0 and bool(np.isnan(y).any())
+        if not missing:
+            return self._validate(X, y=y, multi_output=True, y_numeric=True, reset=reset)
+        assert isinstance(y, np.ndarray)
+        if np.isinf(y).any():
+            raise InputError("y contains infinity: give finite targets, or NaN where a target is missing.")
+        X = self._validate(X, reset=reset)
+        check_consistent_length(X, y)
+        return np.asarray(X), y
 
-    def _freeze(self) -> FrozenNetwork:
-        if not isinstance(self.network, FrozenNetwork):
-            images = self._row_shape if len(self._row_shape) > 1 else None
-            return freeze(self.network, self.parameters, self.input_shape or images, self.extract)
-        if self.parameters is not None or self.input_shape is not None or self.extract is not None:
-            raise SelectionError(
-                "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
-            )
-        return self.network
+    def _tensors(
+        self, X: NDArray[Any], y: NDArray[Any], yvar: NDArray[Any] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = self._tensor(X)
+        targets = torch.tensor(y.reshape(len(y), -1)).to(x)
+        return x, targets, None if yvar is None else torch.tensor(yvar.reshape(len(y), -1)).to(x)
 
-    def _input(self, X: ArrayLike) -> Tensor:
-        check_is_fitted(self)
-        checked = _validated(self, X, dtype=self.dtype, reset=False)
-        if checked.shape[1:] != self._row_shape:
-            raise InputError(f"X has rows of shape {checked.shape[1:]}, but fit saw rows of shape {self._row_shape}.")
-        return self._tensor(checked)
+    def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
+        outputs = y.shape[1] if self.num_outputs is None else self.num_outputs
+        other = self.num_outputs is not None and self._network.num_outputs(x) != outputs
+        num_outputs = outputs if self.new_head or other else None
+        return TransferGP(
+            self._network,
+            x,
+            y,
+            num_outputs=num_outputs,
+            known_noise=yvar,
+            noise_network=self._noise(),
+            **self._model_arguments(),
+        )
 
-    def _tensor(self, X: NDArray[Any]) -> Tensor:
-        return torch.tensor(X, device=self._network.device).flatten(1)
+    def _noise(self) -> nn.Module | None:
+        if self.noise_network is None:
+            return None
+        shape = self._network.input_shape
+        return self.noise_network if shape is None else nn.Sequential(nn.Unflatten(1, shape), self.noise_network)
+
+    def _data(self) -> dict[str, Tensor]:
+        data = {"x": self._model.x, "y": self._model.y}
+        return data if self._model.known_noise is None else {**data, "yvar": self._model.known_noise}
+
+    def _facts(self) -> dict[str, Any]:
+        return {"y_ndim": self._y_ndim}
+
+    def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._y_ndim = facts["y_ndim"]
+        self._model = self._transfer(data["x"], data["y"], data.get("yvar"))
+
+    def _make_report(self) -> Report:
+        return report_regression(self._model)
 
     def _shaped(self, values: Tensor) -> NDArray[Any]:
         """`[N*C]` as y was given to `fit`."""
         array = values.cpu().numpy()
-        return array if self._y_ndim == 1 else array.reshape(-1, self._y.shape[1])
+        return array if self._y_ndim == 1 else array.reshape(-1, self._model.num_outputs)
 
-    def _report(self) -> None:
-        self.noise_variance_ = float(self._gp.noise)
-        scale = self._gp.scale.cpu().numpy()
-        self.scale_ = scale if self.layer_variances else float(scale[0])
-        self.n_features_in_ = self._row_shape[0]
+    def _finish(self) -> None:
+        super()._finish()
+        noise = self._model.noise
+        self.noise_variance_ = noise.item() if noise.numel() == 1 else noise.cpu().numpy()
 
 
-def _validated(estimator: BaseEstimator, X: ArrayLike, **kwargs: Any) -> Any:
-    # scikit-learn's annotation of X is inferred from its default, a string.
-    return validate_data(estimator, X, allow_nd=True, **kwargs)  # pyright: ignore[reportArgumentType]
+def _variances(yvar: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    variances = np.asarray(yvar, dtype=float)
+    if variances.shape != shape:
+        raise InputError(f"yvar has shape {variances.shape}, but y has shape {shape}: give one variance per target.")
+    if not (variances >= 0).all():
+        raise InputError("yvar has negative or NaN values: give variances, zero where an error is not known.")
+    return variances

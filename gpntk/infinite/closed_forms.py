@@ -18,8 +18,7 @@ from torch.nn import functional
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import (
     AbstractClosedForm,
-    absolute_moment,
-    angle,
+    arc_moments,
     determinant,
     divide,
     root,
@@ -51,6 +50,7 @@ class ABReLU(AbstractClosedForm):
 
     a: float
     b: float
+    single = True
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.a * x.clamp(max=0) + self.b * x.clamp(min=0)
@@ -59,9 +59,7 @@ class ABReLU(AbstractClosedForm):
         mean, half = (self.a + self.b) / 2, (self.b - self.a) / 2
         if half == 0:
             return mean**2 * k, torch.full_like(k, mean**2)
-        both, psi = absolute_moment(q1, q2, k)
-        bend = half**2 * 2 / math.pi
-        return (bend * both).add_(k, alpha=mean**2), (bend * psi).add_(mean**2)
+        return arc_moments(q1, q2, k, half**2 * 2 / math.pi, mean**2)
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         square = (self.a**2 + self.b**2) / 2
@@ -115,10 +113,8 @@ def _half_moment(n: int) -> float:
 
 def _rectified(q1: Tensor, q2: Tensor, k: Tensor, m: int, n: int) -> Tensor:
     """E[u₊^m v₊^n], x₊^0 being the step."""
-    if m == n == 0:
-        return 0.25 + angle(q1, q2, k)[1] / (2 * math.pi)
-    if m == n == 1:
-        return 0.25 * k + absolute_moment(q1, q2, k)[0] / (2 * math.pi)
+    if m == n and m < 2:
+        return arc_moments(q1, q2, k, 0.5 / math.pi, 0.25)[1 - m]
     if m < n:
         return _rectified(q2, q1, k, n, m)
     first = root(q1) * _at_zero(q1, q2, k, n) if m == 1 else q1 * (m - 1) * _rectified(q1, q2, k, m - 2, n)
@@ -148,7 +144,7 @@ class Sign(AbstractClosedForm):
         return x.sign()
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return 2 / math.pi * angle(q1, q2, k)[1], torch.zeros_like(k)
+        return arc_moments(q1, q2, k, 2 / math.pi, 0.0)[1], torch.zeros_like(k)
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         return (q > 0).to(q), torch.zeros_like(q)
@@ -167,7 +163,7 @@ class Step(AbstractClosedForm):
         return (1 + x.sign()) / 2
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return 0.25 + angle(q1, q2, k)[1] / (2 * math.pi), torch.zeros_like(k)
+        return arc_moments(q1, q2, k, 0.5 / math.pi, 0.25)[1], torch.zeros_like(k)
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         return 0.25 + 0.25 * (q > 0).to(q), torch.zeros_like(q)

@@ -3,7 +3,7 @@
 Parallel inputs are common (equal inputs, deep layers), and there q1 q2 - k² = 0. Two things go wrong in the textbook
 formulas: the subtraction cancels (arccos(k / √(q1 q2)) of two equal rows is off by √ε, 4e-4 in float32), and
 derivatives such as dθ/dk = -1/√(q1 q2 - k²) are infinite although they are multiplied by zero. Here the difference is
-computed without cancellation, in float64, and a function whose derivative is known in closed form is given that one.
+computed without cancellation, and a function whose derivative is known in closed form is given that one.
 
 What remains is the rounding of q1, q2 and k themselves: a relative ε in k moves the angle of parallel inputs, and with
 it the second moment of a kinked φ, by √ε (1e-8 in float64, 3e-4 in float32). Use `diagonal` for equal inputs.
@@ -11,18 +11,19 @@ it the second moment of a kinked φ, by √ε (1e-8 in float64, 3e-4 in float32)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor
 
 from gpntk.jacobians.memory import tracks_gradient
 
-# Entries computed together by elementary formulas: temporaries of so many stay in a core's cache, or in a device.
-_CACHED = 2**16
-_ON_DEVICE = 2**24
+# Bytes of a temporary of elementary formulas: so many stay in a core's cache, or in a device.
+_CACHED = 2**18
+_ON_DEVICE = 2**27
 # Share of q1 q2 below which a difference to k² is computed exactly; above, three digits are lost at most.
 _LOST = 1e-3
 
@@ -33,11 +34,13 @@ class AbstractActivation(ABC):
     Laws: moments(q, q, q) = diagonal(q) up to rounding; the derivative of the first moment in k is the second
     (Price 1958); both are symmetric under exchange of q1 and q2. Gradients in q1, q2 and k are finite everywhere; a
     part of one that is infinite (of the second moment of a kinked φ at k = ±√(q1 q2)) or does not exist (at q = 0) is
-    left out. All is computed in float64 and returned in the dtype of k.
+    left out. All is computed in float64, unless float32 does as well (`single`), and returned in the dtype of k.
     """
 
     elementary: ClassVar[bool] = False
     """Whether each entry is computed by itself in a few operations, so that a few entries at a time cost less."""
+    single: ClassVar[bool] = False
+    """Whether float32 moments are computed in float32, because that rounds them as little as q1, q2 and k do."""
 
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """E[φ(u) φ(v)] and E[φ'(u) φ'(v)] for (u, v) ~ N(0, [[q1, k], [k, q2]]).
@@ -48,13 +51,15 @@ class AbstractActivation(ABC):
             k: Covariances, at most √(q1 q2) in absolute value; an excess by rounding is taken as equality.
         """
         q1, q2 = _unexpanded(q1), _unexpanded(q2)
-        if not self.elementary or tracked(q1, q2, k):
-            first, second = self._moments(q1.double(), q2.double(), k.double())
+        dtype = k.dtype if self.single and k.dtype in _RANGE else torch.float64
+        cached = _CACHED * torch.get_num_threads() if k.device.type == "cpu" else _ON_DEVICE
+        entries = cached // dtype.itemsize
+        if not self.elementary or k.numel() <= entries or tracked(q1, q2, k):
+            first, second = self._moments(q1.to(dtype), q2.to(dtype), k.to(dtype))
             return first.expand(k.shape).to(k.dtype), second.expand(k.shape).to(k.dtype)
         results = torch.empty_like(k), torch.empty_like(k)
-        entries = _CACHED * torch.get_num_threads() if k.device.type == "cpu" else _ON_DEVICE
         for (one, two, part), outputs in _parts((q1, q2, k), results, entries):
-            values = self._moments(one.double(), two.double(), part.double())
+            values = self._moments(one.to(dtype), two.to(dtype), part.to(dtype))
             for output, value in zip(outputs, values, strict=True):
                 output.copy_(value)
         return results
@@ -70,7 +75,7 @@ class AbstractActivation(ABC):
 
     @abstractmethod
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The moments in float64."""
+        """The moments, in float64 unless `single`."""
 
     @abstractmethod
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +175,12 @@ def _rounding(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
     return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
 
 
+def _difference(a: Tensor, b: Tensor, c: Tensor, product: Tensor) -> Tensor:
+    """a b - c² of nearly equal terms, with what ``product``, a b, and the square have been rounded by."""
+    square = c * c
+    return (product - square) + (_rounding(a, b, product) - _rounding(c, c, square))
+
+
 def determinant(q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
     """q1 q2 - k² without cancellation, at least zero, `[*k]`.
 
@@ -178,54 +189,117 @@ def determinant(q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
     a, b, c = q1.detach(), q2.detach(), k.detach()
     product = a * b
     value = torch.addcmul(product, c, c, value=-1)
-    # Nearly parallel: where digits are lost, those that the two products have been rounded by are put back.
     lost = value < _LOST * product
     if lost.any():
-        a, b, c, product = (tensor.expand(lost.shape)[lost] for tensor in (a, b, c, product))
-        square = c * c
-        exact = (product - square) + (_rounding(a, b, product) - _rounding(c, c, square))
+        exact = _difference(*(tensor.expand(lost.shape)[lost] for tensor in (a, b, c, product)))
         value = value.masked_scatter(lost, exact)
     value = value.clamp_min_(0)
     return with_derivatives(value, (q1, q2), (q2, q1), (k, -2 * k)) if tracked(q1, q2, k) else value
 
 
-def _extreme(q1: Tensor, q2: Tensor) -> bool:
-    """Whether q1 q2, or its rounding error, is outside of the range of float64, which is 1e±308."""
-    with torch.no_grad():
-        sizes = torch.cat([q.abs().reshape(-1) for q in (q1, q2)])
-        sizes = sizes[(sizes > 0) & sizes.isfinite()]
-        return bool(sizes.numel()) and not 1e-120 < sizes.amin().item() <= sizes.amax().item() < 1e140
+# (u, v) at an angle of less than 0.03 have lost three digits of q1 q2 - k² at most.
+_PARALLEL = math.pi / 2 - 0.03
+# Variances whose products, and their rounding errors, are within the range of a floating-point number.
+_RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-120, 1e140)}
+
+
+def arc_moments(q1: Tensor, q2: Tensor, k: Tensor, bend: float, mean: float) -> tuple[Tensor, Tensor]:
+    """b (s + k ψ) + m k and its derivative in k, b ψ + m, for ``bend`` b and ``mean`` m; `[*k]`.
+
+    Here s = √(q1 q2 - k²), and ψ = arcsin(k / √(q1 q2)) in [-π/2, π/2] is zero where a variance is zero:
+    P(u > 0, v > 0) = 1/4 + ψ / 2π and E|u v| = (2/π) (s + k ψ).
+    """
+    if not tracked(q1, q2, k):
+        return _arc_moments(q1, q2, k, bend, mean)[:2]
+    first, second, _ = cast("tuple[Tensor, Tensor, Tensor]", _Arc.apply(q1, q2, k, (bend, mean)))
+    return first, second
+
+
+@final
+class _Arc(torch.autograd.Function):
+    """`arc_moments`, and s, whose derivatives those of the others need."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q1: Tensor, q2: Tensor, k: Tensor, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        first, second, s = _arc_moments(q1, q2, k, *factors)
+        ctx.save_for_backward(q1, q2, k, second, s)
+        ctx.bend = factors[0]
+        ctx.set_materialize_grads(False)
+        return first, second, s
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, first: Tensor | None, second: Tensor | None, s: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q1, q2, k, slope, radius = ctx.saved_tensors
+        # Derivatives in k, and in log √q1, which are those in log √q2.
+        by_k, by_q = [], []
+        if first is not None:
+            by_k.append(first * slope)
+            by_q.append(ctx.bend * (first * radius))
+        if second is not None:
+            inverse = divide(ctx.bend * second, radius)
+            by_k.append(inverse)
+            by_q.append(-k * inverse)
+        if s is not None:
+            tangent = divide(k, radius)
+            by_k.append(-s * tangent)
+            by_q.append(s * (radius + k * tangent))
+        if not by_k:
+            return (None,) * 4
+        common = sum(by_q[1:], by_q[0])
+        sides = (divide(0.5 * common.sum_to_size(q.shape), q) for q in (q1, q2))
+        return *sides, sum(by_k[1:], by_k[0]), None
+
+
+def _arc_moments(q1: Tensor, q2: Tensor, k: Tensor, bend: float, mean: float) -> tuple[Tensor, Tensor, Tensor]:
+    s, psi = _polar(q1, q2, k)
+    second = psi.mul_(bend).add_(mean)
+    return torch.addcmul(bend * s, k, second), second, s
+
+
+def _polar(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """s and ψ of `arc_moments`."""
+    if not k.numel():
+        return k.clone(), k.clone()
+    if _within_range(q1, k.dtype) and _within_range(q2, k.dtype):
+        return _polar_within_range(q1, q2, k)
+    if k.dtype != torch.float64:
+        s, psi = _polar(q1.double(), q2.double(), k.double())
+        return s.to(k.dtype), psi.to(k.dtype)
+    # Powers of two, which round nothing.
+    one, two = _unit(q1), _unit(q2)
+    s, psi = _polar_within_range(q1 / one / one, q2 / two / two, k / one / two)
+    return s * one * two, psi
+
+
+def _within_range(q: Tensor, dtype: torch.dtype) -> bool:
+    low, high = torch.aminmax(q)
+    return _RANGE[dtype][0] < low.item() <= high.item() < _RANGE[dtype][1]
 
 
 def _unit(q: Tensor) -> Tensor:
     """A power of two within a factor of two of √q; one for zero."""
-    exponent = torch.frexp(q.detach()).exponent
-    return torch.ldexp(torch.ones_like(q), torch.div(exponent, 2, rounding_mode="floor")).detach()
+    exponent = torch.frexp(q).exponent
+    return torch.ldexp(torch.ones_like(q), torch.div(exponent, 2, rounding_mode="floor"))
 
 
-def angle(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """s = √(q1 q2 - k²) and ψ = arcsin(k / √(q1 q2)) in [-π/2, π/2], zero where a variance is zero; `[*k]`.
-
-    P(u > 0, v > 0) = 1/4 + ψ / 2π.
-    """
-    if _extreme(q1, q2):
-        # Powers of two, which round nothing.
-        one, two = _unit(q1), _unit(q2)
-        s, psi = angle(q1 / one / one, q2 / two / two, k / one / two)
-        return s * one * two, psi
-    s = root(determinant(q1, q2, k))
-    psi = torch.atan2(k.detach(), s.detach())
-    if not tracked(q1, q2, k):
+def _polar_within_range(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    square = torch.addcmul(q1 * q2, k, k, value=-1)
+    # √x as x / √x, in half of the time that the vector library takes for √x; NaN at zero and below.
+    s = square.rsqrt().mul_(square)
+    psi = torch.atan2(k, s)
+    low, high = torch.aminmax(psi)
+    if -_PARALLEL < low.item() <= high.item() < _PARALLEL:
         return s, psi
-    inverse = divide(torch.ones_like(s), s)
-    slope = -0.5 * k * inverse
-    return s, with_derivatives(psi, (q1, divide(slope, q1)), (q2, divide(slope, q2)), (k, inverse))
-
-
-def absolute_moment(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(π/2) E|u v| = s + k ψ, with derivatives s/(2 q1), s/(2 q2) and ψ; and ψ; `[*k]`."""
-    s, psi = angle(q1, q2, k)
-    value = torch.addcmul(s.detach(), k.detach(), psi.detach())
-    if not tracked(q1, q2, k):
-        return value, psi
-    return with_derivatives(value, (q1, divide(0.5 * s, q1)), (q2, divide(0.5 * s, q2)), (k, psi)), psi
+    lost = ~(psi.abs() < _PARALLEL)
+    if k.dtype == torch.float32:
+        # Products of two are exact in float64.
+        c = k.double()
+        exact = torch.addcmul(q1.double() * q2, c, c, value=-1).clamp_min_(0).sqrt_()
+        return torch.where(lost, exact.float(), s), torch.where(lost, torch.atan2(c, exact).float(), psi)
+    a, b, c = (tensor.expand(lost.shape)[lost] for tensor in (q1, q2, k))
+    exact = _difference(a, b, c, a * b).clamp_min_(0).sqrt_()
+    return s.masked_scatter_(lost, exact), psi.masked_scatter_(lost, torch.atan2(c, exact))

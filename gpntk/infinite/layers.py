@@ -23,33 +23,30 @@ class Weights:
     """Prior of a layer's parameters: z = (σ_w / √n) W a + σ_b b, or z = W a + b with W ~ N(0, σ_w² / n).
 
     Attributes:
-        weight_std: σ_w `[]`.
-        bias_std: σ_b `[]`; None for a layer without bias.
+        weight_variance: σ_w² `[]`.
+        bias_variance: σ_b² `[]`; None for a layer without bias.
         fan_in: n, of the finite layer.
         parametrization: Which of the two is trained: the same NNGP, but another tangent kernel.
     """
 
-    weight_std: Tensor
-    bias_std: Tensor | None
+    weight_variance: Tensor
+    bias_variance: Tensor | None
     fan_in: int
     parametrization: Parametrization
 
 
 def weighted(state: LayerMoments, weights: Weights, average: Spatial = lambda tensor: tensor) -> LayerMoments:
     """A linear layer; ``average`` is the mean over the positions that a filter sees (none for ``Linear``)."""
-    variance = weights.weight_std.square()
+    variance, bias = weights.weight_variance, weights.bias_variance
     before = state.block
     mean = average(before.nngp)
     # What is fresh is added to in place.
     nngp = variance * mean
-    if weights.bias_std is not None:
-        nngp += weights.bias_std.square()
+    if bias is not None:
+        nngp += bias
     if not state.tangent:
         return replace(state, block=Block(nngp, None))
-    if weights.parametrization == "ntk":
-        own = nngp
-    else:
-        own = weights.fan_in * mean + (0.0 if weights.bias_std is None else 1.0)
+    own = nngp if weights.parametrization == "ntk" else weights.fan_in * mean + (0.0 if bias is None else 1.0)
     ntk = own if before.ntk is None else (variance * average(before.ntk)).add_(own)
     return replace(state, block=Block(nngp, ntk))
 
@@ -146,15 +143,12 @@ def activate(state: LayerMoments, activation: AbstractActivation) -> LayerMoment
     elif same is False:
         nngp, slope = activation.moments(*state.sides(state.first, state.second), block.nngp)
     else:
-        where = same.expand(block.nngp.shape).nonzero(as_tuple=True)
-        k = block.nngp.index_put(where, block.nngp.new_zeros(()))
-        computed = activation.moments(*state.sides(state.first, state.second), k)
-        own = zip(activation.diagonal(state.first), activation.diagonal(state.second), strict=True)
-        # Half of either: by symmetry each input has half of the derivative.
-        exact = [
-            torch.add(*(side.expand(k.shape)[where] for side in state.sides(one / 2, two / 2))) for one, two in own
-        ]
-        nngp, slope = (moment.index_put(where, value) for moment, value in zip(computed, exact, strict=True))
+        k = block.nngp.index_put(same, block.nngp.new_zeros(()))
+        sides = state.sides(state.first, state.second)
+        computed = activation.moments(*sides, k)
+        # The mean of both: by symmetry each input has half of the derivative.
+        exact = activation.diagonal(0.5 * torch.add(*(side.expand(k.shape)[same] for side in sides)))
+        nngp, slope = (moment.index_put(same, value) for moment, value in zip(computed, exact, strict=True))
     return replace(state, block=Block(nngp, None if block.ntk is None else block.ntk * slope))
 
 
@@ -173,8 +167,8 @@ def layer_norm(state: LayerMoments, eps: float, positions: bool) -> LayerMoments
 def dropout(state: LayerMoments, keep: float) -> LayerMoments:
     """In train mode, units are zeroed independently: a unit's own second moment grows by 1 / ``keep``."""
     same = state.same()
-    if isinstance(same, Tensor):
-        return state.map(lambda tensor: torch.where(same, tensor / keep, tensor))
+    if isinstance(same, tuple):
+        return state.map(lambda tensor: tensor.index_put(same, tensor[same] / keep))
     return scale(state, keep**-0.5) if same else state
 
 

@@ -55,7 +55,8 @@ class LayerMoments:
         block: What the next layer needs to know.
         first: Variance of a unit at every position of the first inputs, `[*rows, *S]` up to broadcasting.
         second: The same of the second inputs.
-        equal: Which pairs are of one input with itself, `[*rows]`; or a bool for all.
+        equal: The pairs that are of one input with itself: their indices, `[E]` for each dimension of rows; or a bool
+            for all.
         axes: Number of spatial axes.
         pairs: Whether positions are pairs.
         tangent: Whether the tangent kernel is asked for.
@@ -65,7 +66,7 @@ class LayerMoments:
     block: Block
     first: Tensor
     second: Tensor
-    equal: Tensor | bool
+    equal: tuple[Tensor, ...] | bool
     axes: int
     pairs: bool
     tangent: bool
@@ -95,18 +96,16 @@ class LayerMoments:
 
         return self.map(diagonal, pairs=False)
 
-    def same(self) -> Tensor | bool:
-        """Where both inputs and both positions are the same, broadcasting with the block; or a bool for everywhere."""
-        same, sizes = self.equal, self.first.shape[self.first.dim() - self.axes :]
-        if isinstance(same, Tensor):
-            same = same.reshape(*same.shape, *[1] * ((2 if self.pairs else 1) * self.axes))
-        if same is False or not self.pairs:
-            return same
-        for axis, size in enumerate(sizes):
-            shape = [1] * (2 * self.axes)
-            shape[2 * axis] = shape[2 * axis + 1] = size
-            same = same & torch.eye(size, dtype=torch.bool, device=self.first.device).reshape(shape)
-        return same
+    def same(self) -> tuple[Tensor, ...] | bool:
+        """Where both inputs and both positions are the same: indices into the block; or a bool for everywhere."""
+        rows, sizes = self.equal, self.first.shape[self.first.dim() - self.axes :]
+        if rows is False or not self.pairs:
+            return rows
+        if rows is True:
+            rows = (torch.arange(self.block.nngp.shape[0], device=self.first.device),)
+        positions = torch.meshgrid(*(torch.arange(size, device=self.first.device) for size in sizes), indexing="ij")
+        rows = (row.reshape(-1, *[1] * self.axes) for row in rows)
+        return *rows, *(index for position in positions for index in (position, position))
 
     def sides(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Functions of either input's positions `[*rows, *S]`, each shaped to broadcast with the block."""
@@ -131,6 +130,8 @@ def products(x1: Tensor, x2: Tensor, by_row: bool, pairs: bool) -> Tensor:
             index = (..., channel, *[slice(None)] * axes)
             total = torch.addcmul(total, one[index], two[index], value=1 / channels)
         return total
+    if not axes and not by_row:
+        return torch.addmm(x1.new_zeros(()), x1, x2.mT, beta=0, alpha=1 / channels)
     one = "hw"[:axes]
     two = "ij"[:axes] if pairs else one
     positions = "".join(a + b for a, b in zip(one, two, strict=True)) if pairs else one

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpntk.infinite.chunks import by_chunks
-from gpntk.infinite.gaussian import angle, determinant, divide, root, with_derivatives
+from gpntk.infinite.gaussian import arc_moments, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
 REACH = 9.0
@@ -213,7 +213,7 @@ class Table:
 
 
 def _tau(q1: Tensor, q2: Tensor, k: Tensor, steepness: float) -> Tensor:
-    _, psi = angle(q1, q2, k)
+    _, psi = arc_moments(q1, q2, k, 1.0, 0.0)
     s = root(determinant(q1, q2, k))
     theta = torch.atan2(s, k.abs()).detach()
     # Accurate near zero, where π/2 - |ψ| is not; the derivative is the same.

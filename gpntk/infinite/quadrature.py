@@ -224,7 +224,8 @@ class _Unit:
         z, weights = self._nodes(q)
         value, slope = self._phi(root(q).unsqueeze(-1) * z)
         integrand = weights.unsqueeze(-2) * torch.stack([value, slope], -2)
-        return integrand @ _hermite(z, length)
+        # One set of nodes for all makes one matrix product.
+        return integrand @ _hermite(z.flatten() if z.numel() == z.shape[-1] else z, length)
 
 
 def _hermite(z: Tensor, length: int) -> Tensor:
@@ -242,9 +243,11 @@ def _series(q1: Tensor, q2: Tensor, k: Tensor, one: Tensor, two: Tensor) -> Tens
     """
     c = divide(k, root(q1) * root(q2))
     moments = []
-    for a1, a2 in zip(one.unbind(-2), two.unbind(-2), strict=True):
+    # Each term's coefficients side by side.
+    firsts, seconds = (series.movedim((-2, -1), (0, 1)).contiguous() for series in (one, two))
+    for a1, a2 in zip(firsts, seconds, strict=True):
         moment = torch.zeros_like(c)
-        for n in reversed(range(a1.shape[-1])):
-            moment = moment * c + a1[..., n] * a2[..., n]
+        for n in reversed(range(len(a1))):
+            moment = torch.addcmul(moment * c, a1[n], a2[n])
         moments.append(moment)
     return torch.stack(moments, -1)

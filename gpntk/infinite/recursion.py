@@ -40,7 +40,7 @@ def moments(
     known: tuple[Variances, Variances],
     weights: Sequence[Weights],
     *,
-    equal: Tensor | bool,
+    equal: tuple[Tensor, ...] | bool,
     tangent: bool,
     by_row: bool = False,
 ) -> Block:
@@ -51,7 +51,7 @@ def moments(
         x: Inputs x1 `[N, D]` and x2 `[M, D]`.
         known: Variances at both.
         weights: Of every layer.
-        equal: Which rows of x1 and x2 are the same input, `[N, M]` or, ``by_row``, `[N]`; or a bool for all.
+        equal: The pairs that are the same input: their rows in x1 and in x2 or, ``by_row``, in both; or a bool for all.
         tangent: Whether the tangent kernel is asked for.
         by_row: Whether to take x1 with x2 row by row: blocks `[N]`, not `[N, M]`.
     """
@@ -98,7 +98,9 @@ def _products(program: Program, x: tuple[Tensor, Tensor], by_row: bool, pairs: b
     return products(one, two, by_row, pairs)
 
 
-def _start(nngp: Tensor, program: Program, pairs: bool, *, equal: Tensor | bool, tangent: bool) -> LayerMoments:
+def _start(
+    nngp: Tensor, program: Program, pairs: bool, *, equal: tuple[Tensor, ...] | bool, tangent: bool
+) -> LayerMoments:
     """Value 0, but for its variances."""
     axes = len(program.input_shape) - 1
     return LayerMoments(Block(nngp, None), nngp, nngp, equal, axes, pairs and axes > 0, tangent)

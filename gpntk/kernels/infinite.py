@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gpntk._checks import check_input
 from gpntk.errors import InputError, SelectionError
 from gpntk.infinite import Parametrization, Program, Weights, trace
+from gpntk.infinite.equal_rows import equal_pairs, row_numbers
 from gpntk.infinite.gaussian import tracked
 from gpntk.infinite.moments import Block
 from gpntk.infinite.recursion import Variances, moments, variances
@@ -34,7 +35,7 @@ _LIVE = 8
 # Of a number: moments of activations are computed in double precision.
 _BYTES = 8
 # Numbers in a block on a CPU: as many as stay in its caches.
-_CPU_BLOCK = 2**16
+_CPU_BLOCK = 2**15
 
 
 class _InfiniteKernel(Kernel):
@@ -158,15 +159,15 @@ class _InfiniteKernel(Kernel):
         weights = self._weights(x1)
         one = self._variances(x1, weights)
         two = one if same else self._variances(x2, weights)
-        numbers = _numbers(x1, x1 if same else x2)
+        numbers = row_numbers(x1, x1 if same else x2)
         entries = self._entries(x1)
         height = min(rows, max(1, math.isqrt(entries)))
         width = height if same else max(1, entries // height)
 
         def block(i: slice, j: slice) -> Tensor:
-            equal = numbers[0][i].unsqueeze(1) == numbers[1][j]
+            equal = equal_pairs(numbers[0][i], numbers[1][j])
             x, known = (x1[i], x2[j]), (tuple(v[i] for v in one), tuple(v[j] for v in two))
-            found = moments(self.program, x, known, weights, equal=equal if equal.any() else False, tangent=self._ntk)
+            found = moments(self.program, x, known, weights, equal=equal, tangent=self._ntk)
             return self._of(found)
 
         across, down = _slices(columns, width), _slices(rows, height)
@@ -194,7 +195,7 @@ class _InfiniteKernel(Kernel):
         def part(i: slice) -> Tensor:
             first = variances(self.program, one[i], weights)
             second = first if same else variances(self.program, two[i], weights)
-            equal = True if same else (one[i] == two[i]).all(-1)
+            equal = True if same else (one[i] == two[i]).all(-1).nonzero(as_tuple=True)
             known, x = (first, second), (one[i], two[i])
             return self._of(moments(self.program, x, known, weights, equal=equal, tangent=self._ntk, by_row=True))
 
@@ -239,24 +240,15 @@ class _InfiniteKernel(Kernel):
 
     def _weights(self, x: Tensor) -> list[Weights]:
         program = self.program
-        stds = zip(self.weight_std.to(x), self.bias_std.to(x), strict=True)
+        variances = zip(self.weight_std.to(x).square(), self.bias_std.to(x).square(), strict=True)
         return [
             Weights(weight, bias if program.biases[index] else None, program.fan_ins[index], self.parametrization)
-            for index, (weight, bias) in enumerate(stds)
+            for index, (weight, bias) in enumerate(variances)
         ]
 
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """A number for every row of x1 `[N]` and x2 `[M]`, the same for equal rows."""
-    with torch.no_grad():
-        if x1 is x2:
-            return (torch.unique(x1, dim=0, return_inverse=True)[1],) * 2
-        numbers = torch.unique(torch.cat([x1, x2]), dim=0, return_inverse=True)[1]
-        return numbers[: x1.shape[0]], numbers[x1.shape[0] :]
 
 
 def _equal(x1: Tensor, x2: Tensor) -> bool:

@@ -3,11 +3,15 @@
 A GP per class, all with the same kernel, is fitted to +1 for its class and to 0 for the others, less the mean of both
 over the classes. The class with the largest posterior mean is predicted. It costs one factorisation for all classes and
 needs no approximation, but the noise is not that of labels: means are no probabilities.
+Dirichlet targets give the noise of labels instead, one variance per target, and with it one factorisation per class.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from gpytorch.likelihoods import DirichletClassificationLikelihood
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,6 +46,66 @@ def one_hot_targets(labels: Tensor, num_classes: int | None = None, dtype: torch
     References:
         Lee et al. (2018), Deep Neural Networks as Gaussian Processes, https://arxiv.org/abs/1711.00165, section 3.
     """
+    check_labels(labels, num_classes)
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    return functional.one_hot(labels.long(), classes).to(dtype) - 1 / classes
+
+
+class DirichletTargets(NamedTuple):
+    """Regression targets for classes, and the variance of the noise of each."""
+
+    targets: Tensor
+    """`[N, C]`."""
+    noise: Tensor
+    """`[N, C]`."""
+
+
+def dirichlet_targets(
+    labels: Tensor, num_classes: int | None = None, alpha_epsilon: float = 0.01, dtype: torch.dtype | None = None
+) -> DirichletTargets:
+    """Log-normal stand-ins for the Gamma variables whose ratios are Dirichlet class probabilities.
+
+    With α = ε for all classes but the label's, where it is 1 + ε, noise log(1 + 1/α) and target log α - noise / 2. The
+    GPs' posterior N(mean, variance) of each output predicts E[softmax(f)]: `probabilities` of the mean and
+    ``variance.diag_embed()`` with ``link="monte_carlo"``.
+
+    Args:
+        labels: Classes `[N]`, integers from 0 to C - 1.
+        num_classes: C; by default one more than the largest label.
+        alpha_epsilon: ε > 0; smaller ones say that a label is sure.
+        dtype: Of the targets; by default torch's.
+
+    Raises:
+        InputError: As for `one_hot_targets`; or ``alpha_epsilon`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from gpntk.models import dirichlet_targets
+        >>> dirichlet_targets(torch.tensor([0, 2, 1]), num_classes=3).targets
+        tensor([[-0.3341, -6.9127, -6.9127],
+                [-6.9127, -6.9127, -0.3341],
+                [-6.9127, -0.3341, -6.9127]])
+
+    References:
+        Milios et al. (2018), Dirichlet-based Gaussian Processes for Large-scale Calibrated Classification,
+        https://arxiv.org/abs/1805.10915, section 3.
+    """
+    check_labels(labels, num_classes)
+    if not alpha_epsilon > 0:
+        raise InputError(f"alpha_epsilon={alpha_epsilon} must be positive.")
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    # The host counts classes by the largest label: one of that class is added, and left out again.
+    padded = functional.pad(labels.long(), (0, 1), value=classes - 1)
+    likelihood = DirichletClassificationLikelihood(padded, alpha_epsilon, dtype=dtype)
+    noise = likelihood.noise
+    assert isinstance(noise, Tensor)
+    return DirichletTargets(likelihood.transformed_targets.mT[:-1], noise.mT[:-1])
+
+
+def check_labels(labels: Tensor, num_classes: int | None = None) -> None:
+    """Raise `InputError` unless ``labels`` are integers `[N]` from 0 to C - 1, with C >= 2 and N >= 1."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels must be integers, got {labels.dtype}: pass labels.long().")
     if labels.dim() != 1 or not labels.numel():
@@ -53,5 +117,3 @@ def one_hot_targets(labels: Tensor, num_classes: int | None = None, dtype: torch
     if least < 0 or largest >= classes:
         wrong = least if least < 0 else largest
         raise InputError(f"labels has class {wrong}, but num_classes={classes} allows 0 to {classes - 1} only.")
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    return functional.one_hot(labels.long(), classes).to(dtype) - 1 / classes

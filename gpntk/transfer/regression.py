@@ -1,75 +1,75 @@
-"""Transfer learning in closed form: freeze a source network, fit a GP to what it leaves unexplained, predict.
+"""Regression on a target task with a frozen source network: tensors in, tensors out.
 
-    y = m(x) + g(x) + noise,    g ~ GP(0, s J(x) S J(x')ᵀ)
+    y = m(x) + g(x) + noise,    g ~ GP(0, K)
 
-With m(x) = f(x; w*), this is Bayesian linear regression in the tangent space of the network at its pretrained weights.
+With m(x) = f(x; w*) and K(x, x') = s J(x) J(x')ᵀ this is Bayesian linear regression in the tangent space of the network
+at its pretrained weights. A stationary kernel, added to K, stands for what that space cannot say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Literal, NamedTuple, final
+from collections.abc import Mapping
+from typing import final
 
-import gpytorch
 import torch
-from gpytorch.distributions import MultivariateNormal
 from torch import Tensor, nn
 
-from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
-from gpntk.inference import Features, SpectralFit, SpectralMarginalLikelihood
 from gpntk.inference.features import draw
-from gpntk.kernels import NTKKernel
-from gpntk.models import TangentGP
 from gpntk.network import FrozenNetwork
+from gpntk.transfer.components import StationaryForm
+from gpntk.transfer.dense import DenseGP, Prediction
+from gpntk.transfer.hyperparameters import Draws, Treatment
+from gpntk.transfer.noise import relative_noise
+from gpntk.transfer.prior import (
+    RESIDUAL,
+    TARGET,
+    Candidate,
+    Comparison,
+    KernelChoice,
+    MeanChoice,
+    PriorBuilder,
+    StationaryInputs,
+    check_choices,
+    preferred,
+    units_of,
+)
+from gpntk.transfer.tangent import TangentRegression
 
-MeanChoice = Literal["network", "constant", "zero"]
-
-# Largest matrix, min(N*C, P), whose eigendecomposition serves a fit; one of this size took 13 s on two cores.
-SPECTRAL_LIMIT = 5_000
-# Rows predicted at once when only their means and variances are wanted.
+# Hyperparameters are averaged over up to so many labels; beyond, their posterior is narrow and its draws are dear.
+AVERAGE_LIMIT = 300
+# Labels up to which sums of kernels are the default: one factorisation of this size took 0.1 s on two cores.
+DENSE_LIMIT = 2_000
+# Labels up to which they are possible.
+LARGEST_DENSE = 10_000
 _PREDICTION_ROWS = 512
-
-
-def freeze(
-    network: nn.Module,
-    parameters: ParameterSelection = None,
-    input_shape: Sequence[int] | None = None,
-    extract: Extract | None = None,
-) -> FrozenNetwork:
-    """The network frozen where it is, as a pure function of the selected parameters; see `FrozenNetwork`.
-
-    Example:
-        >>> import torch, gpntk
-        >>> gpntk.freeze(torch.nn.Linear(3, 2), parameters="*bias").num_params
-        2
-    """
-    return FrozenNetwork(network, parameters, input_shape, extract)
-
-
-class Prediction(NamedTuple):
-    """A Gaussian prediction: mean `[N*C]`, and a variance `[N*C]` or covariance `[N*C, N*C]`, rows n*C + c."""
-
-    mean: Tensor
-    spread: Tensor
 
 
 @final
 class TransferGP:
-    """A GP for the target task on top of a frozen source network: tensors in, tensors out.
+    """A GP for the target task on top of a frozen source network.
 
     `TransferRegressor` is its scikit-learn face; use this one for tensors on any device.
 
     Args:
         network: The source network, frozen.
         x: Inputs of the target task `[N, D]`.
-        y: Targets `[N, C]`, C the network's number of outputs.
-        mean: Prior mean: the network's own output, a constant per output (by generalised least squares), or zero.
+        y: Targets `[N, C]`; NaN where missing.
+        mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's, or a
+            constant under a new head.
+        kernel: The tangent kernel ``"ntk"``, that of the readout ``"nngp"``, a stationary one, the sum
+            ``"ntk+stationary"``, or ``"auto"``: of all these, the one with the largest evidence.
+        num_outputs: C, if the readout is to be replaced by a fresh one; None to keep it.
         layer_variances: Learn one prior variance per layer instead of one for all.
+        stationary: Form of the stationary kernel.
+        stationary_inputs: Whether it compares inputs or the features that enter the readout.
+        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first up
+            to 300 labels. Or a mapping of names to values that are known, in units of the residuals' mean square.
+        known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
+        noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
 
     Raises:
-        InputError: The targets do not have the network's number of outputs.
+        InputError: The targets do not have the right number of outputs, or a choice does not exist.
 
     Example:
         >>> import torch, gpntk
@@ -86,118 +86,319 @@ class TransferGP:
     """
 
     def __init__(
-        self, network: FrozenNetwork, x: Tensor, y: Tensor, mean: MeanChoice = "network", layer_variances: bool = False
+        self,
+        network: FrozenNetwork,
+        x: Tensor,
+        y: Tensor,
+        *,
+        mean: MeanChoice = "auto",
+        kernel: KernelChoice = "auto",
+        num_outputs: int | None = None,
+        layer_variances: bool = False,
+        stationary: StationaryForm = "rbf",
+        stationary_inputs: StationaryInputs | None = None,
+        hyperparameters: Treatment | Mapping[str, float] = "auto",
+        known_noise: Tensor | None = None,
+        noise_network: nn.Module | None = None,
     ) -> None:
-        outputs = network.num_outputs(x)
+        check_choices(kernel, mean, num_outputs is not None)
+        outputs = network.num_outputs(x) if num_outputs is None else num_outputs
         if y.shape != (x.shape[0], outputs):
             raise InputError(
                 f"y has shape {tuple(y.shape)}, but {x.shape[0]} rows and a network with {outputs} output(s) need "
-                f"{(x.shape[0], outputs)}: give one column of y per output of the network."
+                f"{(x.shape[0], outputs)}: give one column of y per output of the network, or num_outputs for a new "
+                "head."
             )
-        self._network, self._mean = network, mean
-        self._outputs = outputs
+        if y.isnan().all():
+            raise InputError("y has only missing values (NaN): give at least one label.")
+        self.network, self.x, self.y, self.num_outputs = network, x, y, outputs
+        self.mean: MeanChoice = ("network" if num_outputs is None else "constant") if mean == "auto" else mean
+        self._kernel: KernelChoice = kernel
+        self.known_noise, self._noise_network = known_noise, noise_network
+        self._fresh, self._layer_variances = num_outputs is not None, layer_variances
+        self._form: StationaryForm = stationary
+        self._stationary_inputs: StationaryInputs | None = stationary_inputs
+        self._treatment = hyperparameters
         with torch.no_grad():
-            residual = y - self._offset(x)
-            centered = residual - residual.mean(0) if mean == "constant" else residual
-            # The GP sees targets of order one; a single factor for all outputs keeps their prior covariance.
-            spread = centered.square().mean().sqrt()
-        self._unit = spread if spread > 0 else torch.ones_like(spread)
-        kernel = NTKKernel(network, layer_variances=layer_variances)
-        targets = residual / self._unit
-        self._x, self._targets = x, targets.squeeze(-1) if outputs == 1 else targets
-        self._gp = TangentGP(x, self._targets, kernel, constant_mean=mean == "constant").eval()
-        size = min(targets.numel(), network.num_params)
-        self._spectral_only = not layer_variances and size <= SPECTRAL_LIMIT
+            offset = self._offset(x)
+            self.centre = y.nanmean(0) if self.mean == "constant" else y.new_zeros(outputs)
+            residual = y - offset - self.centre
+            self.units = units_of(y, residual)
+        self.comparison: Comparison | None = None
+        self._engine: DenseGP | TangentRegression
+        self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
+        self._always_dense = False
 
-    def fit(self) -> float:
-        """Maximise the marginal likelihood over scale, noise and constants; return it in nats, in the units of y.
-
-        With a single scale and min(N*C, P) up to 5,000, by one eigendecomposition: exact and global. Else L-BFGS from
-        that solution on (at most 5,000 rows of) the data, with the log-determinant as exact as the solver's.
-        """
-        fit = self._spectral_fit()
-        self._gp.set_hyperparameters(fit.scale, fit.noise, fit.coefficients)
-        value = fit.log_marginal_likelihood
-        if not self._spectral_only:
-            with self._settings():
-                value = self._gp.fit()
-        return value - self._targets.numel() * self._unit.log().item()
-
-    def predict(self, x: Tensor, covariance: bool = False, observation_noise: bool = True) -> Prediction:
-        """Posterior at x `[N, D]`: mean, and variances or covariance, of y (or of the noise-free function)."""
-        if covariance:
-            distribution = self._posterior(x)
-            spread = distribution.covariance_matrix
-            noise = torch.eye(spread.shape[-1], dtype=x.dtype, device=x.device)
-            return self._in_units(x, distribution, spread, noise, observation_noise)
-        parts = []
-        for rows in x.split(_PREDICTION_ROWS):
-            distribution = self._posterior(rows)
-            # Rounding can leave the variance of a training point a hair below zero.
-            variance = distribution.lazy_covariance_matrix.diagonal().clamp_min(0)
-            parts.append(self._in_units(rows, distribution, variance, torch.ones_like(variance), observation_noise))
-        return Prediction(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+    # --- fitting -----------------------------------------------------------------------------------------------
 
     @property
-    def scale(self) -> Tensor:
-        """s, the prior variance of the weights in the units of y (one per layer `[L]` with ``layer_variances``)."""
-        return self._gp.scale.detach() * self._unit.square()
+    def num_labels(self) -> int:
+        """How many labels there are, those that are missing left out."""
+        return int((~self.y.isnan()).sum())
+
+    def fit(self) -> float:
+        """Choose the kernel and infer its hyperparameters; returns the log marginal likelihood of the best ones.
+
+        In nats, in the units of y.
+        """
+        if self._goes_spectral():
+            # One unit for all outputs: the network's own prior covariance between them stays.
+            self.units = torch.full_like(self.units, _root_mean_square(self._residual()))
+            tangent = self._network_of(Candidate(self._kernel if self._kernel == "nngp" else "ntk"))
+            constant = self.mean == "constant"
+            targets = self._residual() / self.units
+            engine = TangentRegression(tangent, self.x, targets, constant, self._layer_variances)
+            self._engine = engine
+            self._log_evidence = engine.fit()
+            return self._log_evidence - self._log_units()
+        candidate = self._choose()
+        engine = self._dense(candidate)
+        start = None if self._screened is None else self._screened.best
+        draws = engine.fit(self._averages(self.num_labels), self._fixed, start)
+        self._engine, self._log_evidence = engine, draws.log_evidence
+        with torch.no_grad():
+            return engine.log_likelihood(draws.best).item() - self._log_units()
+
+    @property
+    def chosen(self) -> Candidate:
+        """The kernel in use."""
+        if self.comparison is not None:
+            return self.comparison.chosen
+        kernel: KernelChoice = "ntk" if self._kernel == "auto" else self._kernel
+        return Candidate(kernel, self._stationary_inputs or "inputs")
+
+    # --- predictions -------------------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor, covariance: bool = False, observation_noise: bool = True) -> Prediction:
+        """Posterior at x `[M, D]`: mean, and variances or covariance, of y (or of the noise-free function)."""
+        with torch.no_grad():
+            if covariance:
+                return self._in_units(x, self._engine.predict(x, covariance=True), observation_noise)
+            parts = [
+                self._in_units(rows, self._engine.predict(rows), observation_noise)
+                for rows in x.split(_PREDICTION_ROWS)
+            ]
+            return Prediction(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+
+    def leave_one_out(self) -> Prediction | None:
+        """Mean and variance of each label `[N*C]` given the others, in closed form; None beyond what is dense."""
+        if not isinstance(self._engine, DenseGP):
+            return None
+        with torch.no_grad():
+            return self._back(self.x, self._engine.leave_one_out())
+
+    def condition_on(self, x: Tensor, y: Tensor, known_noise: Tensor | None = None) -> TransferGP:
+        """The posterior given more labels as well, hyperparameters as they are."""
+        grown = TransferGP.__new__(TransferGP)
+        grown.__dict__ = {**self.__dict__}
+        targets = (y - self._offset(x) - self.centre) / self.units
+        if isinstance(self._engine, DenseGP):
+            known = None if known_noise is None else known_noise / self.units.square()
+            grown._engine = self._engine.condition_on(x, targets, self._relative_noise(x), known)
+        else:
+            grown._engine = self._engine.condition_on(x, targets)
+        grown.x, grown.y = torch.cat([self.x, x]), torch.cat([self.y, y])
+        if self.known_noise is not None or known_noise is not None:
+            old, new = (
+                torch.zeros_like(targets) if noise is None else noise
+                for targets, noise in ((self.y, self.known_noise), (y, known_noise))
+            )
+            grown.known_noise = torch.cat([old, new])
+        return grown
 
     @property
     def noise(self) -> Tensor:
-        """Noise variance, in the units of y squared."""
-        return self._gp.noise.detach() * self._unit.square()
+        """Noise variance of each output `[C]`, in the units of y squared."""
+        return self._engine.noise_variance() * self.units.square()
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Their values by name, in units of the residuals' mean square; those of the largest weight."""
+        if isinstance(self._engine, TangentRegression):
+            return self._engine.hyperparameters()
+        assert self._engine.draws is not None
+        names = [hyperparameter.name for hyperparameter in self._engine.hyperparameters]
+        return dict(zip(names, self._engine.draws.best.exp().tolist(), strict=True))
+
+    def effective_parameters(self) -> float | None:
+        """tr K (K + D)⁻¹; None beyond what is dense."""
+        with torch.no_grad():
+            return self._engine.effective_parameters() if isinstance(self._engine, DenseGP) else None
+
+    # --- for reports -------------------------------------------------------------------------------------------
+
+    @property
+    def log_evidence(self) -> float:
+        """Log evidence, hyperparameters integrated out (or, for a tangent kernel alone, at their maximum), in nats."""
+        return self._log_evidence - self._log_units()
+
+    @property
+    def has_readout(self) -> bool:
+        """Whether the network ends in a linear readout."""
+        return Candidate("nngp") in self._builder(self.x).candidates()
+
+    def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferGP:
+        """Another prior, fitted to some rows, hyperparameters at their maximum."""
+        known = None if self.known_noise is None else self.known_noise[rows]
+        other = TransferGP(
+            self.network,
+            self.x[rows],
+            self.y[rows],
+            mean=mean,
+            kernel=candidate.kernel,
+            num_outputs=self.num_outputs if self._fresh else None,
+            layer_variances=self._layer_variances,
+            stationary=self._form,
+            stationary_inputs=candidate.stationary_inputs,
+            hyperparameters="maximum",
+            known_noise=known,
+            noise_network=self._noise_network,
+        )
+        other._always_dense = True
+        other.fit()
+        return other
+
+    def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the prior mean leaves unexplained, in units, and the tangent kernel there, up to a factor."""
+        residual = (self._residual() / self.units)[rows].nan_to_num(0.0)
+        prior = self._builder(self.x).build(Candidate("ntk"))
+        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
+        kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
+        return (residual if prior.shared else residual.reshape(-1)), kernel
+
+    # --- files -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Hyperparameters by name, for `load_state`."""
-        return {name: tensor.detach().clone() for name, tensor in self._gp.state_dict().items()}
+        """What `fit` has learned, by name, for `load_state`."""
+        own = {"units": self.units, "centre": self.centre}
+        if isinstance(self._engine, TangentRegression):
+            return own | {f"gp.{name}": t.detach().clone() for name, t in self._engine.gp.state_dict().items()}
+        assert self._engine.draws is not None
+        return own | {"draws.logs": self._engine.draws.logs, "draws.weights": self._engine.draws.weights}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the hyperparameters of another `TransferGP` on the same data and network."""
-        self._gp.load_state_dict(state)
-        self._gp.eval()
+    def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
+        """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
+        self.units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
+        if "draws.logs" in state:
+            self.comparison = Comparison(chosen, {})
+            engine = self._dense(chosen)
+            engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan")))
+            self._engine = engine
+            return
+        targets = self._residual() / self.units
+        network = self._network_of(chosen)
+        tangent = TangentRegression(network, self.x, targets, self.mean == "constant", self._layer_variances)
+        tangent.gp.load_state_dict({k.removeprefix("gp."): t for k, t in state.items() if k.startswith("gp.")})
+        tangent.gp.eval()
+        self._engine = tangent
 
     # --- private -----------------------------------------------------------------------------------------------
 
+    def _goes_spectral(self) -> bool:
+        """Whether a single tangent kernel at the maximum of its marginal likelihood is what is wanted."""
+        plain = self.known_noise is None and self._noise_network is None and not self.y.isnan().any()
+        free = self._fixed is None and not self._fresh and not self._always_dense
+        tangent = self._kernel in ("ntk", "nngp")
+        if plain and free and tangent:
+            return not self._averages(self.num_labels)
+        size = self.y.numel()
+        if self._kernel == "auto" and size > DENSE_LIMIT and plain and free:
+            return True
+        if size > LARGEST_DENSE:
+            raise InputError(
+                f"{size} labels are more than the {LARGEST_DENSE} that a sum of kernels, known or missing labels' "
+                "noise, a new head or given hyperparameters allow: use kernel='ntk' without these, or fewer labels."
+            )
+        return False
+
+    def _averages(self, labels: int) -> bool:
+        if self._treatment in ("average", "maximum"):
+            return self._treatment == "average"
+        return labels <= AVERAGE_LIMIT
+
+    def _choose(self) -> Candidate:
+        self._screened: Draws | None = None
+        builder = self._builder(self.x)
+        candidates = builder.candidates() if self._kernel == "auto" else [self.chosen]
+        if len(candidates) == 1:
+            return candidates[0]
+        rows = self._screening_rows()
+        fits = {candidate: self._dense(candidate, rows).fit(average=False) for candidate in candidates}
+        chosen = preferred({candidate: draws.log_evidence for candidate, draws in fits.items()})
+        self._screened = fits[chosen]
+        shift = self._log_units(rows)
+        self.comparison = Comparison(chosen, {str(c): draws.log_evidence - shift for c, draws in fits.items()})
+        return chosen
+
+    def _screening_rows(self) -> Tensor:
+        """Rows on which kernels are compared: all, or as many as make 300 labels."""
+        rows, most = len(self.x), max(1, AVERAGE_LIMIT // self.num_outputs)
+        return torch.arange(rows) if rows <= most else draw(rows, most, seed=0)
+
+    def _builder(self, x: Tensor) -> PriorBuilder:
+        medians = RESIDUAL if self.mean == "network" else TARGET
+        outputs = self.num_outputs if self._fresh else None
+        constant = self.mean == "constant"
+        return PriorBuilder(
+            self.network,
+            x,
+            num_outputs=outputs,
+            layer_variances=self._layer_variances,
+            form=self._form,
+            medians=medians,
+            constant=constant,
+            units=self.units,
+        )
+
+    def _dense(self, candidate: Candidate, rows: Tensor | None = None) -> DenseGP:
+        rows = torch.arange(len(self.x)) if rows is None else rows
+        rows = rows.to(self.x.device)
+        x, medians = self.x[rows], RESIDUAL if self.mean == "network" else TARGET
+        # Units of the inputs are those of all rows, so that hyperparameters of some rows mean the same for all.
+        prior = self._builder(self.x).build(candidate)
+        known = None if self.known_noise is None else (self.known_noise / self.units.square())[rows]
+        targets = (self._residual() / self.units)[rows]
+        noise = (medians.noise, medians.noise_spread)
+        return DenseGP(prior, x, targets, noise, relative_noise=self._relative_noise(x), known_noise=known)
+
+    def _network_of(self, candidate: Candidate) -> FrozenNetwork:
+        if candidate.kernel != "nngp":
+            return self.network
+        return FrozenNetwork(self.network.thaw(), "readout", self.network.input_shape, self.network.extract)
+
+    def _relative_noise(self, x: Tensor) -> Tensor | None:
+        return None if self._noise_network is None else relative_noise(self._noise_network, x, self.num_outputs)
+
     def _offset(self, x: Tensor) -> Tensor:
         """What the GP need not explain `[N, C]`."""
-        if self._mean == "network":
-            return self._network(x)
-        return torch.zeros(x.shape[0], self._outputs, dtype=x.dtype, device=x.device)
+        if self.mean == "network":
+            with torch.no_grad():
+                return self.network(x)
+        return torch.zeros(x.shape[0], self.num_outputs, dtype=x.dtype, device=x.device)
 
-    def _spectral_fit(self) -> SpectralFit:
-        x, targets = self._x, self._targets
-        most = max(1, SPECTRAL_LIMIT // self._outputs)
-        if x.shape[0] > most and self._network.num_params > SPECTRAL_LIMIT:
-            chosen = draw(x.shape[0], most, seed=0).to(x.device)
-            x, targets = x[chosen], targets[chosen]
-        features = Features(NTKKernel(self._network).backend, x)
-        basis = None
-        if self._mean == "constant":
-            basis = torch.eye(self._outputs, dtype=x.dtype, device=x.device).repeat(x.shape[0], 1)
-        with torch.no_grad():
-            likelihood = SpectralMarginalLikelihood.from_features(features, targets.reshape(-1), basis)
-        return likelihood.maximize(self._gp.min_noise)
+    def _residual(self) -> Tensor:
+        return self.y - self._offset(self.x) - self.centre
 
-    def _posterior(self, x: Tensor) -> MultivariateNormal:
-        with torch.no_grad(), self._settings():
-            distribution = self._gp(x)
-            assert isinstance(distribution, MultivariateNormal)
-            return distribution
+    def _log_units(self, rows: Tensor | None = None) -> float:
+        """Sum over labels of the logarithm of their unit: what a density gains by being measured in it."""
+        seen = ~self.y.isnan() if rows is None else ~self.y[rows.to(self.y.device)].isnan()
+        return float((seen * self.units.log()).sum())
 
-    def _in_units(
-        self, x: Tensor, distribution: MultivariateNormal, spread: Tensor, noise: Tensor, observation_noise: bool
-    ) -> Prediction:
-        with torch.no_grad():
-            mean = self._offset(x).reshape(-1) + self._unit * distribution.mean.reshape(-1)
-            spread = spread + noise * self._gp.noise if observation_noise else spread
-            return Prediction(mean, spread * self._unit.square())
+    def _back(self, x: Tensor, prediction: Prediction) -> Prediction:
+        """A prediction of residuals in units, as one of y; x `[M, D]`."""
+        units = self.units.repeat(len(x))
+        spread = prediction.spread * (units.square() if prediction.spread.dim() == 1 else torch.outer(units, units))
+        offset = (self._offset(x) + self.centre).reshape(-1)
+        return Prediction(offset + units * prediction.mean, spread)
 
-    @staticmethod
-    def _settings() -> ExitStack:
-        """What the hosts' process-wide settings must not change here: importing botorch does."""
-        stack = ExitStack()
-        stack.enter_context(gpytorch.settings.fast_computations(True, True, True))
-        stack.enter_context(gpytorch.settings.fast_pred_var(False))
-        stack.enter_context(gpytorch.settings.debug(False))  # predicting at the training inputs is no mistake here
-        return stack
+    def _in_units(self, x: Tensor, prediction: Prediction, observation_noise: bool) -> Prediction:
+        mean, spread = prediction
+        if observation_noise:
+            relative = self._relative_noise(x)
+            noise = torch.ones_like(mean) if relative is None else relative.reshape(-1)
+            noise = self._engine.noise_variance() * noise
+            spread = spread + (noise if spread.dim() == 1 else noise.diag())
+        return self._back(x, Prediction(mean, spread))
+
+
+def _root_mean_square(residual: Tensor) -> float:
+    return residual.square().mean().sqrt().item() or 1.0

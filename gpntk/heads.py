@@ -1,0 +1,95 @@
+"""What is left of a network without its readout, for tasks whose outputs are others than the network's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from gpntk.errors import NetworkError
+from gpntk.selection import readout_name
+
+
+@final
+class Body(nn.Module):
+    """h(x) `[N, H]`, what enters the readout (the last registered layer, a ``Linear``) of a network.
+
+    With ``num_directions`` it returns R random sums Σ_j ±h_j(x) / √H instead. The mean over directions of their tangent
+    kernels is an unbiased estimate of (1/H) Σ_j of those of h_j, the kernel that a fresh readout of random weights
+    gives to all layers below it.
+
+    Args:
+        network: The network, which is copied.
+        num_directions: R; None for h itself.
+        seed: Of the signs.
+
+    Raises:
+        NetworkError: The last layer is no ``Linear``, is not reached, or sees more than one vector per input.
+
+    Example:
+        >>> import torch
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> Body(network)(torch.zeros(5, 3)).shape, Body(network, num_directions=4)(torch.zeros(5, 3)).shape
+        (torch.Size([5, 8]), torch.Size([5, 4]))
+    """
+
+    directions: Tensor | None
+
+    def __init__(self, network: nn.Module, num_directions: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        name = readout_name(network)
+        readout = network.get_submodule(name)
+        if not isinstance(readout, nn.Linear):
+            raise NetworkError(
+                f"the last layer, {name or 'the network itself'!r}, is a {type(readout).__name__}: a new head replaces "
+                "a Linear. Pass a module whose last registered layer is the Linear to be replaced."
+            )
+        self.recorder = _Recorder(readout.out_features)
+        self.network = _replaced(copy.deepcopy(network), name, self.recorder)
+        self.training = network.training
+        directions = None
+        if num_directions is not None:
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(2, (readout.in_features, num_directions), generator=generator) * 2 - 1
+            directions = signs.to(readout.weight) / readout.in_features**0.5
+        self.register_buffer("directions", directions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """h(x) `[N, H]`, or its projections `[N, R]`."""
+        self.recorder.inputs.clear()
+        self.network(x)
+        if len(self.recorder.inputs) != 1:
+            raise NetworkError(f"the readout runs {len(self.recorder.inputs)} times per input: a new head needs once.")
+        hidden = self.recorder.inputs.pop()
+        if hidden.dim() != 2:
+            raise NetworkError(
+                f"the readout sees {tuple(hidden.shape)} for {x.shape[0]} inputs, but a new head needs one vector "
+                "each: pass a module that selects it (the last token, say) before its last layer."
+            )
+        return hidden if self.directions is None else hidden @ self.directions
+
+
+class _Recorder(nn.Module):
+    """Stands where the readout stood: remembers what comes in, and lets zeros out."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.inputs: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.inputs.append(hidden)
+        return hidden.new_zeros(*hidden.shape[:-1], self.num_outputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "inputs": []}
+
+
+def _replaced(network: nn.Module, name: str, by: nn.Module) -> nn.Module:
+    if not name:
+        return by
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, by)
+    return network

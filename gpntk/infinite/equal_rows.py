@@ -1,0 +1,61 @@
+"""Which rows of two matrices are the same, without a copy of either."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Numbers of a matrix that are copied at a time.
+_ENTRIES = 2**15
+
+
+@torch.no_grad()
+def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """A number for every row of x1 `[N, D]` and x2 `[M, D]`, the same for equal rows and no others."""
+    hashes = _hashes(x1) if x2 is x1 else torch.cat([_hashes(x1), _hashes(x2)])
+    values, order = hashes.sort()
+    differs = torch.ones_like(values, dtype=torch.bool)
+    differs[1:] = values[1:] != values[:-1]
+    # Equal hashes are no proof.
+    for places in (~differs).nonzero().squeeze(1).split(_rows_at_once(x1)):
+        one, two = (_rows(x1, x2, order[at]) for at in (places - 1, places))
+        differs[places] = (one != two).any(1)
+    numbers = torch.empty_like(order)
+    numbers[order] = differs.cumsum(0)
+    return numbers[: len(x1)], numbers if x2 is x1 else numbers[len(x1) :]
+
+
+def equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, Tensor] | bool:
+    """Indices of all pairs of equal numbers, `[E]` each; False if there are none."""
+    values, order = numbers2.sort()
+    start = torch.searchsorted(values, numbers1)
+    counts = torch.searchsorted(values, numbers1, right=True).sub_(start)
+    total = int(counts.sum())
+    if not total:
+        return False
+    first = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
+    ends = counts.cumsum(0)
+    place = torch.arange(total, device=counts.device) + (start - ends + counts)[first]
+    return first, order[place]
+
+
+def _hashes(x: Tensor) -> Tensor:
+    """Of the bits of every row `[N]`, by arithmetic modulo 2**64, which does not round."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    words = x.shape[1] * exact.itemsize // 4
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator).to(x.device)
+    # A negative zero becomes a positive one.
+    parts = [((part.to(exact) + 0.0).view(torch.int32) * factors).sum(1) for part in x.split(_rows_at_once(x))]
+    return torch.cat(parts)
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return max(1, _ENTRIES // max(1, x.shape[1]))
+
+
+def _rows(x1: Tensor, x2: Tensor, index: Tensor) -> Tensor:
+    """Of x1, and from its end on of x2."""
+    rows, beyond = x1[index.clamp(max=len(x1) - 1)], index >= len(x1)
+    rows[beyond] = x2[index[beyond] - len(x1)]
+    return rows

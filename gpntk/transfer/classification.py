@@ -1,0 +1,304 @@
+"""Classification on a target task with a frozen source network: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpntk.errors import InputError
+from gpntk.inference.features import draw
+from gpntk.models import Link, probabilities
+from gpntk.models.classification import check_labels
+from gpntk.network import FrozenNetwork
+from gpntk.transfer.components import StationaryForm
+from gpntk.transfer.dense_dirichlet import DenseDirichlet
+from gpntk.transfer.dense_laplace import DenseLaplace
+from gpntk.transfer.hyperparameters import Draws, Treatment
+from gpntk.transfer.prior import (
+    LOGITS,
+    RESIDUAL_LOGITS,
+    Candidate,
+    Comparison,
+    KernelChoice,
+    MeanChoice,
+    Medians,
+    PriorBuilder,
+    StationaryInputs,
+    check_choices,
+    preferred,
+)
+from gpntk.transfer.variational import Variational
+
+# Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.
+FULL_LIMIT = 300
+# Inputs up to which Laplace's method is the default, and up to which methods that factorise are possible.
+LAPLACE_LIMIT = 2_000
+LARGEST_DENSE = 5_000
+_SCREENED = 100
+_PREDICTION_ROWS = 512
+
+
+Method = Literal["auto", "laplace", "dirichlet", "variational"]
+"""How the posterior is approximated; ``"auto"`` is Laplace's method up to 2,000 inputs, then the variational one."""
+
+
+@final
+class TransferClassification:
+    """Class probabilities for the target task on top of a frozen source network: a GP over logits.
+
+        p(class k | x) = softmax_k(f(x)),   f ~ GP(f(x; w*), K)
+
+    `TransferClassifier` is its scikit-learn face.
+
+    Args:
+        network: The source network, frozen; its outputs are logits.
+        x: Inputs of the target task `[N, D]`.
+        labels: Classes `[N]`, integers from 0 to K - 1.
+        num_classes: K.
+        fresh: Whether the readout is replaced by a fresh one with K outputs, because the network's mean other classes.
+        mean: Prior mean of the logits: the network's own, or zero. ``"auto"`` is the
+            network's, or zero under a fresh head.
+        kernel: As for `TransferGP`.
+        layer_variances: Learn one prior variance per layer instead of one for all.
+        stationary: Form of the stationary kernel.
+        stationary_inputs: Whether it compares inputs or the features that enter the readout.
+        hyperparameters: As for `TransferGP`; ``"auto"`` averages.
+        method: See `Method`.
+
+    Raises:
+        InputError: Labels are out of range, or the network has not K outputs (or one, for K = 2).
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()
+        >>> x = torch.rand(12, 2, dtype=torch.float64)
+        >>> model = TransferClassification(gpntk.freeze(network), x, x.argmax(-1), num_classes=2, fresh=True)
+        >>> evidence = model.fit()
+        >>> model.predict(x[:4]).shape
+        torch.Size([4, 2])
+
+    References:
+        Immer, Korzepa and Bauer (2021), Improving predictions of Bayesian neural nets via local linearization,
+        https://arxiv.org/abs/2008.08400.
+        Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, chapter 3.
+    """
+
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        x: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        fresh: bool = False,
+        mean: MeanChoice = "auto",
+        kernel: KernelChoice = "auto",
+        layer_variances: bool = False,
+        stationary: StationaryForm = "rbf",
+        stationary_inputs: StationaryInputs | None = None,
+        hyperparameters: Treatment | Mapping[str, float] = "auto",
+        method: Method = "auto",
+    ) -> None:
+        check_choices(kernel, mean, fresh)
+        check_labels(labels, num_classes)
+        outputs = network.num_outputs(x)
+        if not fresh and not (outputs == num_classes or (outputs == 1 and num_classes == 2)):
+            raise InputError(
+                f"num_classes={num_classes}, but the network has {outputs} output(s): give fresh=True for a new head."
+            )
+        if method not in ("auto", "laplace", "dirichlet", "variational"):
+            raise InputError(f"method={method!r}: choose 'auto', 'laplace', 'dirichlet' or 'variational'.")
+        self.method: Method = ("laplace" if len(x) <= LAPLACE_LIMIT else "variational") if method == "auto" else method
+        if len(x) > LARGEST_DENSE and self.method != "variational":
+            raise InputError(
+                f"{len(x)} inputs are more than the {LARGEST_DENSE} that method={method!r} allows: use "
+                "method='variational', or fewer inputs."
+            )
+        self.network, self.x, self.labels, self.num_classes = network, x, labels, num_classes
+        # A fresh head has a logit per class, two included.
+        self.num_logits = num_classes if fresh else outputs
+        self.mean: MeanChoice = ("zero" if fresh else "network") if mean == "auto" else mean
+        self._kernel: KernelChoice = kernel
+        self.fresh, self._treatment = fresh, hyperparameters
+        self._layer_variances = layer_variances
+        self._form: StationaryForm = stationary
+        self._stationary_inputs: StationaryInputs | None = stationary_inputs
+        self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
+        self.comparison: Comparison | None = None
+        self.log_evidence = float("nan")
+        self._engine: DenseLaplace | DenseDirichlet | Variational
+
+    def fit(self) -> float:
+        """Choose the kernel and infer its hyperparameters; returns the log evidence at the best ones, in nats.
+
+        That of the method: Laplace's approximation, the density of the transformed labels, or the lower bound.
+        """
+        candidates = self._builder().candidates() if self._kernel == "auto" else [self.chosen]
+        if self.method == "variational":
+            candidates = [c for c in candidates if c.stationary_inputs == "inputs"]
+        start: Tensor | None = None
+        if len(candidates) > 1:
+            rows = torch.arange(len(self.x)) if len(self.x) <= _SCREENED else draw(len(self.x), _SCREENED, seed=0)
+            fits = {c: self._laplace(c, rows, shared=True).fit(average=False) for c in candidates}
+            evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
+            chosen = preferred(evidence)
+            self.comparison = Comparison(chosen, {str(c): value for c, value in evidence.items()})
+            start = fits[chosen].best
+        engine = self._engine = self._make_engine()
+        if isinstance(engine, Variational):
+            self.log_evidence = engine.fit()
+            return self.log_evidence
+        draws = engine.fit(self._averages(), self._fixed, start if self.method == "laplace" else None)
+        self.log_evidence = draws.log_evidence
+        with torch.no_grad():
+            return engine.log_likelihood(draws.best).item()
+
+    @property
+    def chosen(self) -> Candidate:
+        """The kernel in use."""
+        if self.comparison is not None:
+            return self.comparison.chosen
+        return Candidate("ntk" if self._kernel == "auto" else self._kernel, self._stationary_inputs or "inputs")
+
+    def predict(self, x: Tensor, link: Link = "probit") -> Tensor:
+        """Probabilities of the classes at x `[M, D]`: `[M, K]`."""
+        return torch.cat([self._engine.predict(rows, self._offset(rows), link) for rows in x.split(_PREDICTION_ROWS)])
+
+    def leave_one_out(self) -> Tensor | None:
+        """Probabilities of the classes of each input given the other labels `[N, K]`, in closed form.
+
+        None for the variational method.
+        """
+        return None if isinstance(self._engine, Variational) else self._engine.leave_one_out()
+
+    def condition_on(self, x: Tensor, labels: Tensor) -> TransferClassification:
+        """The posterior given more labels as well, hyperparameters as they are."""
+        if isinstance(self._engine, Variational):
+            raise InputError("method='variational' cannot take in more labels: fit anew on all of them.")
+        check_labels(labels, self.num_classes)
+        grown = TransferClassification.__new__(TransferClassification)
+        grown.__dict__ = {**self.__dict__}
+        grown._engine = self._engine.condition_on(x, labels, self._offset(x))
+        grown.x, grown.labels = torch.cat([self.x, x]), torch.cat([self.labels, labels])
+        return grown
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Their values by name; those of the largest weight."""
+        if isinstance(self._engine, Variational):
+            return self._engine.values()
+        assert self._engine.draws is not None
+        names = [hyperparameter.name for hyperparameter in self._engine.hyperparameters]
+        return dict(zip(names, self._engine.draws.best.exp().tolist(), strict=False))
+
+    # --- for reports -------------------------------------------------------------------------------------------
+
+    @property
+    def has_readout(self) -> bool:
+        """Whether the network ends in a linear readout."""
+        return Candidate("nngp") in self._builder().candidates()
+
+    def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferClassification:
+        """Another prior, fitted to some rows, hyperparameters at their maximum."""
+        other = TransferClassification(
+            self.network,
+            self.x[rows],
+            self.labels[rows],
+            self.num_classes,
+            fresh=self.fresh,
+            mean=mean,
+            kernel=candidate.kernel,
+            layer_variances=self._layer_variances,
+            stationary=self._form,
+            stationary_inputs=candidate.stationary_inputs,
+            hyperparameters="maximum",
+            method="laplace",
+        )
+        other.fit()
+        return other
+
+    def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels less the probabilities of the prior mean `[N, K]`, and the tangent kernel there, up to a factor."""
+        prior = self._builder().build(Candidate("ntk"), shared=True)
+        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
+        kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
+        latent = self._offset(self.x[rows])
+        expected = probabilities(latent, torch.zeros_like(latent).diag_embed())
+        return functional.one_hot(self.labels[rows], self.num_classes) - expected, kernel
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """What `fit` has learned, by name, for `load_state`."""
+        if isinstance(self._engine, Variational):
+            return {name: tensor.detach().clone() for name, tensor in self._engine.gp.state_dict().items()}
+        assert self._engine.draws is not None
+        return {"draws.logs": self._engine.draws.logs, "draws.weights": self._engine.draws.weights}
+
+    def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
+        """Take what another `TransferClassification` with the same arguments has learned."""
+        self.comparison = Comparison(chosen, {})
+        self._engine = self._make_engine()
+        if isinstance(self._engine, Variational):
+            self._engine.gp.load_state_dict(dict(state))
+            self._engine.gp.eval()
+            return
+        self._engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan")))
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _averages(self) -> bool:
+        return self._treatment in ("auto", "average")
+
+    def _builder(self) -> PriorBuilder:
+        outputs = self.num_logits if self.fresh else None
+        constant = self.mean == "constant"
+        return PriorBuilder(
+            self.network,
+            self.x,
+            num_outputs=outputs,
+            layer_variances=self._layer_variances,
+            form=self._form,
+            medians=self._medians(),
+            constant=constant,
+        )
+
+    def _medians(self) -> Medians:
+        return RESIDUAL_LOGITS if self.mean == "network" else LOGITS
+
+    def _make_engine(self) -> DenseLaplace | DenseDirichlet | Variational:
+        everything = torch.arange(len(self.x))
+        if self.method == "laplace":
+            return self._laplace(self.chosen, everything)
+        builder = self._builder()
+        if self.method == "dirichlet":
+            prior = builder.build(self.chosen, shared=True)
+            return DenseDirichlet(prior, self.x, self.labels, self._offset(self.x), self.num_classes)
+        mean = self.network if self.mean == "network" else None
+        return Variational(
+            builder.tangents(self.chosen),
+            candidate=self.chosen,
+            form=self._form,
+            mean=mean,
+            x=self.x,
+            labels=self.labels,
+            num_logits=self.num_logits,
+            medians=self._medians(),
+        )
+
+    def _laplace(self, candidate: Candidate, rows: Tensor, shared: bool | None = None) -> DenseLaplace:
+        rows = rows.to(self.x.device)
+        shared = len(self.x) * self.num_logits > FULL_LIMIT if shared is None else shared
+        prior = self._builder().build(candidate, shared)
+        x = self.x[rows]
+        return DenseLaplace(prior, x, self.labels[rows], self._offset(x))
+
+    def _offset(self, x: Tensor) -> Tensor:
+        """The prior mean of the logits `[N, C]`."""
+        if self.mean == "network":
+            with torch.no_grad():
+                return self.network(x)
+        return torch.zeros(x.shape[0], self.num_logits, dtype=x.dtype, device=x.device)

@@ -1,0 +1,185 @@
+"""Hyperparameters from their posterior: its maximum, or draws to average over.
+
+With few labels the marginal likelihood is nearly flat in some directions, and its maximum may take noise for signal or
+signal for noise. A wide prior keeps it in bounds, and an average over the posterior says how little is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from gpntk.errors import InputError, SolveError
+from gpntk.transfer.components import Hyperparameter
+
+Treatment = Literal["auto", "average", "maximum"]
+"""What is done with hyperparameters: averaged over, put at their maximum, or the first up to 300 labels."""
+
+LogDensity = Callable[[Tensor], Tensor]
+"""From the logarithms of the hyperparameters `[H]` to a log density `[]`; -inf where it cannot be computed."""
+
+# Degrees of freedom of the priors: tails that give way when the data disagree.
+_FREEDOM = 4.0
+_DRAWS = 32
+# Draws that matter less than this are left out.
+NEGLIGIBLE = 1e-3
+_STARTS = 2
+
+
+class Draws(NamedTuple):
+    """Weighted draws of the hyperparameters; a single one for their maximum."""
+
+    logs: Tensor
+    """Logarithms `[S, H]`."""
+    weights: Tensor
+    """Positive, with sum one `[S]`."""
+    log_evidence: float
+    """Logarithm of the integral of likelihood times prior over the hyperparameters, in nats."""
+
+    @property
+    def best(self) -> Tensor:
+        """The draw of largest weight `[H]`."""
+        return self.logs[self.weights.argmax()]
+
+
+def log_prior(logs: Tensor, hyperparameters: Sequence[Hyperparameter]) -> Tensor:
+    """Log density of independent Student-t priors on the logarithms of the hyperparameters `[]`."""
+    centre, spread = _priors(hyperparameters)
+    constant = math.lgamma((_FREEDOM + 1) / 2) - math.lgamma(_FREEDOM / 2) - 0.5 * math.log(_FREEDOM * math.pi)
+    scaled = (logs - centre) / spread
+    return (constant - spread.log() - (_FREEDOM + 1) / 2 * torch.log1p(scaled.square() / _FREEDOM)).sum()
+
+
+def infer(
+    log_likelihood: LogDensity,
+    hyperparameters: Sequence[Hyperparameter],
+    average: bool,
+    start: Tensor | None = None,
+    fixed: Mapping[str, float] | None = None,
+) -> Draws:
+    """The posterior of the hyperparameters, given their log likelihood as a differentiable function; float64.
+
+    The maximum is found by L-BFGS from the centre of the prior and from a draw of it (or from ``start`` alone). To
+    average, 32 points of a low-discrepancy sequence are laid out as the Gaussian with the curvature there, and weighted
+    by importance.
+
+    Args:
+        log_likelihood: Of all hyperparameters.
+        hyperparameters: Their names and priors.
+        average: Whether to return several draws or the maximum.
+        start: Where to start from `[H]`.
+        fixed: Values of those that are known, by name.
+
+    Raises:
+        InputError: ``fixed`` names something else, or a value is not positive.
+        SolveError: The likelihood is finite at none of the starts.
+    """
+    known = _known(hyperparameters, fixed or {})
+    free = [h for h, value in zip(hyperparameters, known, strict=True) if value.isnan()]
+    if len(free) < len(known):
+        unknown = known.isnan()
+
+        def complete(logs: Tensor) -> Tensor:
+            return known.masked_scatter(unknown, logs)
+
+        start = None if start is None else start[unknown]
+        draws = infer(lambda logs: log_likelihood(complete(logs)), free, average, start)
+        return draws._replace(logs=torch.stack([complete(logs) for logs in draws.logs]))
+
+    def density(logs: Tensor) -> Tensor:
+        return log_likelihood(logs) + log_prior(logs, hyperparameters)
+
+    if not hyperparameters:
+        empty = torch.zeros(1, 0, dtype=torch.float64)
+        return Draws(empty, empty.new_ones(1), density(empty[0]).item())
+    mode = _maximum(density, hyperparameters, start)
+    precision = _curvature(density, mode)
+    eigenvalues, vectors = torch.linalg.eigh(precision)
+    _, spread = _priors(hyperparameters)
+    # Nowhere wider than twice the widest prior: a flat direction is not known better than before the data.
+    eigenvalues = eigenvalues.clamp_min(0.25 / spread.max().item() ** 2)
+    normalizer = 0.5 * (len(mode) * math.log(2 * math.pi) - eigenvalues.log().sum().item())
+    if not average:
+        return Draws(mode.unsqueeze(0), mode.new_ones(1), density(mode).item() + normalizer)
+    uniform = torch.quasirandom.SobolEngine(len(mode), scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
+    standard = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    low, high = _bounds(hyperparameters)
+    logs = (mode + (standard * eigenvalues.rsqrt()) @ vectors.mT).clamp(low, high)
+    proposal = -0.5 * standard.square().sum(-1) - normalizer
+    with torch.no_grad():
+        ratios = torch.stack([density(point) for point in logs]) - proposal
+    weights = ratios.softmax(0)
+    log_evidence = ratios.logsumexp(0).item() - math.log(_DRAWS)
+    kept = weights > NEGLIGIBLE
+    return Draws(logs[kept], weights[kept] / weights[kept].sum(), log_evidence)
+
+
+def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]) -> Tensor:
+    """Logarithms of the values in ``fixed``, NaN for the others `[H]`."""
+    names = [hyperparameter.name for hyperparameter in hyperparameters]
+    for name, value in fixed.items():
+        if name not in names:
+            raise InputError(f"hyperparameters has {name!r}, but those of this model are {', '.join(names)}.")
+        if not value > 0:
+            raise InputError(f"hyperparameters[{name!r}] = {value}: give a positive number.")
+    return torch.tensor([fixed.get(name, math.nan) for name in names], dtype=torch.float64).log()
+
+
+def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> Tensor:
+    low, high = (bound.numpy() for bound in _bounds(hyperparameters))
+
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+        value = density(logs)
+        if not torch.isfinite(value):
+            return 1e25, np.zeros_like(point)
+        (gradient,) = torch.autograd.grad(-value, logs)
+        return -value.item(), gradient.numpy()
+
+    results = [
+        minimize(loss, point, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)))
+        for point in _starting_points(hyperparameters, start)
+    ]
+    best = min(results, key=lambda result: result.fun)
+    if best.fun >= 1e25:
+        raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
+    return torch.tensor(best.x, dtype=torch.float64)
+
+
+def _starting_points(hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> list[np.ndarray]:
+    if start is not None:
+        return [start.numpy()]
+    centre, spread = _priors(hyperparameters)
+    generator = torch.Generator().manual_seed(0)
+    shifts = torch.randn(_STARTS - 1, len(centre), generator=generator, dtype=torch.float64)
+    return [centre.numpy(), *(centre + shifts * spread).numpy()]
+
+
+def _curvature(density: LogDensity, mode: Tensor) -> Tensor:
+    """Minus the second derivative `[H, H]`, by differences of gradients."""
+    step = 1e-3  # logarithms
+
+    def gradient(logs: Tensor) -> Tensor:
+        logs = logs.detach().requires_grad_()
+        return torch.autograd.grad(-density(logs), logs)[0]
+
+    shifts = step * torch.eye(len(mode), dtype=torch.float64)
+    curvature = torch.stack([(gradient(mode + shift) - gradient(mode - shift)) / (2 * step) for shift in shifts])
+    curvature = torch.nan_to_num(curvature, nan=0.0, posinf=0.0, neginf=0.0)
+    return (curvature + curvature.mT) / 2
+
+
+def _priors(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
+    centre = torch.tensor([math.log(h.median) for h in hyperparameters], dtype=torch.float64)
+    return centre, torch.tensor([h.spread for h in hyperparameters], dtype=torch.float64)
+
+
+def _bounds(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
+    low, high = torch.tensor([h.bounds for h in hyperparameters], dtype=torch.float64).log().mT
+    return low, high
