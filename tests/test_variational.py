@@ -51,12 +51,14 @@ def test_the_best_gaussian() -> None:
     labels = torch.tensor([0, 1, 0, 1, 1])
     kernel = rbf(0.7, 4.0)
     model = VariationalGP(x, kernel, gpytorch.means.ZeroMean(), num_outputs=1)
-    bound = model.fit(x, labels, epochs=200, num_samples=2048)
+    model.fit(x, labels, epochs=200, num_samples=2048)
+    bound = model._bound(x, labels, torch.randn(200_000, 5, 1, dtype=torch.float64), total=5).item()
     mean, variance, expected = best_gaussian(kernel(x).to_dense().numpy(), labels.numpy())
     latent = model.predict(x)
     np.testing.assert_allclose(latent.mean[:, 0], mean, atol=0.03)
     np.testing.assert_allclose(latent.covariance[:, 0, 0], variance, rtol=0.03)
-    assert bound == pytest.approx(expected, abs=0.02)
+    # The host's jitter and the noise of the steps can only lower it.
+    assert expected - 0.02 < bound < expected + 0.005
 
 
 def test_the_bound_is_below_the_evidence() -> None:

@@ -89,7 +89,7 @@ def dirichlet_targets(
 
     References:
         Milios et al. (2018), Dirichlet-based Gaussian Processes for Large-scale Calibrated Classification,
-        https://arxiv.org/abs/1805.10915, section 3.
+        https://arxiv.org/abs/1805.10915.
     """
     check_labels(labels, num_classes)
     if not alpha_epsilon > 0:

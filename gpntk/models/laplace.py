@@ -132,7 +132,7 @@ class LaplacePosterior:
 
         References:
             Vehtari et al. (2016), Bayesian leave-one-out cross-validation approximations for Gaussian latent variable
-            models, https://arxiv.org/abs/1412.7461, section 3.2 (LA-LOO).
+            models, https://arxiv.org/abs/1412.7461 (there LA-LOO).
         """
         points, outputs = self.mode.shape
         with torch.no_grad():

@@ -62,9 +62,9 @@ def probabilities(
         0
 
     References:
-        MacKay (1992), The Evidence Framework Applied to Classification Networks, section 2.
+        MacKay (1992), The Evidence Framework Applied to Classification Networks.
         Hobbhahn, Kristiadi and Hennig (2022), Fast Predictive Uncertainty for Classification with Bayesian Deep
-        Networks, https://arxiv.org/abs/2003.01227, sections 2 and 3.
+        Networks, https://arxiv.org/abs/2003.01227.
     """
     _check(mean, covariance, link, num_samples)
     if link == "monte_carlo":

@@ -186,7 +186,7 @@ def greedy_inducing_points(x: Tensor, kernel: Kernel, count: int, seed: int = 0)
 
     References:
         Burt, Rasmussen and van der Wilk (2020), Convergence of Sparse Variational Inference in Gaussian Processes
-        Regression, https://arxiv.org/abs/2008.00323, section 4.2.
+        Regression, https://arxiv.org/abs/2008.00323.
     """
     candidates = x[draw(len(x), _CANDIDATES * count, seed).to(x.device)]
     gram = DenseLinearOperator(kernel(candidates).to_dense())

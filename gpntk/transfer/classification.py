@@ -145,7 +145,7 @@ class TransferClassification:
             rows = torch.arange(len(self.x)) if len(self.x) <= _SCREENED else draw(len(self.x), _SCREENED, seed=0)
             fits = {c: self._laplace(c, rows, shared=True).fit(average=False) for c in candidates}
             evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
-            chosen = preferred(evidence)
+            chosen = preferred(evidence, self.fresh)
             self.comparison = Comparison(chosen, {str(c): value for c, value in evidence.items()})
             start = fits[chosen].best
         engine = self._engine = self._make_engine()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpntk.inference.features import draw
-from gpntk.jacobians import AutoBackend
+from gpntk.jacobians import AutoBackend, AverageBackend
 from gpntk.network import FrozenNetwork
 
 StationaryForm = Literal["rbf", "matern"]
@@ -88,10 +88,11 @@ class Tangent(AbstractComponent):
         units: Tensor | None = None,
     ) -> None:
         self.network, self.shared, self._per_layer = network, shared, per_layer
-        self._backend = AutoBackend(network)
-        outputs = network.num_outputs(x)
-        self._outputs = outputs
-        self._inverse_units = torch.ones(outputs, dtype=x.dtype, device=x.device) if units is None else 1 / units
+        # Kernels of single outputs are averaged one after another: no block of C x C outputs is formed.
+        self._backend = AverageBackend(network, AutoBackend) if shared else AutoBackend(network)
+        self._outputs = self._backend.num_outputs(x)
+        ones = torch.ones(self._outputs, dtype=x.dtype, device=x.device)
+        self._inverse_units = ones if units is None or shared else 1 / units
         layers = [layer or "network" for layer, _ in network.layers] if per_layer else [""]
         names = [f"{name} {layer}".strip() for layer in layers]
         self.hyperparameters = tuple(Hyperparameter(name, median / len(names), spread) for name in names)
@@ -101,18 +102,19 @@ class Tangent(AbstractComponent):
     def parts(self, x1: Tensor, x2: Tensor) -> Tensor:
         with torch.no_grad():
             grams = self._backend.gram(x1.unsqueeze(0), x2.unsqueeze(0), self._per_layer)[0] / self._level
+        if self._outputs == 1:
+            return grams * self._outer()
         by_output = grams.unflatten(1, (-1, self._outputs)).unflatten(3, (-1, self._outputs))
-        if self.shared:
-            return by_output.diagonal(dim1=2, dim2=4).mean(-1)
         return by_output.mul_(self._outer()[:, None, :]).flatten(3).flatten(1, 2)
 
     def blocks(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            singles = x.unsqueeze(1)
-            blocks = self._backend.gram(singles, singles, self._per_layer).movedim(1, 0) / self._level
-        if self.shared:
-            return blocks.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        return blocks * self._outer()
+            if self._outputs == 1:
+                blocks = self._backend.diagonal(x.unsqueeze(0), self._per_layer)[0][..., None, None]
+            else:
+                singles = x.unsqueeze(1)
+                blocks = self._backend.gram(singles, singles, self._per_layer).movedim(1, 0)
+        return blocks / self._level * self._outer()
 
     def covariance(self, logs: Tensor, parts: Tensor) -> Tensor:
         return torch.einsum("q,q...->...", logs.exp(), parts)

@@ -76,9 +76,14 @@ class Comparison(NamedTuple):
     log_evidence: dict[str, float]
 
 
-def preferred(log_evidence: Mapping[Candidate, float]) -> Candidate:
-    """The best sum of kernels, unless a single one is better by far: in the sum it is contained."""
+def preferred(log_evidence: Mapping[Candidate, float], fresh: bool) -> Candidate:
+    """The candidate of largest evidence; under the network's own head, a sum unless a single kernel is better by far.
+
+    In the sum the single kernel is contained. A fresh head's tangent kernel is a sum already.
+    """
     best = max(log_evidence, key=log_evidence.__getitem__)
+    if fresh:
+        return best
     sums = [candidate for candidate in log_evidence if "+" in candidate.kernel]
     general = max(sums, key=log_evidence.__getitem__)
     return best if log_evidence[best] > log_evidence[general] + STRONG_EVIDENCE else general

@@ -323,7 +323,7 @@ class TransferGP:
             return candidates[0]
         rows = self._screening_rows()
         fits = {candidate: self._dense(candidate, rows).fit(average=False) for candidate in candidates}
-        chosen = preferred({candidate: draws.log_evidence for candidate, draws in fits.items()})
+        chosen = preferred({candidate: draws.log_evidence for candidate, draws in fits.items()}, self._fresh)
         self._screened = fits[chosen]
         shift = self._log_units(rows)
         self.comparison = Comparison(chosen, {str(c): draws.log_evidence - shift for c, draws in fits.items()})
