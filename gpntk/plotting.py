@@ -1,13 +1,46 @@
-"""Pictures of predictions, learning curves and phases; needs the extra ``gpntk[plot]``. Knows arrays, no models."""
+"""Pictures of predictions, learning curves, reports and phases; needs the extra ``gpntk[plot]``. Knows no models."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import ArrayLike, NDArray
+
+
+class ReportLike(Protocol):
+    """What `plot_report` draws; `gpntk.transfer.report.Report` has it."""
+
+    @property
+    def log_evidence(self) -> Mapping[str, float]:
+        """In nats, by prior."""
+        ...
+
+    @property
+    def alignment(self) -> float:
+        """Of the tangent kernel with what the network leaves unexplained."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """Mean of the alignment over independent residuals."""
+        ...
+
+    @property
+    def calibration(self) -> Mapping[float, float]:
+        """Nominal against leave-one-out frequency."""
+        ...
+
+    @property
+    def advice(self) -> str:
+        """A sentence."""
+        ...
 
 
 def learning_curves(axes: Axes, sizes: Sequence[int], scores: Mapping[str, NDArray]) -> None:
@@ -28,6 +61,40 @@ def predictions_against_truth(axes: Axes, truth: ArrayLike, mean: ArrayLike, std
     axes.axline((0, 0), slope=1, color="black", linewidth=0.8)
     axes.set_xlabel("truth")
     axes.set_ylabel("prediction, ± 2 standard deviations")
+
+
+def plot_report(report: ReportLike, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+    """Draw the ``report_`` of an estimator; its advice is the title.
+
+    Three panels: log evidence of each prior below that of the best, calibration beside the diagonal on which it would
+    be perfect (empty where it is not known), and the alignment beside what chance would give.
+
+    Args:
+        report: The report.
+        figure: Where to draw; a new figure by default.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import torch, gpntk
+        >>> from gpntk.plotting import plot_report
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> x = torch.rand(20, 2).numpy()
+        >>> model = gpntk.TransferRegressor(network, mean="constant").fit(x, x[:, 0])
+        >>> len(plot_report(model.report_).axes)
+        3
+    """
+    if figure is None:
+        figure = plt.figure(figsize=(11, 3.5), layout="constrained")
+    evidence, calibration, alignment = figure.subplots(1, 3)
+    _evidence_bars(evidence, report.log_evidence)
+    _calibration_curve(calibration, report.calibration)
+    bars = alignment.bar(["this task", "chance"], [report.alignment, report.chance], color=["C0", "0.7"])
+    alignment.bar_label(bars, fmt="%.2g")
+    alignment.set_title("alignment with the tangent kernel", fontsize="medium")
+    figure.suptitle(textwrap.fill(report.advice, 110), fontsize="medium")
+    return figure
 
 
 def phase_diagram(
@@ -73,6 +140,24 @@ def accuracy_map(
         _critical_line(axes, weights, biases, np.asarray(susceptibility))
     _name_variances(axes)
     return mesh
+
+
+def _evidence_bars(axes: Axes, log_evidence: Mapping[str, float]) -> None:
+    values = np.fromiter(log_evidence.values(), float)
+    relative = values - values.max()
+    bars = axes.barh(list(log_evidence), relative)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.set_title("log evidence below the best, nats", fontsize="medium")
+
+
+def _calibration_curve(axes: Axes, calibration: Mapping[float, float]) -> None:
+    axes.axline((0, 0), slope=1, color="black", linewidth=0.8)
+    nominal = sorted(calibration)
+    axes.plot(nominal, [calibration[level] for level in nominal], marker="o")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal", xlabel="nominal", ylabel="observed, each label left out")
+    axes.set_title("calibration", fontsize="medium")
 
 
 def _critical_line(axes: Axes, weights: NDArray, biases: NDArray, susceptibility: NDArray) -> None:

@@ -34,11 +34,11 @@ def main() -> None:
         experiment = EXPERIMENTS[name]
         methods = {key: method for key, method in experiment.methods.items() if fnmatch(key, options.methods)}
         experiment = experiment._replace(methods=methods)
-        records = report.run(
-            experiment, options.data, options.sizes or experiment.sizes, options.seeds or experiment.seeds
-        )
+        sizes, seeds = options.sizes or experiment.sizes, options.seeds or experiment.seeds
+        records: list[report.Record] = []
+        for records in report.run(experiment, options.data, sizes, seeds):
+            report.store(options.out / "benchmarks" / "results" / f"transfer-{name}.json", name, records)
         print(f"{name}\n\n{report.table(records)}")
-        report.store(options.out / "benchmarks" / "results" / f"transfer-{name}.json", name, records)
         report.draw(options.out / "docs" / "images" / f"transfer-{name}.png", name, records)
 
 

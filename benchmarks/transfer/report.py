@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ _KEYS = ("size", "seed", "method")
 _DRAWN = ("RMSE", "accuracy", "NLL", "calibration error", "ECE")
 
 
-def run(experiment: Experiment, data: Path, sizes: Sequence[int], seeds: int) -> list[Record]:
-    """Every method on every task; no method sees a test label."""
-    records = []
-    tasks = [(seed, size) for seed in range(seeds) for size in sizes]
+def run(experiment: Experiment, data: Path, sizes: Sequence[int], seeds: int) -> Iterator[list[Record]]:
+    """Every method on every task; no method sees a test label. Yields what there is after each size."""
+    records: list[Record] = []
+    tasks = [(seed, size) for size in sizes for seed in range(seeds)]
     bar = tqdm(tasks, "tasks", leave=False)
     for seed, size in bar:
         task, y_test = experiment.draw(data, size, seed)
@@ -42,7 +42,8 @@ def run(experiment: Experiment, data: Path, sizes: Sequence[int], seeds: int) ->
             seconds = time.perf_counter() - start
             measured = {**scores(y_test, prediction), "seconds": seconds}
             records.append({"size": size, "seed": seed, "method": name, **measured})
-    return records
+        if seed == seeds - 1:
+            yield records
 
 
 def values(records: Sequence[Record], metric: str) -> dict[str, Array]:

@@ -58,9 +58,12 @@ class DenseDirichlet:
         """Predict with these draws from now on."""
         self._gp.set_draws(draws)
 
-    def log_likelihood(self, logs: Tensor) -> Tensor:
-        """Log density of the transformed labels, in nats `[]`."""
-        return self._gp.log_likelihood(logs)
+    @property
+    def best_evidence(self) -> float:
+        """Log density of the transformed labels at the draw of largest weight, in nats."""
+        assert self._gp.draws is not None
+        with torch.no_grad():
+            return self._gp.log_likelihood(self._gp.draws.best).item()
 
     def predict(self, x: Tensor, offset: Tensor, link: Link) -> Tensor:
         """Probabilities of the classes at x `[M, D]`: `[M, K]`."""

@@ -16,7 +16,7 @@ from gpntk.transfer.components import SumOfComponents
 from gpntk.transfer.hyperparameters import NEGLIGIBLE, Draws, infer, log_prior
 
 # From a fiftieth of the variances of largest evidence to three times these.
-_FACTORS = torch.logspace(-1.75, 0.5, 10, dtype=torch.float64)
+_FACTORS = torch.logspace(-1.75, 0.5, 7, dtype=torch.float64)
 
 
 @final
@@ -46,33 +46,42 @@ class DenseLaplace:
         self.draws: Draws | None = None
         self._posteriors: list[LaplacePosterior] = []
 
-    def fit(self, average: bool, fixed: Mapping[str, float] | None = None, start: Tensor | None = None) -> Draws:
+    def fit(
+        self,
+        average: bool,
+        fixed: Mapping[str, float] | None = None,
+        start: Tensor | None = None,
+        subset: DenseLaplace | None = None,
+    ) -> Draws:
         """Infer the hyperparameters: those of largest evidence, and to average, their variances times common factors.
 
         The evidence tells terms and lengthscales apart, but tends to too large variances in all: a network that gets
         nearly all labels right is surer than the Gaussian says. The factors are weighted by the probability of each
-        label given the others.
+        label given the others. With a ``subset`` of the data, the evidence is that of the subset.
         """
-        draws = infer(self.log_likelihood, self.hyperparameters, False, start, fixed)
-        if average:
-            variances = torch.tensor([h.variance and h.name not in (fixed or {}) for h in self.hyperparameters])
-            logs = draws.best + _FACTORS.log().unsqueeze(-1) * variances
-            with torch.no_grad():
-                self.set_draws(draws._replace(logs=logs, weights=torch.ones(len(logs), dtype=logs.dtype)))
-                densities = [self._left_out(posterior) for posterior in self._posteriors]
-            priors = [log_prior(point, self.hyperparameters) for point in logs]
-            weights = (torch.tensor(densities, dtype=logs.dtype) + torch.stack(priors)).softmax(0)
-            kept = weights > NEGLIGIBLE
-            draws = draws._replace(logs=logs[kept], weights=weights[kept] / weights[kept].sum())
-        self.set_draws(draws)
-        return draws
+        draws = infer((self if subset is None else subset).log_likelihood, self.hyperparameters, False, start, fixed)
+        if not average:
+            self.set_draws(draws)
+            return draws
+        variances = torch.tensor([h.variance and h.name not in (fixed or {}) for h in self.hyperparameters])
+        logs = draws.best + _FACTORS.log().unsqueeze(-1) * variances
+        posteriors = self._all_posteriors(logs)
+        densities = torch.tensor([self._left_out(posterior) for posterior in posteriors], dtype=logs.dtype)
+        priors = torch.stack([log_prior(point, self.hyperparameters) for point in logs])
+        weights = (densities + priors).softmax(0)
+        kept = (weights > NEGLIGIBLE).nonzero().flatten().tolist()
+        self.draws = draws._replace(logs=logs[kept], weights=weights[kept] / weights[kept].sum())
+        self._posteriors = [posteriors[index] for index in kept]
+        return self.draws
 
-    def set_draws(self, draws: Draws, starts: Sequence[Tensor | None] | None = None) -> None:
-        """Predict with these draws from now on; ``starts`` are dual modes near theirs."""
-        self.draws = draws
-        starts = [self._start] * len(draws.logs) if starts is None else starts
-        with torch.no_grad():
-            self._posteriors = [self._posterior(logs, start) for logs, start in zip(draws.logs, starts, strict=True)]
+    def set_draws(self, draws: Draws) -> None:
+        """Predict with these draws from now on."""
+        self.draws, self._posteriors = draws, self._all_posteriors(draws.logs)
+
+    @property
+    def best_evidence(self) -> float:
+        """Laplace's approximation of log p(labels | θ) at the draw of largest weight, in nats."""
+        return self._posteriors[int(self._draws().weights.argmax())].log_evidence.item()
 
     def log_likelihood(self, logs: Tensor) -> Tensor:
         """Laplace's approximation of log p(labels | θ), in nats `[]`; -inf where the mode is not found."""
@@ -110,8 +119,8 @@ class DenseLaplace:
         )
         rows = [torch.cat(pair) for pair in ((self.x, x), (self.labels, labels), (self._offset, offset))]
         grown = DenseLaplace(self.prior, rows[0], rows[1], rows[2], parts)
-        nothing = torch.zeros_like(offset)
-        grown.set_draws(self._draws(), [torch.cat([posterior.dual, nothing]) for posterior in self._posteriors])
+        grown._start = torch.cat([self._posteriors[0].dual, torch.zeros_like(offset)])
+        grown.set_draws(self._draws())
         return grown
 
     # --- private -----------------------------------------------------------------------------------------------
@@ -119,6 +128,15 @@ class DenseLaplace:
     def _draws(self) -> Draws:
         assert self.draws is not None
         return self.draws
+
+    @torch.no_grad()
+    def _all_posteriors(self, logs: Tensor) -> list[LaplacePosterior]:
+        """Those of several draws, each mode found from the one before."""
+        posteriors = []
+        for point in logs:
+            posteriors.append(self._posterior(point, self._start))
+            self._start = posteriors[-1].dual
+        return posteriors
 
     def _left_out(self, posterior: LaplacePosterior) -> float:
         """Sum of the log probabilities of each label given all the others."""

@@ -26,7 +26,7 @@ MeanChoice = Literal["auto", "network", "constant", "zero"]
 StationaryInputs = Literal["inputs", "features"]
 
 # Directions in which the body's tangent kernel is taken under a new head.
-_DIRECTIONS = 16
+_DIRECTIONS = 8
 # Variance of the constant, in units of that of the targets: wide, yet no strain on a factorisation.
 _CONSTANT_VARIANCE = 100.0
 
