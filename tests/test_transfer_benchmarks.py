@@ -78,7 +78,7 @@ EXPERIMENT = Experiment(known_errors, (3, 7), {"off": off_by, "right": lambda _:
 
 
 def test_an_experiment_becomes_a_table_a_file_and_a_picture(tmp_path: Path) -> None:
-    records = report.run(EXPERIMENT, tmp_path, EXPERIMENT.sizes, seeds=3)
+    *_, records = report.run(EXPERIMENT, tmp_path, EXPERIMENT.sizes, seeds=3)
     assert len(records) == 2 * 2 * 3
     np.testing.assert_allclose(report.values(records, "RMSE")["off"], [[1, 1], [2, 2], [3, 3]])
 

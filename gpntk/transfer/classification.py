@@ -17,7 +17,7 @@ from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense_dirichlet import DenseDirichlet
 from gpntk.transfer.dense_laplace import DenseLaplace
-from gpntk.transfer.hyperparameters import Draws, Treatment
+from gpntk.transfer.hyperparameters import Draws, Treatment, named
 from gpntk.transfer.prior import (
     LOGITS,
     RESIDUAL_LOGITS,
@@ -197,8 +197,8 @@ class TransferClassification:
         if isinstance(self._engine, Variational):
             return self._engine.values()
         assert self._engine.draws is not None
-        names = [hyperparameter.name for hyperparameter in self._engine.hyperparameters]
-        return dict(zip(names, self._engine.draws.best.exp().tolist(), strict=False))
+        prior = self._engine.hyperparameters
+        return named(prior, self._engine.draws.best[: len(prior)])
 
     # --- for reports -------------------------------------------------------------------------------------------
 

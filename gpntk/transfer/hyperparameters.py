@@ -48,6 +48,11 @@ class Draws(NamedTuple):
         return self.logs[self.weights.argmax()]
 
 
+def named(hyperparameters: Sequence[Hyperparameter], logs: Tensor) -> dict[str, float]:
+    """Values by name, from their logarithms `[H]`."""
+    return dict(zip((h.name for h in hyperparameters), logs.exp().tolist(), strict=True))
+
+
 def log_prior(logs: Tensor, hyperparameters: Sequence[Hyperparameter]) -> Tensor:
     """Log density of independent Student-t priors on the logarithms of the hyperparameters `[]`."""
     centre, spread = _priors(hyperparameters)

@@ -19,7 +19,7 @@ from gpntk.inference.features import draw
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense import DenseGP, Prediction
-from gpntk.transfer.hyperparameters import Draws, Treatment
+from gpntk.transfer.hyperparameters import Draws, Treatment, named
 from gpntk.transfer.noise import relative_noise
 from gpntk.transfer.prior import (
     RESIDUAL,
@@ -216,8 +216,7 @@ class TransferGP:
         if isinstance(self._engine, TangentRegression):
             return self._engine.hyperparameters()
         assert self._engine.draws is not None
-        names = [hyperparameter.name for hyperparameter in self._engine.hyperparameters]
-        return dict(zip(names, self._engine.draws.best.exp().tolist(), strict=True))
+        return named(self._engine.hyperparameters, self._engine.draws.best)
 
     def effective_parameters(self) -> float | None:
         """tr K (K + D)⁻¹; None beyond what is dense."""
