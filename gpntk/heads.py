@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from gpntk._types import Extract
 from gpntk.errors import NetworkError
 from gpntk.selection import readout_name
 
@@ -40,6 +41,8 @@ class Body(nn.Module):
     def __init__(self, network: nn.Module, num_directions: int | None = None, seed: int = 0) -> None:
         super().__init__()
         name = readout_name(network)
+        if not name:
+            raise NetworkError("the network is a single layer: nothing is left of it without its readout.")
         readout = network.get_submodule(name)
         if not isinstance(readout, nn.Linear):
             raise NetworkError(
@@ -55,6 +58,22 @@ class Body(nn.Module):
             signs = torch.randint(2, (readout.in_features, num_directions), generator=generator) * 2 - 1
             directions = signs.to(readout.weight) / readout.in_features**0.5
         self.register_buffer("directions", directions)
+
+    def check(self, x: Tensor) -> None:
+        """Raise `NetworkError` unless what the network returns at x depends on h(x) alone."""
+        try:
+            with torch.no_grad():
+                self(x)
+                returned = self.network(x)
+        except AttributeError as error:
+            raise NetworkError(f"the network uses its readout otherwise than by calling it ({error}).") from None
+        finally:
+            self.recorder.inputs.clear()
+        if isinstance(returned, Tensor) and not torch.equal(returned, returned[:1].expand_as(returned)):
+            raise NetworkError(
+                "the network's outputs depend on its inputs by other ways than its last registered layer: register the "
+                "readout last, and without a connection that bypasses it."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """h(x) `[N, H]`, or its projections `[N, R]`."""
@@ -88,8 +107,30 @@ class _Recorder(nn.Module):
 
 
 def _replaced(network: nn.Module, name: str, by: nn.Module) -> nn.Module:
-    if not name:
-        return by
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, by)
     return network
+
+
+@final
+class Rescaled(nn.Module):
+    """f_c(x) / units_c: a network whose outputs are measured in other units.
+
+    Args:
+        network: The network.
+        units: `[C]`.
+        extract: Turns what the network returns into its outputs.
+    """
+
+    def __init__(self, network: nn.Module, units: Tensor, extract: Extract | None = None) -> None:
+        super().__init__()
+        self.network, self._extract = network, extract
+        self.inverse: Tensor
+        self.training = network.training
+        self.register_buffer("inverse", 1 / units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, C]`."""
+        returned = self.network(x)
+        outputs = returned if self._extract is None else self._extract(returned)
+        return outputs * self.inverse

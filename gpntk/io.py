@@ -38,7 +38,10 @@ def save_tensors(
         tensors: Tensors by name.
         facts: Everything else.
     """
-    stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses tensors that share memory.
+    stored = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     header = {"kind": kind, "version": FORMAT_VERSION, "facts": dict(facts)}
     text = json.dumps(header, sort_keys=True)
     data = save(stored, metadata={"gpntk": text, "checksum": checksum(stored, text)})

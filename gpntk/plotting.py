@@ -91,7 +91,8 @@ def plot_report(report: ReportLike, figure: Figure | SubFigure | None = None) ->
     _evidence_bars(evidence, report.log_evidence)
     _calibration_curve(calibration, report.calibration)
     bars = alignment.bar(["this task", "chance"], [report.alignment, report.chance], color=["C0", "0.7"])
-    alignment.bar_label(bars, fmt="%.2g")
+    alignment.bar_label(bars, fmt="%.2g", padding=3)
+    alignment.margins(y=0.15)
     alignment.set_title("alignment with the tangent kernel", fontsize="medium")
     figure.suptitle(textwrap.fill(report.advice, 110), fontsize="medium")
     return figure
@@ -147,6 +148,7 @@ def _evidence_bars(axes: Axes, log_evidence: Mapping[str, float]) -> None:
     relative = values - values.max()
     bars = axes.barh(list(log_evidence), relative)
     axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.use_sticky_edges = False  # room for the labels on both sides
     axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set_title("log evidence below the best, nats", fontsize="medium")
@@ -155,8 +157,8 @@ def _evidence_bars(axes: Axes, log_evidence: Mapping[str, float]) -> None:
 def _calibration_curve(axes: Axes, calibration: Mapping[float, float]) -> None:
     axes.axline((0, 0), slope=1, color="black", linewidth=0.8)
     nominal = sorted(calibration)
-    axes.plot(nominal, [calibration[level] for level in nominal], marker="o")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal", xlabel="nominal", ylabel="observed, each label left out")
+    axes.plot(nominal, [calibration[level] for level in nominal], "o:")
+    axes.set(xlim=(0, 1.05), ylim=(0, 1.05), xlabel="nominal", ylabel="observed, labels left out")
     axes.set_title("calibration", fontsize="medium")
 
 

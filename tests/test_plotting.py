@@ -4,14 +4,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gpntk import TransferClassifier, TransferRegressor
 from gpntk.infinite import activation_of
 from gpntk.infinite import phases as phases_of
-from gpntk.plotting import accuracy_map, learning_curves, phase_diagram, predictions_against_truth
+from gpntk.plotting import accuracy_map, learning_curves, phase_diagram, plot_report, predictions_against_truth
+from gpntk.transfer.report import Report
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.contour import QuadContourSet
+from matplotlib.lines import AxLine
+from matplotlib.patches import Rectangle
 
 
 def test_learning_curves_draw_means_and_bands() -> None:
@@ -80,3 +84,59 @@ def test_the_map_marks_the_best_accuracy() -> None:
     (line,) = critical_lines(axes)
     np.testing.assert_allclose(line[:, 0], 1.5)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("σ_w²", "σ_b²")
+
+
+def report(**changes: object) -> Report:
+    values: dict[str, object] = {
+        "kernel": "ntk",
+        "log_evidence": {"ntk": -10.0, "stationary alone": -14.5, "readout alone": -9.0},
+        "effective_parameters": 3.0,
+        "alignment": 0.4,
+        "chance": 0.1,
+        "score": 0.9,
+        "log_density": -1.0,
+        "calibration": {0.9: 0.7, 0.5: 0.6},
+        "advice": "The source network helps by 4.5 nats over a GP on the inputs.",
+    }
+    return Report(**(values | changes))
+
+
+def bars(axes: Axes) -> list[Rectangle]:
+    return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
+def test_a_report_is_drawn_below_its_advice() -> None:
+    figure = plot_report(report())
+    assert figure.get_suptitle() == "The source network helps by 4.5 nats over a GP on the inputs."
+    evidence, calibration, alignment = figure.axes
+    np.testing.assert_allclose([bar.get_width() for bar in bars(evidence)], [-1.0, -5.5, 0.0])
+    assert [label.get_text() for label in evidence.get_yticklabels()] == ["ntk", "stationary alone", "readout alone"]
+    # The first prior stands above.
+    low, high = evidence.get_ylim()
+    assert low > high
+    diagonal, curve = calibration.lines
+    assert isinstance(diagonal, AxLine)
+    assert (diagonal.get_xy1(), diagonal.get_slope()) == ((0, 0), 1)
+    np.testing.assert_allclose(curve.get_xydata(), [[0.5, 0.6], [0.9, 0.7]])
+    np.testing.assert_allclose([bar.get_height() for bar in bars(alignment)], [0.4, 0.1])
+
+
+def test_a_report_without_calibration_goes_into_a_given_figure() -> None:
+    whole = plt.figure()
+    left, right = whole.subfigures(1, 2)
+    assert plot_report(report(calibration={}), right) is right
+    assert not left.axes
+    _, calibration, _ = right.axes
+    assert not calibration.lines[1].get_xydata().size
+
+
+def test_the_reports_of_the_estimators_are_drawn() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.rand(12, 2, dtype=torch.float64).numpy()
+    regressor = TransferRegressor(network, mean="constant", num_outputs=1).fit(x, x[:, 0])
+    classifier = TransferClassifier(network, kernel="nngp").fit(x, x[:, 0] > x[:, 1])
+    for drawn in (regressor.report_, classifier.report_):
+        figure = plot_report(drawn)
+        assert " ".join(figure.get_suptitle().split()) == drawn.advice
+        assert len(bars(figure.axes[0])) == len(drawn.log_evidence)

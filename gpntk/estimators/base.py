@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import escape
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
@@ -14,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
-from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
+from gpntk.errors import FileFormatError, GpntkError, InputError, NetworkError, SelectionError
 from gpntk.freezing import with_weights
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import FrozenNetwork, freeze
@@ -65,11 +68,13 @@ class TransferEstimator(BaseEstimator, ABC):
         The network's architecture is not in the file: `load` takes the module. ``extract`` is not either.
         """
         check_is_fitted(self)
+        if getattr(self, "noise_network", None) is not None:
+            raise InputError("a model with a noise_network cannot be saved to this format: pickle it instead.")
         frozen = self._network.tensors(self._network.dtype, self._network.device)
         tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
         tensors |= {f"model.{name}": tensor for name, tensor in self._model.state().items()}
         tensors |= {f"data.{name}": tensor for name, tensor in self._data().items()}
-        facts: dict[str, Any] = {name: getattr(self, name) for name in (*_STORED, *self._stored)}
+        facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in (*_STORED, *self._stored)}
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
         facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
         facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_}
@@ -92,10 +97,13 @@ class TransferEstimator(BaseEstimator, ABC):
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
         stored: dict[str, Any] = {name: facts[name] for name in (*_STORED, *cls._stored)}
         constructor: Any = cls
-        model = constructor(module, parameters=facts["parameters"], extract=extract, **stored)
+        # As globs that match themselves alone.
+        names = [escape(name) for name in facts["parameters"]]
+        model = constructor(module, parameters=names, extract=extract, **stored)
         model._row_shape = tuple(facts["row_shape"])
         model._network = model._freeze()
-        model._restore(_group(tensors, "data."), facts["fitted"])
+        data = {name: tensor.to(model._network.device) for name, tensor in _group(tensors, "data.").items()}
+        model._restore(data, facts["fitted"])
         model._model.load_state(_group(tensors, "model."), Candidate(*facts["chosen"]))
         model.log_marginal_likelihood_ = facts["log_marginal_likelihood"]
         model._finish()
@@ -134,6 +142,17 @@ class TransferEstimator(BaseEstimator, ABC):
 
     # --- shared ------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Leave the estimator as it was if fitting fails."""
+        before = vars(self).copy()
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
     def _check_arguments(self) -> None:
         if self.dtype not in ("float64", "float32"):
             raise InputError(f"dtype={self.dtype!r}: choose 'float64' or 'float32'.")
@@ -163,6 +182,18 @@ class TransferEstimator(BaseEstimator, ABC):
             )
         return self.network
 
+    def _probe(self, x: Tensor) -> int:
+        """The network's number of outputs, found by running it."""
+        try:
+            return self._network.num_outputs(x)
+        except GpntkError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"X has rows of shape {self._row_shape}, which the network cannot take ({error}): give X as the "
+                "network wants it, or input_shape, the shape of one input."
+            ) from error
+
     def _new_input(self, X: ArrayLike) -> Tensor:
         """X `[M, ...]`, to predict at, as a tensor `[M, D]`."""
         check_is_fitted(self)
@@ -180,3 +211,10 @@ class TransferEstimator(BaseEstimator, ABC):
 
 def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value.item() if isinstance(value, np.generic) else value

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator
-from gpntk.models import Link
+from gpntk.models import LINKS, Link
 from gpntk.transfer.classification import Method, TransferClassification
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.hyperparameters import Treatment
 from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.report import Report, report_classification
-
-_LINKS = ("probit", "monte_carlo", "laplace_bridge")
 
 
 @final
@@ -66,6 +64,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         log_marginal_likelihood_: Log evidence at the best hyperparameters, in nats; that of the method.
         hyperparameters_: Best hyperparameters by name.
         kernel_: Name of the kernel in use.
+        method_: The method in use.
         report_: See `gpntk.transfer.report.Report`.
         n_features_in_: Size of the second dimension of X in `fit`.
 
@@ -134,17 +133,21 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             NetworkError, SelectionError: See `gpntk.FrozenNetwork`.
             ValueError: NaN, infinite or empty X or y, or different numbers of rows (scikit-learn's checks).
         """
+        return self._fit(X, y, None)
+
+    def _fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None) -> Self:
         self._check_arguments()
-        if self.link not in _LINKS:
-            raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, _LINKS))}.")
-        inputs, classes = self._validate(X, y=y)
-        check_classification_targets(classes)
-        self.classes_ = self._classes(classes)
-        self._row_shape = inputs.shape[1:]
-        self._network = self._freeze()
-        self._model = self._transfer(self._tensor(inputs), self._labels(classes))
-        self.log_marginal_likelihood_ = self._model.fit()
-        self._finish()
+        if self.link not in LINKS:
+            raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, LINKS))}.")
+        with self._whole_or_not_at_all():
+            inputs, labels = self._validate(X, y=y)
+            check_classification_targets(labels)
+            self.classes_ = self._classes(labels) if classes is None else np.unique(classes)
+            self._row_shape = inputs.shape[1:]
+            self._network = self._freeze()
+            self._model = self._transfer(self._tensor(inputs), self._labels(labels))
+            self.log_marginal_likelihood_ = self._model.fit()
+            self._finish()
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -152,10 +155,11 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
-        Before `fit`, the same as `fit`. ``classes``, if given, must be those of `fit`: scikit-learn's convention.
+        Before `fit`, the same as `fit`, with ``classes`` as the classes there are; later they must be the same. Not for
+        the variational method, which has to be fitted anew.
         """
         if not hasattr(self, "_model"):
-            return self.fit(X, y)
+            return self._fit(X, y, classes)
         inputs, labels = self._validate(X, y=y, reset=False)
         self._check_shape(inputs)
         if classes is not None and not np.array_equal(np.asarray(classes), self.classes_):
@@ -185,8 +189,10 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         seen = np.unique(y)
         if self.num_classes is None or len(seen) == self.num_classes:
             if len(seen) < 2:
-                raise InputError(f"y has one class only, {seen[0]!r}: give labels of at least two, or num_classes.")
+                raise InputError(f"y has one class only, {seen[0]}: give labels of at least two, or num_classes.")
             return seen
+        if len(seen) > self.num_classes:
+            raise InputError(f"y has {len(seen)} classes, more than num_classes={self.num_classes}.")
         if self.num_classes < 2:
             raise InputError(f"num_classes={self.num_classes}: a classification needs at least 2 classes.")
         numbers = np.arange(self.num_classes)
@@ -205,22 +211,27 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             )
         return torch.tensor(np.searchsorted(self.classes_, y), device=self._network.device)
 
-    def _transfer(self, x: Tensor, labels: Tensor) -> TransferClassification:
-        classes, outputs = len(self.classes_), self._network.num_outputs(x)
+    def _transfer(self, x: Tensor, labels: Tensor, method: Method | None = None) -> TransferClassification:
+        classes, outputs = len(self.classes_), self._probe(x)
         matching = outputs == classes or (outputs == 1 and classes == 2)
         fresh = self.new_head or not matching
-        arguments = {**self._model_arguments(), "fresh": fresh, "method": self.method}
+        arguments = {**self._model_arguments(), "fresh": fresh, "method": method or self.method}
         return TransferClassification(self._network, x, labels, classes, **arguments)
 
     def _data(self) -> dict[str, Tensor]:
         return {"x": self._model.x, "labels": self._model.labels}
 
     def _facts(self) -> dict[str, Any]:
-        return {"classes": self.classes_.tolist(), "kind": self.classes_.dtype.str}
+        kind = self.classes_.dtype
+        return {"classes": self.classes_.tolist(), "kind": kind.str, "method": self._model.method}
 
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.classes_ = np.array(facts["classes"], dtype=facts["kind"])
-        self._model = self._transfer(data["x"], data["labels"])
+        self._model = self._transfer(data["x"], data["labels"], facts["method"])
+
+    def _finish(self) -> None:
+        super()._finish()
+        self.method_ = self._model.method
 
     def _make_report(self) -> Report:
         return report_classification(self._model)

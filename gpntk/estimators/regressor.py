@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, final
 
@@ -136,13 +137,14 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             ValueError: NaN, infinite or empty X, or different numbers of rows (scikit-learn's checks).
         """
         self._check_arguments()
-        X, y = self._validated(X, y)
-        self._row_shape, self._y_ndim = X.shape[1:], y.ndim
-        self._network = self._freeze()
-        variances = None if yvar is None else _variances(yvar, y.shape)
-        self._model = self._transfer(*self._tensors(X, y, variances))
-        self.log_marginal_likelihood_ = self._model.fit()
-        self._finish()
+        with self._whole_or_not_at_all():
+            X, y = self._validated(X, y)
+            self._row_shape, self._y_ndim = X.shape[1:], y.ndim
+            self._network = self._freeze()
+            variances = None if yvar is None else _variances(yvar, y)
+            self._model = self._transfer(*self._tensors(X, y, variances))
+            self.log_marginal_likelihood_ = self._model.fit()
+            self._finish()
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -158,7 +160,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self._check_shape(X)
         if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.num_outputs):
             raise InputError(f"y has shape {y.shape}, but fit saw {self._model.num_outputs} output(s).")
-        variances = None if yvar is None else _variances(yvar, y.shape)
+        variances = None if yvar is None else _variances(yvar, y)
         self._model = self._model.condition_on(*self._tensors(X, y, variances))
         self._finish()
         return self
@@ -190,7 +192,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         if return_cov:
             return self._shaped(mean), spread.cpu().numpy()
         if return_quantiles is not None:
-            levels = torch.tensor(list(return_quantiles), dtype=torch.float64)
+            levels = torch.as_tensor(np.atleast_1d(np.asarray(return_quantiles, dtype=float)))
             if not ((levels > 0) & (levels < 1)).all():
                 raise InputError(f"return_quantiles={return_quantiles}: give numbers between 0 and 1.")
             rows = mean + torch.special.ndtri(levels).to(mean).unsqueeze(-1) * spread.sqrt()
@@ -226,15 +228,14 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def _validated(self, X: ArrayLike, y: ArrayLike, reset: bool = True) -> tuple[NDArray[Any], NDArray[Any]]:
         """X and y as arrays; scikit-learn's checks, but that y may have missing values."""
-        missing = isinstance(y, np.ndarray) and y.dtype.kind == "f" and y.ndim > 0 and bool(np.isnan(y).any())
-        if not missing:
+        targets = np.asarray(y)
+        if targets.dtype.kind != "f" or targets.ndim not in (1, 2) or not np.isnan(targets).any():
             return self._validate(X, y=y, multi_output=True, y_numeric=True, reset=reset)
-        assert isinstance(y, np.ndarray)
-        if np.isinf(y).any():
+        if np.isinf(targets).any():
             raise InputError("y contains infinity: give finite targets, or NaN where a target is missing.")
-        X = self._validate(X, reset=reset)
-        check_consistent_length(X, y)
-        return np.asarray(X), y
+        inputs = self._validate(X, reset=reset)
+        check_consistent_length(inputs, targets)
+        return np.asarray(inputs), targets
 
     def _tensors(
         self, X: NDArray[Any], y: NDArray[Any], yvar: NDArray[Any] | None
@@ -245,7 +246,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
         outputs = y.shape[1] if self.num_outputs is None else self.num_outputs
-        other = self.num_outputs is not None and self._network.num_outputs(x) != outputs
+        other = self._probe(x) != outputs and self.num_outputs is not None
         num_outputs = outputs if self.new_head or other else None
         return TransferGP(
             self._network,
@@ -260,8 +261,11 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     def _noise(self) -> nn.Module | None:
         if self.noise_network is None:
             return None
+        if self.noise_network.training:
+            raise InputError("noise_network is in train mode, so its outputs may be random: call .eval() first.")
+        noise_network = copy.deepcopy(self.noise_network)
         shape = self._network.input_shape
-        return self.noise_network if shape is None else nn.Sequential(nn.Unflatten(1, shape), self.noise_network)
+        return noise_network if shape is None else nn.Sequential(nn.Unflatten(1, shape), noise_network)
 
     def _data(self) -> dict[str, Tensor]:
         data = {"x": self._model.x, "y": self._model.y}
@@ -288,10 +292,11 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self.noise_variance_ = noise.item() if noise.numel() == 1 else noise.cpu().numpy()
 
 
-def _variances(yvar: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
+def _variances(yvar: ArrayLike, y: NDArray[Any]) -> NDArray[Any]:
     variances = np.asarray(yvar, dtype=float)
-    if variances.shape != shape:
-        raise InputError(f"yvar has shape {variances.shape}, but y has shape {shape}: give one variance per target.")
-    if not (variances >= 0).all():
-        raise InputError("yvar has negative or NaN values: give variances, zero where an error is not known.")
+    if variances.shape != y.shape:
+        raise InputError(f"yvar has shape {variances.shape}, but y has shape {y.shape}: give one variance per target.")
+    variances = np.where(np.isnan(y), 0.0, variances)
+    if not (np.isfinite(variances) & (variances >= 0)).all():
+        raise InputError("yvar has negative, infinite or NaN values: give variances, zero where an error is not known.")
     return variances

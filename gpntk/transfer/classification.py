@@ -41,6 +41,8 @@ LARGEST_DENSE = 5_000
 _SCREENED = 100
 # Inputs whose evidence sets the hyperparameters; more of them hardly move it.
 _EVIDENCE_ROWS = 300
+# Inputs up to which Dirichlet regression averages, which needs C factorisations kept for every draw.
+_AVERAGED_DIRICHLET = 300
 _PREDICTION_ROWS = 512
 
 
@@ -105,7 +107,14 @@ class TransferClassification:
         hyperparameters: Treatment | Mapping[str, float] = "auto",
         method: Method = "auto",
     ) -> None:
-        check_choices(kernel, mean, fresh)
+        check_choices(
+            kernel=kernel,
+            mean=mean,
+            stationary=stationary,
+            stationary_inputs=stationary_inputs,
+            hyperparameters=hyperparameters,
+            fresh=fresh,
+        )
         check_labels(labels, num_classes)
         outputs = network.num_outputs(x)
         if not fresh and not (outputs == num_classes or (outputs == 1 and num_classes == 2)):
@@ -115,6 +124,11 @@ class TransferClassification:
         if method not in ("auto", "laplace", "dirichlet", "variational"):
             raise InputError(f"method={method!r}: choose 'auto', 'laplace', 'dirichlet' or 'variational'.")
         self.method: Method = ("laplace" if len(x) <= LAPLACE_LIMIT else "variational") if method == "auto" else method
+        if self.method == "variational" and (layer_variances or mean == "constant" or hyperparameters != "auto"):
+            raise InputError(
+                "method='variational' (the default for more than 2,000 inputs) has no layer_variances, no "
+                "mean='constant' and no choice of hyperparameters: leave these at their defaults."
+            )
         if len(x) > LARGEST_DENSE and self.method != "variational":
             raise InputError(
                 f"{len(x)} inputs are more than the {LARGEST_DENSE} that method={method!r} allows: use "
@@ -132,6 +146,8 @@ class TransferClassification:
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
         self.comparison: Comparison | None = None
         self.log_evidence = float("nan")
+        # Units of the inputs are those of the rows that `fit` saw.
+        self._reference = len(x)
         self._engine: DenseLaplace | DenseDirichlet | Variational
 
     def fit(self) -> float:
@@ -139,9 +155,8 @@ class TransferClassification:
 
         That of the method: Laplace's approximation, the density of the transformed labels, or the lower bound.
         """
-        candidates = self._builder().candidates() if self._kernel == "auto" else [self.chosen]
-        if self.method == "variational":
-            candidates = [c for c in candidates if c.stationary_inputs == "inputs"]
+        only = "inputs" if self.method == "variational" else self._stationary_inputs
+        candidates = self._builder().candidates(only) if self._kernel == "auto" else [self.chosen]
         start: Tensor | None = None
         if len(candidates) > 1:
             rows = torch.arange(len(self.x)) if len(self.x) <= _SCREENED else draw(len(self.x), _SCREENED, seed=0)
@@ -205,7 +220,7 @@ class TransferClassification:
     @property
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout."""
-        return Candidate("nngp") in self._builder().candidates()
+        return self._builder().has_readout
 
     def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferClassification:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
@@ -242,21 +257,30 @@ class TransferClassification:
         if isinstance(self._engine, Variational):
             return {name: tensor.detach().clone() for name, tensor in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
-        return {"draws.logs": self._engine.draws.logs, "draws.weights": self._engine.draws.weights}
+        draws, reference = self._engine.draws, torch.tensor(self._reference)
+        return {
+            "draws.logs": draws.logs,
+            "draws.weights": draws.weights,
+            "draws.best": draws.best,
+            "reference": reference,
+        }
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferClassification` with the same arguments has learned."""
         self.comparison = Comparison(chosen, {})
+        self._reference = int(state.get("reference", torch.tensor(len(self.x))))
         self._engine = self._make_engine()
         if isinstance(self._engine, Variational):
             self._engine.gp.load_state_dict(dict(state))
             self._engine.gp.eval()
             return
-        self._engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan")))
+        self._engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan"), state["draws.best"]))
 
     # --- private -----------------------------------------------------------------------------------------------
 
     def _averages(self) -> bool:
+        if self.method == "dirichlet" and len(self.x) > _AVERAGED_DIRICHLET:
+            return self._treatment == "average"
         return self._treatment in ("auto", "average")
 
     def _builder(self) -> PriorBuilder:
@@ -264,7 +288,7 @@ class TransferClassification:
         constant = self.mean == "constant"
         return PriorBuilder(
             self.network,
-            self.x,
+            self.x[: self._reference],
             num_outputs=outputs,
             layer_variances=self._layer_variances,
             form=self._form,
@@ -297,8 +321,10 @@ class TransferClassification:
 
     def _laplace(self, candidate: Candidate, rows: Tensor, shared: bool | None = None) -> DenseLaplace:
         rows = rows.to(self.x.device)
-        shared = len(self.x) * self.num_logits > FULL_LIMIT if shared is None else shared
-        prior = self._builder().build(candidate, shared)
+        if shared is None:
+            shared = self._reference * self.num_logits > FULL_LIMIT
+        # One logit's kernel is its full one.
+        prior = self._builder().build(candidate, shared and self.num_logits > 1)
         x = self.x[rows]
         return DenseLaplace(prior, x, self.labels[rows], self._offset(x))
 

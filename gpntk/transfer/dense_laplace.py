@@ -18,6 +18,9 @@ from gpntk.transfer.hyperparameters import NEGLIGIBLE, Draws, infer, log_prior
 # From a fiftieth of the variances of largest evidence to three times these.
 _FACTORS = torch.logspace(-1.75, 0.5, 7, dtype=torch.float64)
 
+# Bytes that posteriors of several draws may take.
+_MEMORY = 2 * 2**30
+
 
 @final
 class DenseLaplace:
@@ -65,13 +68,21 @@ class DenseLaplace:
             return draws
         variances = torch.tensor([h.variance and h.name not in (fixed or {}) for h in self.hyperparameters])
         logs = draws.best + _FACTORS.log().unsqueeze(-1) * variances
-        posteriors = self._all_posteriors(logs)
-        densities = torch.tensor([self._left_out(posterior) for posterior in posteriors], dtype=logs.dtype)
-        priors = torch.stack([log_prior(point, self.hyperparameters) for point in logs])
-        weights = (densities + priors).softmax(0)
-        kept = (weights > NEGLIGIBLE).nonzero().flatten().tolist()
-        self.draws = draws._replace(logs=logs[kept], weights=weights[kept] / weights[kept].sum())
-        self._posteriors = [posteriors[index] for index in kept]
+        priors = [log_prior(point, self.hyperparameters).item() for point in logs]
+        densities: list[float] = []
+        kept: dict[int, LaplacePosterior] = {}
+        for index, point in enumerate(logs):
+            kept[index] = self._next_posterior(point)
+            densities.append(self._left_out(kept[index]) + priors[index])
+            best = max(densities)
+            # In the order of their weights, the least first; only so many fit.
+            for other in sorted(kept, key=densities.__getitem__):
+                if densities[other] < best + math.log(NEGLIGIBLE) or len(kept) > self._most_posteriors():
+                    del kept[other]
+        weights = torch.tensor([densities[index] for index in kept], dtype=logs.dtype).softmax(0)
+        chosen = logs[list(kept)]
+        self.draws = draws._replace(logs=chosen, weights=weights, best=chosen[weights.argmax()])
+        self._posteriors = list(kept.values())
         return self.draws
 
     def set_draws(self, draws: Draws) -> None:
@@ -129,14 +140,21 @@ class DenseLaplace:
         assert self.draws is not None
         return self.draws
 
-    @torch.no_grad()
     def _all_posteriors(self, logs: Tensor) -> list[LaplacePosterior]:
-        """Those of several draws, each mode found from the one before."""
-        posteriors = []
-        for point in logs:
-            posteriors.append(self._posterior(point, self._start))
-            self._start = posteriors[-1].dual
-        return posteriors
+        return [self._next_posterior(point) for point in logs]
+
+    @torch.no_grad()
+    def _next_posterior(self, logs: Tensor) -> LaplacePosterior:
+        """That of one draw, its mode found from the one before."""
+        posterior = self._posterior(logs, self._start)
+        self._start = posterior.dual
+        return posterior
+
+    def _most_posteriors(self) -> int:
+        """How many fit in the memory allowed; each keeps about C + 2 matrices `[N, N]`, or two `[N*C, N*C]`."""
+        rows, outputs = self._offset.shape
+        matrices = (outputs + 2) * rows**2 if self.prior.shared else 2 * (rows * outputs) ** 2
+        return max(1, _MEMORY // (matrices * self._offset.element_size()))
 
     def _left_out(self, posterior: LaplacePosterior) -> float:
         """Sum of the log probabilities of each label given all the others."""

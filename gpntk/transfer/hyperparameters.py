@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from tqdm import tqdm
 
 from gpntk.errors import InputError, SolveError
 from gpntk.transfer.components import Hyperparameter
@@ -29,6 +30,8 @@ _FREEDOM = 4.0
 _DRAWS = 32
 # Draws that matter less than this are left out.
 NEGLIGIBLE = 1e-3
+# Effective number of draws below which they do not stand for the posterior, whose maximum then does.
+_FEWEST = 4
 _STARTS = 2
 
 
@@ -41,11 +44,8 @@ class Draws(NamedTuple):
     """Positive, with sum one `[S]`."""
     log_evidence: float
     """Logarithm of the integral of likelihood times prior over the hyperparameters, in nats."""
-
-    @property
-    def best(self) -> Tensor:
-        """The draw of largest weight `[H]`."""
-        return self.logs[self.weights.argmax()]
+    best: Tensor
+    """Where their posterior density is largest `[H]`."""
 
 
 def named(hyperparameters: Sequence[Hyperparameter], logs: Tensor) -> dict[str, float]:
@@ -95,14 +95,15 @@ def infer(
 
         start = None if start is None else start[unknown]
         draws = infer(lambda logs: log_likelihood(complete(logs)), free, average, start)
-        return draws._replace(logs=torch.stack([complete(logs) for logs in draws.logs]))
+        logs = torch.stack([complete(logs) for logs in draws.logs])
+        return draws._replace(logs=logs, best=complete(draws.best))
 
     def density(logs: Tensor) -> Tensor:
         return log_likelihood(logs) + log_prior(logs, hyperparameters)
 
     if not hyperparameters:
         empty = torch.zeros(1, 0, dtype=torch.float64)
-        return Draws(empty, empty.new_ones(1), density(empty[0]).item())
+        return Draws(empty, empty.new_ones(1), density(empty[0]).item(), empty[0])
     mode = _maximum(density, hyperparameters, start)
     precision = _curvature(density, mode)
     eigenvalues, vectors = torch.linalg.eigh(precision)
@@ -110,8 +111,10 @@ def infer(
     # Nowhere wider than twice the widest prior: a flat direction is not known better than before the data.
     eigenvalues = eigenvalues.clamp_min(0.25 / spread.max().item() ** 2)
     normalizer = 0.5 * (len(mode) * math.log(2 * math.pi) - eigenvalues.log().sum().item())
+    with torch.no_grad():
+        maximum = Draws(mode.unsqueeze(0), mode.new_ones(1), density(mode).item() + normalizer, mode)
     if not average:
-        return Draws(mode.unsqueeze(0), mode.new_ones(1), density(mode).item() + normalizer)
+        return maximum
     uniform = torch.quasirandom.SobolEngine(len(mode), scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
     standard = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     low, high = _bounds(hyperparameters)
@@ -121,8 +124,10 @@ def infer(
         ratios = torch.stack([density(point) for point in logs]) - proposal
     weights = ratios.softmax(0)
     log_evidence = ratios.logsumexp(0).item() - math.log(_DRAWS)
+    if 1 / weights.square().sum() < _FEWEST:
+        return maximum
     kept = weights > NEGLIGIBLE
-    return Draws(logs[kept], weights[kept] / weights[kept].sum(), log_evidence)
+    return Draws(logs[kept], weights[kept] / weights[kept].sum(), log_evidence, mode)
 
 
 def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]) -> Tensor:
@@ -139,18 +144,20 @@ def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]
 def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> Tensor:
     low, high = (bound.numpy() for bound in _bounds(hyperparameters))
 
+    bar = tqdm(desc="hyperparameters", delay=2, leave=False)
+
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = torch.tensor(point, dtype=torch.float64, requires_grad=True)
-        value = density(logs)
+        bar.update()
+        value, gradient = _value_and_gradient(density, torch.tensor(point, dtype=torch.float64))
         if not torch.isfinite(value):
             return 1e25, np.zeros_like(point)
-        (gradient,) = torch.autograd.grad(-value, logs)
-        return -value.item(), gradient.numpy()
+        return -value.item(), -gradient.numpy()
 
-    results = [
-        minimize(loss, point, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)))
-        for point in _starting_points(hyperparameters, start)
-    ]
+    with bar:
+        results = [
+            minimize(loss, point, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)))
+            for point in _starting_points(hyperparameters, start)
+        ]
     best = min(results, key=lambda result: result.fun)
     if best.fun >= 1e25:
         raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
@@ -171,13 +178,22 @@ def _curvature(density: LogDensity, mode: Tensor) -> Tensor:
     step = 1e-3  # logarithms
 
     def gradient(logs: Tensor) -> Tensor:
-        logs = logs.detach().requires_grad_()
-        return torch.autograd.grad(-density(logs), logs)[0]
+        return -_value_and_gradient(density, logs)[1]
 
     shifts = step * torch.eye(len(mode), dtype=torch.float64)
     curvature = torch.stack([(gradient(mode + shift) - gradient(mode - shift)) / (2 * step) for shift in shifts])
     curvature = torch.nan_to_num(curvature, nan=0.0, posinf=0.0, neginf=0.0)
     return (curvature + curvature.mT) / 2
+
+
+def _value_and_gradient(density: LogDensity, logs: Tensor) -> tuple[Tensor, Tensor]:
+    # Whoever predicts with networks may have switched gradients off.
+    with torch.inference_mode(False), torch.enable_grad():
+        logs = logs.clone().requires_grad_()
+        value = density(logs)
+        if not torch.isfinite(value):
+            return value.detach(), torch.zeros_like(logs)
+        return value.detach(), torch.autograd.grad(value, logs)[0]
 
 
 def _priors(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ def relative_noise(network: nn.Module, x: Tensor, num_outputs: int) -> Tensor:
     """
     weights = next(network.parameters(), x)
     with torch.no_grad():
-        logs = network(x.to(weights.dtype))
+        logs = network(x.to(weights))
     shapes = ((len(x),), (len(x), 1), (len(x), num_outputs))
     if logs.shape not in shapes or not torch.isfinite(logs).all():
         raise InputError(

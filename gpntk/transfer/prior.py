@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from glob import escape
 from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from gpntk.errors import InputError, NetworkError
+from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.heads import Body
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import (
@@ -54,6 +55,8 @@ TARGET = Medians(tangent=0.5, stationary=0.5, noise=0.1, noise_spread=1.5)
 RESIDUAL_LOGITS = Medians(tangent=1.0, stationary=0.5, noise=0.0, noise_spread=0.0, spread=1.2)
 LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
 
+# Inputs squared times parameters: beyond, minutes go into the tangent kernel, and it must be asked for by name.
+TANGENT_COST = 1e12
 # Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
 STRONG_EVIDENCE = 3.0
 
@@ -85,6 +88,8 @@ def preferred(log_evidence: Mapping[Candidate, float], fresh: bool) -> Candidate
     if fresh:
         return best
     sums = [candidate for candidate in log_evidence if "+" in candidate.kernel]
+    if not sums:
+        return best
     general = max(sums, key=log_evidence.__getitem__)
     return best if log_evidence[best] > log_evidence[general] + STRONG_EVIDENCE else general
 
@@ -122,14 +127,40 @@ class PriorBuilder:
         self._constant, self._units = constant, units
         self.num_outputs = network.num_outputs(x) if num_outputs is None else num_outputs
 
-    def candidates(self) -> list[Candidate]:
-        """What ``kernel="auto"`` compares; those that ask for features only where the network has a linear readout."""
-        simple = [Candidate("ntk"), Candidate("ntk+stationary")]
+    def candidates(self, stationary_inputs: StationaryInputs | None = None) -> list[Candidate]:
+        """What ``kernel="auto"`` compares, stationary kernels of ``stationary_inputs`` alone if these are given.
+
+        Those that ask for features are left out where the network has no linear readout; those with all parameters
+        where their products would take too long; the readout's kernel where the readout is not to move.
+        """
+        features = self.has_readout
+        cost = len(self._x) ** 2 * self._network.num_params
+        listed = [
+            Candidate("ntk"),
+            Candidate("ntk+stationary"),
+            *([Candidate("ntk+stationary", "features")] if features else []),
+        ]
+        if cost > TANGENT_COST and features:
+            listed = [Candidate("stationary", "features")]
+        if features and (self._fresh or self._moves_readout):
+            listed.append(Candidate("nngp"))
+        listed.append(Candidate("stationary", stationary_inputs or "inputs"))
+        if stationary_inputs is None:
+            return listed
+        return [c for c in listed if "stationary" not in c.kernel or c.stationary_inputs == stationary_inputs]
+
+    @property
+    def has_readout(self) -> bool:
+        """Whether the network ends in a linear readout, on which its outputs depend alone."""
         try:
             self._hidden()
-        except NetworkError:
-            return [*simple, Candidate("stationary")]
-        return [*simple, Candidate("ntk+stationary", "features"), Candidate("nngp"), Candidate("stationary")]
+        except (NetworkError, SelectionError):
+            return False
+        return True
+
+    @property
+    def _moves_readout(self) -> bool:
+        return set(self._only_readout().names) <= set(self._network.names)
 
     def build(self, candidate: Candidate, shared: bool = False) -> SumOfComponents:
         """The prior covariance of a candidate; ``shared`` gives all outputs the same, independent kernel."""
@@ -150,7 +181,7 @@ class PriorBuilder:
         if candidate.kernel == "stationary":
             return {}
         if not self._fresh:
-            return {"nngp": self._only_readout()} if candidate.kernel == "nngp" else {"ntk": self._network}
+            return {"nngp" if candidate.kernel == "nngp" else "ntk": self.network_of(candidate)}
         body = None if candidate.kernel == "nngp" else self._projected_body()
         # The mean over outputs of the readout's own kernel is a fraction 1 / C of it, which its scale makes up for.
         return {"readout": self._only_readout()} | ({} if body is None else {"ntk": body})
@@ -180,19 +211,28 @@ class PriorBuilder:
             return [self._readout()]
         return [self._readout(0.5), self._tangent(body, "ntk", shared=True, share=0.5)]
 
+    def network_of(self, candidate: Candidate) -> FrozenNetwork:
+        """The network with the parameters that a candidate moves."""
+        return self._only_readout() if candidate.kernel == "nngp" else self._network
+
     def _only_readout(self) -> FrozenNetwork:
         module = self._network.thaw()
         return FrozenNetwork(module, "readout", self._network.input_shape, self._network.extract)
 
     def _hidden(self) -> FrozenNetwork:
         """What enters the readout, by all parameters below it."""
-        return FrozenNetwork(Body(self._network.thaw()), None, self._network.input_shape)
+        module = self._network.thaw()
+        body = FrozenNetwork(Body(module), None, self._network.input_shape)
+        rows = self._x[:: max(1, len(self._x) - 1)][:2]
+        shape = self._network.input_shape
+        Body(module).check(rows.to(self._network.dtype).reshape(-1, *(rows.shape[1:] if shape is None else shape)))
+        return body
 
     def _projected_body(self) -> FrozenNetwork | None:
         """Sums of what enters the readout, by the chosen parameters below it; None if there are none."""
         body = Body(self._network.thaw(), _DIRECTIONS)
         there = {name for name, _ in body.named_parameters()}
-        chosen = [f"network.{name}" for name in self._network.names if f"network.{name}" in there]
+        chosen = [f"network.{escape(name)}" for name in self._network.names if f"network.{name}" in there]
         return FrozenNetwork(body, chosen, self._network.input_shape) if chosen else None
 
 
@@ -208,8 +248,15 @@ def units_of(y: Tensor, residual: Tensor) -> Tensor:
     return spread * torch.where(factor > 0, factor, torch.ones_like(factor))
 
 
-def check_choices(kernel: str, mean: str, fresh: bool) -> None:
-    """Raise `InputError` for a kernel or mean that does not exist, or does not go with a fresh head."""
+def check_choices(
+    *, kernel: str, mean: str, stationary: str, stationary_inputs: str | None, hyperparameters: object, fresh: bool
+) -> None:
+    """Raise `InputError` for a choice that does not exist, or does not go with a fresh head."""
+    _check("stationary", stationary, ("rbf", "matern"))
+    if stationary_inputs is not None:
+        _check("stationary_inputs", stationary_inputs, ("inputs", "features"))
+    if not isinstance(hyperparameters, Mapping):
+        _check("hyperparameters", str(hyperparameters), ("auto", "average", "maximum"))
     _check("kernel", kernel, ("auto", "ntk", "nngp", "ntk+stationary", "stationary"))
     _check("mean", mean, ("auto", "network", "constant", "zero"))
     if fresh and mean == "network":

@@ -9,12 +9,14 @@ at its pretrained weights. A stationary kernel, added to K, stands for what that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
+from glob import escape
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from gpntk.errors import InputError
+from gpntk.heads import Rescaled
 from gpntk.inference.features import draw
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
@@ -101,7 +103,14 @@ class TransferGP:
         known_noise: Tensor | None = None,
         noise_network: nn.Module | None = None,
     ) -> None:
-        check_choices(kernel, mean, num_outputs is not None)
+        check_choices(
+            kernel=kernel,
+            mean=mean,
+            stationary=stationary,
+            stationary_inputs=stationary_inputs,
+            hyperparameters=hyperparameters,
+            fresh=num_outputs is not None,
+        )
         outputs = network.num_outputs(x) if num_outputs is None else num_outputs
         if y.shape != (x.shape[0], outputs):
             raise InputError(
@@ -109,8 +118,8 @@ class TransferGP:
                 f"{(x.shape[0], outputs)}: give one column of y per output of the network, or num_outputs for a new "
                 "head."
             )
-        if y.isnan().all():
-            raise InputError("y has only missing values (NaN): give at least one label.")
+        if y.isnan().all(0).any():
+            raise InputError("y has an output with only missing values (NaN): give each at least one label.")
         self.network, self.x, self.y, self.num_outputs = network, x, y, outputs
         self.mean: MeanChoice = ("network" if num_outputs is None else "constant") if mean == "auto" else mean
         self._kernel: KernelChoice = kernel
@@ -128,6 +137,13 @@ class TransferGP:
         self._engine: DenseGP | TangentRegression
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
         self._always_dense = False
+        self._reference = len(x)
+        self._arguments: dict[str, Any] = {
+            "num_outputs": num_outputs,
+            "layer_variances": layer_variances,
+            "stationary": stationary,
+            "noise_network": noise_network,
+        }
 
     # --- fitting -----------------------------------------------------------------------------------------------
 
@@ -142,13 +158,7 @@ class TransferGP:
         In nats, in the units of y.
         """
         if self._goes_spectral():
-            # One unit for all outputs: the network's own prior covariance between them stays.
-            self.units = torch.full_like(self.units, _root_mean_square(self._residual()))
-            tangent = self._network_of(Candidate(self._kernel if self._kernel == "nngp" else "ntk"))
-            constant = self.mean == "constant"
-            targets = self._residual() / self.units
-            engine = TangentRegression(tangent, self.x, targets, constant, self._layer_variances)
-            self._engine = engine
+            engine = self._engine = self._tangent()
             self._log_evidence = engine.fit()
             return self._log_evidence - self._log_units()
         candidate = self._choose()
@@ -195,8 +205,13 @@ class TransferGP:
         if isinstance(self._engine, DenseGP):
             known = None if known_noise is None else known_noise / self.units.square()
             grown._engine = self._engine.condition_on(x, targets, self._relative_noise(x), known)
-        else:
+        elif known_noise is None and not y.isnan().any():
             grown._engine = self._engine.condition_on(x, targets)
+        else:
+            raise InputError(
+                f"yvar and missing values of y cannot be taken in by kernel={self.chosen.kernel!r} fitted to "
+                f"{self.num_labels} labels without: fit anew on all of them."
+            )
         grown.x, grown.y = torch.cat([self.x, x]), torch.cat([self.y, y])
         if self.known_noise is not None or known_noise is not None:
             old, new = (
@@ -233,25 +248,18 @@ class TransferGP:
     @property
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout."""
-        return Candidate("nngp") in self._builder(self.x).candidates()
+        return self._builder().has_readout
 
     def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferGP:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
         known = None if self.known_noise is None else self.known_noise[rows]
-        other = TransferGP(
-            self.network,
-            self.x[rows],
-            self.y[rows],
-            mean=mean,
-            kernel=candidate.kernel,
-            num_outputs=self.num_outputs if self._fresh else None,
-            layer_variances=self._layer_variances,
-            stationary=self._form,
-            stationary_inputs=candidate.stationary_inputs,
-            hyperparameters="maximum",
-            known_noise=known,
-            noise_network=self._noise_network,
-        )
+        changed: dict[str, Any] = {
+            "mean": mean,
+            "kernel": candidate.kernel,
+            "stationary_inputs": candidate.stationary_inputs,
+        }
+        changed |= {"hyperparameters": "maximum", "known_noise": known}
+        other = TransferGP(self.network, self.x[rows], self.y[rows], **{**self._arguments, **changed})
         other._always_dense = True
         other.fit()
         return other
@@ -259,7 +267,7 @@ class TransferGP:
     def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the prior mean leaves unexplained, in units, and the tangent kernel there, up to a factor."""
         residual = (self._residual() / self.units)[rows].nan_to_num(0.0)
-        prior = self._builder(self.x).build(Candidate("ntk"))
+        prior = self._builder().build(Candidate("ntk"))
         logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
         kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
         return (residual if prior.shared else residual.reshape(-1)), kernel
@@ -268,24 +276,24 @@ class TransferGP:
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` has learned, by name, for `load_state`."""
-        own = {"units": self.units, "centre": self.centre}
+        own = {"units": self.units, "centre": self.centre, "reference": torch.tensor(self._reference)}
         if isinstance(self._engine, TangentRegression):
             return own | {f"gp.{name}": t.detach().clone() for name, t in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
-        return own | {"draws.logs": self._engine.draws.logs, "draws.weights": self._engine.draws.weights}
+        draws = self._engine.draws
+        return own | {"draws.logs": draws.logs, "draws.weights": draws.weights, "draws.best": draws.best}
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
         self.units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
+        self._reference = int(state["reference"])
         if "draws.logs" in state:
             self.comparison = Comparison(chosen, {})
             engine = self._dense(chosen)
-            engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan")))
+            engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan"), state["draws.best"]))
             self._engine = engine
             return
-        targets = self._residual() / self.units
-        network = self._network_of(chosen)
-        tangent = TangentRegression(network, self.x, targets, self.mean == "constant", self._layer_variances)
+        tangent = self._tangent()
         tangent.gp.load_state_dict({k.removeprefix("gp."): t for k, t in state.items() if k.startswith("gp.")})
         tangent.gp.eval()
         self._engine = tangent
@@ -316,8 +324,8 @@ class TransferGP:
 
     def _choose(self) -> Candidate:
         self._screened: Draws | None = None
-        builder = self._builder(self.x)
-        candidates = builder.candidates() if self._kernel == "auto" else [self.chosen]
+        builder = self._builder()
+        candidates = builder.candidates(self._stationary_inputs) if self._kernel == "auto" else [self.chosen]
         if len(candidates) == 1:
             return candidates[0]
         rows = self._screening_rows()
@@ -333,7 +341,9 @@ class TransferGP:
         rows, most = len(self.x), max(1, AVERAGE_LIMIT // self.num_outputs)
         return torch.arange(rows) if rows <= most else draw(rows, most, seed=0)
 
-    def _builder(self, x: Tensor) -> PriorBuilder:
+    def _builder(self) -> PriorBuilder:
+        # Units are those of the rows that `fit` saw: hyperparameters mean the same for fewer and for more.
+        x = self.x[: self._reference]
         medians = RESIDUAL if self.mean == "network" else TARGET
         outputs = self.num_outputs if self._fresh else None
         constant = self.mean == "constant"
@@ -352,17 +362,19 @@ class TransferGP:
         rows = torch.arange(len(self.x)) if rows is None else rows
         rows = rows.to(self.x.device)
         x, medians = self.x[rows], RESIDUAL if self.mean == "network" else TARGET
-        # Units of the inputs are those of all rows, so that hyperparameters of some rows mean the same for all.
-        prior = self._builder(self.x).build(candidate)
+        prior = self._builder().build(candidate)
         known = None if self.known_noise is None else (self.known_noise / self.units.square())[rows]
         targets = (self._residual() / self.units)[rows]
         noise = (medians.noise, medians.noise_spread)
         return DenseGP(prior, x, targets, noise, relative_noise=self._relative_noise(x), known_noise=known)
 
-    def _network_of(self, candidate: Candidate) -> FrozenNetwork:
-        if candidate.kernel != "nngp":
-            return self.network
-        return FrozenNetwork(self.network.thaw(), "readout", self.network.input_shape, self.network.extract)
+    def _tangent(self) -> TangentRegression:
+        network = self._builder().network_of(self.chosen)
+        if self.num_outputs > 1:
+            rescaled = Rescaled(network.thaw(), self.units.to(network.dtype), network.extract)
+            network = FrozenNetwork(rescaled, [f"network.{escape(n)}" for n in network.names], network.input_shape)
+        constant, layers = self.mean == "constant", self._layer_variances
+        return TangentRegression(network, self.x, self._residual() / self.units, constant, layers)
 
     def _relative_noise(self, x: Tensor) -> Tensor | None:
         return None if self._noise_network is None else relative_noise(self._noise_network, x, self.num_outputs)
@@ -397,7 +409,3 @@ class TransferGP:
             noise = self._engine.noise_variance() * noise
             spread = spread + (noise if spread.dim() == 1 else noise.diag())
         return self._back(x, Prediction(mean, spread))
-
-
-def _root_mean_square(residual: Tensor) -> float:
-    return residual.square().mean().sqrt().item() or 1.0

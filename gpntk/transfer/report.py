@@ -31,7 +31,7 @@ class Report:
     Attributes:
         kernel: The kernel in use.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
-            Matérn kernel and a constant mean), ``"readout alone"``, and the candidates of ``kernel="auto"``.
+            Matérn kernel and a constant mean), and ``"readout alone"``.
         effective_parameters: tr K (K + D)⁻¹: how many independent numbers the labels have taught. None if unknown.
         alignment: Cosine between the tangent kernel and what the network leaves unexplained, rᵀ K r / (|K| |r|²):
             whether the tangent space points where the new task needs it. Noise alone would have ``chance``.
@@ -150,15 +150,17 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
     own = evidence[chosen.kernel]
     alone = evidence.get("stationary alone", -math.inf)
     readout = evidence.get("readout alone", -math.inf)
-    if chosen.kernel == "stationary" or alone > own + STRONG_EVIDENCE:
+    if chosen.kernel == "stationary" and alone <= own + STRONG_EVIDENCE:
+        return "The labels are best explained without moves of the network's weights: by its prior mean and the inputs."
+    if alone > own + STRONG_EVIDENCE:
         gain = f", by {alone - own:.1f} nats" if alone > own else ""
         return (
-            f"The labels are better explained without the network's tangent kernel{gain}: use a GP on the inputs, or "
-            "a source network of a closer task."
+            f"The labels are better explained without the network's tangent kernel{gain}: use a GP on the inputs, "
+            "kernel='ntk+stationary', or a source network of a closer task."
         )
     if effective is not None and effective < 0.5:
         return "The labels have taught next to nothing: predictions are the prior mean's; more labels would help."
-    if readout > own:
+    if readout > own + STRONG_EVIDENCE:
         return f"The readout alone explains the labels {readout - own:.1f} nats better: kernel='nngp' is cheaper."
     if alone > own - STRONG_EVIDENCE:
         return "The labels do not yet tell whether the source network helps: compare again with more of them."

@@ -71,8 +71,9 @@ class Variational:
         )
         self._kernel = kernel
         prior_mean: Mean = ZeroMean() if mean is None else NetworkMean(mean)
-        points = greedy_inducing_points(x, kernel, min(_INDUCING_POINTS, len(x)))
-        self.gp = VariationalGP(points, kernel, prior_mean, num_logits)
+        with torch.random.fork_rng(devices=[]):  # the host draws where the posterior starts, with no deviation
+            points = greedy_inducing_points(x, kernel, min(_INDUCING_POINTS, len(x)))
+            self.gp = VariationalGP(points, kernel, prior_mean, num_logits)
 
     def fit(self) -> float:
         """Maximise the evidence lower bound; returns it, in nats."""
