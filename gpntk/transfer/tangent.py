@@ -87,12 +87,22 @@ class TangentRegression:
         return {**dict(zip(names, variances.tolist(), strict=True)), "noise": self.noise_variance()}
 
     def condition_on(self, x: Tensor, y: Tensor) -> TangentRegression:
-        """The same with more labels, hyperparameters as they are, by an update of low rank."""
+        """The same with more labels, hyperparameters as they are; for one output by an update of low rank."""
+        if self._outputs > 1:
+            both = torch.cat([self._x, x]), torch.cat([self._targets, y])
+            grown = TangentRegression(self._network, *both, self._constant, self._layers is not None)
+            grown.gp.load_state_dict(self.gp.state_dict())
+            grown.gp.eval()
+            return grown
         self._posterior(x[:1])  # the host updates what a prediction has cached
         grown = TangentRegression.__new__(TangentRegression)
-        grown.__dict__ = {**self.__dict__}
+        grown.__dict__ = {
+            **self.__dict__,
+            "_x": torch.cat([self._x, x]),
+            "_targets": torch.cat([self._targets, y[:, 0]]),
+        }
         with torch.no_grad(), _settings():
-            gp = self.gp.get_fantasy_model(x, y.squeeze(-1) if self._outputs == 1 else y)
+            gp = self.gp.get_fantasy_model(x, y.squeeze(-1))
         assert isinstance(gp, TangentGP)
         grown.gp = gp
         return grown
