@@ -191,6 +191,99 @@ def test_frozen_networks_are_taken_as_they_are() -> None:
         gpntk.TransferRegressor(frozen, parameters="readout").fit(x, y)
 
 
+# --- more of a transfer --------------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_those_of_the_normal() -> None:
+    x, y = data(20)
+    model = gpntk.TransferRegressor(SINGLE, kernel="ntk").fit(x, y)
+    mean, quantiles = model.predict(x, return_quantiles=[0.025, 0.5, 0.975])
+    std = model.predict(x, return_std=True)[1]
+    np.testing.assert_allclose(quantiles, mean + np.array([[-1.959964], [0], [1.959964]]) * std, rtol=1e-6)
+
+
+def test_partial_fit_is_the_fit_of_all_at_the_same_hyperparameters(tmp_path: Path) -> None:
+    x, y = data(30)
+    z, _ = data(7, seed=1)
+    for kernel in ("ntk", "ntk+stationary"):
+        model = gpntk.TransferRegressor(SINGLE, kernel=kernel).fit(x[:20], y[:20])
+        noise = model.noise_variance_
+        model.partial_fit(x[20:25], y[20:25]).partial_fit(x[25:], y[25:])
+        assert model.noise_variance_ == noise
+        model.save(tmp_path / "model")  # which knows all the data, and the units of the first
+        loaded = gpntk.TransferRegressor.load(tmp_path / "model", SINGLE)
+        for one, two in zip(model.predict(z, return_std=True), loaded.predict(z, return_std=True), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-7)
+
+
+def test_known_errors_of_labels_count() -> None:
+    x, y = data(20)
+    wrong = y.copy()
+    wrong[0] += 100
+    yvar = np.where(np.arange(20) == 0, 1e8, 1e-4)
+    known = {"ntk": 1.0, "noise": 1e-3}
+    fit = gpntk.TransferRegressor(SINGLE, kernel="ntk", mean="zero", hyperparameters=known).fit
+    with_outlier = fit(x, wrong, yvar=yvar).predict(x[:1])
+    assert abs(with_outlier - fit(x[1:], y[1:], yvar=yvar[1:]).predict(x[:1])) < 30
+    assert abs(with_outlier - fit(x, wrong).predict(x[:1])) > 30
+    for bad, message in ((-yvar, "negative"), (yvar[1:], "one variance per target"), (yvar * np.inf, "infinite")):
+        with pytest.raises(InputError, match=message):
+            fit(x, y, yvar=bad)
+
+
+def test_missing_targets_are_left_out() -> None:
+    x, y = data(20)
+    z, _ = data(5, seed=1)
+    gappy = np.stack([y, y**2], -1)
+    gappy[3, 1] = np.nan
+    network = mlp(2).double().eval()
+    model = gpntk.TransferRegressor(network, kernel="ntk").fit(x, gappy.tolist())
+    assert np.isfinite(model.predict(z)).all()
+    with pytest.raises(InputError, match="an output with only missing values"):
+        gpntk.TransferRegressor(network).fit(x, np.stack([y, y * np.nan], -1))
+
+
+class Loud(nn.Module):
+    """Noise with a standard deviation that is ten times larger where the first input is positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0] > 0, 2 * np.log(10.0), 0.0)
+
+
+def test_noise_that_differs_between_inputs() -> None:
+    x, _ = data(200)
+    generator = np.random.default_rng(3)
+    sigma = np.where(x[:, 0] > 0, 1.0, 0.1)
+    y = x[:, 1] + sigma * generator.standard_normal(200)
+    model = gpntk.TransferRegressor(SINGLE, mean="zero", kernel="ntk+stationary", noise_network=Loud().eval()).fit(x, y)
+    noise = np.square(model.predict(x, return_std=True)[1]) - np.square(
+        model.predict(x, return_std=True, observation_noise=False)[1]
+    )
+    np.testing.assert_allclose(noise[x[:, 0] > 0], 100 * noise[x[:, 0] < 0][0], rtol=1e-6)
+    assert model.noise_variance_ == pytest.approx(0.01, rel=0.5)
+    with pytest.raises(InputError, match="noise_network is in train mode"):
+        gpntk.TransferRegressor(SINGLE, noise_network=nn.Linear(5, 1)).fit(x, y)
+    with pytest.raises(InputError, match="noise_network returned shape"):
+        gpntk.TransferRegressor(SINGLE, noise_network=nn.Linear(5, 3).eval()).fit(x, y)
+    with pytest.raises(InputError, match="noise_network cannot be saved"):
+        model.save("nowhere")
+
+
+def test_a_new_head_for_several_targets() -> None:
+    x, y = data(40)
+    targets = np.stack([y, x[:, 1], 1e3 * x[:, 2]], -1)
+    model = gpntk.TransferRegressor(SINGLE, num_outputs=3).fit(x, targets)
+    assert model.predict(x).shape == (40, 3)
+    assert model.score(x, targets) > 0.8
+    assert model.sample(x[:2], 4, random_state=0).shape == (4, 2, 3)
+
+
+def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = data(15)
+    model = gpntk.TransferRegressor(SINGLE, verbose=True).fit(x, y)
+    assert capsys.readouterr().out == f"{model.report_}\n"
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +376,11 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         (lambda x, y: gpntk.TransferRegressor(SINGLE, dtype="half").fit(x, y), InputError, "dtype='half': choose"),
         (lambda x, y: gpntk.TransferRegressor(MODULE).fit(x, y), InputError, r"y has shape \(20, 1\).*3 output"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y[:-1]), ValueError, "inconsistent numbers of samples"),
-        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y * np.nan), InputError, "y has only missing values"),
+        (
+            lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y * np.nan),
+            InputError,
+            "an output with only missing values",
+        ),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(np.where(x > 1, np.inf, x), y), ValueError, "X contains inf"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x[:0], y[:0]), ValueError, r"0 sample\(s\)"),
         (lambda x, y: gpntk.TransferRegressor(mlp(1)).fit(x, y), NetworkError, "Dropout.*train mode"),

@@ -2,7 +2,7 @@
 Adapt a pretrained classifier with 100 labels
 =============================================
 
-A network was trained on thousands of images. Now the images come from another device, and a hundred of them have been
+A network was trained on many images. Now the images come from another device, and a hundred of them have been
 labelled. This tutorial adapts the network without training it, and
 
 * compares the result with the network as it is, with its last layer refitted, and with fine-tuning;

@@ -41,10 +41,11 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         kernel: As for `gpntk.TransferRegressor`.
         new_head: Replace the readout by a fresh one even though the number of classes is that of the network's outputs,
             because they mean something else.
-        method: ``"laplace"``, Newton's method to the mode and a Gaussian there: the default up to 2,000 inputs, and the
-            best calibrated of the three. ``"dirichlet"``, regression on transformed labels: closed form, the fastest,
-            for quick looks and many refits; its probabilities are rougher. ``"variational"``, inducing points and
-            mini-batches: for more inputs. ``"auto"`` chooses by the number of inputs.
+        method: ``"laplace"``, Newton's method to the mode and a Gaussian there: for a network whose outputs are the
+            classes, so that labels correct it. ``"dirichlet"``, regression on transformed labels, in closed form: for a
+            new head, where Laplace's method is underconfident, and for quick looks. ``"variational"``, inducing points
+            and mini-batches: for more inputs. ``"auto"`` is the first or the second up to 2,000 inputs, by the head,
+            and the third beyond.
         link: How probabilities are made of Gaussian logits: ``"probit"``, a formula; ``"monte_carlo"``, exact but for
             its draws; or ``"laplace_bridge"``, a formula that also gives a Dirichlet.
         parameters: As for `gpntk.TransferRegressor`.
@@ -61,7 +62,8 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
 
     Attributes:
         classes_: The classes `[K]`.
-        log_marginal_likelihood_: Log evidence at the best hyperparameters, in nats; that of the method.
+        log_marginal_likelihood_: Log evidence of the labels of `fit` at the best hyperparameters, in nats; that of the
+            method.
         hyperparameters_: Best hyperparameters by name.
         kernel_: Name of the kernel in use.
         method_: The method in use.
@@ -175,7 +177,8 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The most probable class at X `[N, ...]`: `[N]`."""
-        return self.classes_[self.predict_proba(X).argmax(-1)]
+        most_probable = self.predict_proba(X).argmax(-1)
+        return self.classes_[most_probable]
 
     def decision_function(self, X: ArrayLike) -> NDArray[Any]:
         """Log probabilities `[N, K]`; for two classes the log odds of the second `[N]`."""

@@ -61,7 +61,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         verbose: Print the report after `fit`.
 
     Attributes:
-        log_marginal_likelihood_: Log marginal likelihood at the best hyperparameters, in nats, in the units of y.
+        log_marginal_likelihood_: Log marginal likelihood of the labels of `fit` at the best hyperparameters, in nats,
+            in the units of y.
         noise_variance_: Variance of the observation noise, in the units of y squared: a number, or one per output.
         hyperparameters_: Best hyperparameters by name, in units of the residuals' mean square.
         kernel_: Name of the kernel in use.

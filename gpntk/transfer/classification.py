@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -35,8 +36,8 @@ from gpntk.transfer.variational import Variational
 
 # Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.
 FULL_LIMIT = 300
-# Inputs up to which Laplace's method is the default, and up to which methods that factorise are possible.
-LAPLACE_LIMIT = 2_000
+# Inputs up to which methods that factorise are the default, and up to which they are possible.
+DENSE_LIMIT = 2_000
 LARGEST_DENSE = 5_000
 _SCREENED = 100
 # Inputs whose evidence sets the hyperparameters; more of them hardly move it.
@@ -47,7 +48,12 @@ _PREDICTION_ROWS = 512
 
 
 Method = Literal["auto", "laplace", "dirichlet", "variational"]
-"""How the posterior is approximated; ``"auto"`` is Laplace's method up to 2,000 inputs, then the variational one."""
+"""How the posterior is approximated.
+
+``"auto"`` is, up to 2,000 inputs, Laplace's method under the network's own head and Dirichlet regression under a fresh
+one: with a prior mean of zero and large variances, the Gaussian at the mode says too little. Beyond, the variational
+method.
+"""
 
 
 @final
@@ -123,7 +129,8 @@ class TransferClassification:
             )
         if method not in ("auto", "laplace", "dirichlet", "variational"):
             raise InputError(f"method={method!r}: choose 'auto', 'laplace', 'dirichlet' or 'variational'.")
-        self.method: Method = ("laplace" if len(x) <= LAPLACE_LIMIT else "variational") if method == "auto" else method
+        default: Method = "variational" if len(x) > DENSE_LIMIT else "dirichlet" if fresh else "laplace"
+        self.method: Method = default if method == "auto" else method
         if self.method == "variational" and (layer_variances or mean == "constant" or hyperparameters != "auto"):
             raise InputError(
                 "method='variational' (the default for more than 2,000 inputs) has no layer_variances, no "
@@ -160,7 +167,7 @@ class TransferClassification:
         start: Tensor | None = None
         if len(candidates) > 1:
             rows = torch.arange(len(self.x)) if len(self.x) <= _SCREENED else draw(len(self.x), _SCREENED, seed=0)
-            fits = {c: self._laplace(c, rows, shared=True).fit(average=False) for c in candidates}
+            fits = {c: self._some(c, rows).fit(average=False) for c in candidates}
             evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
             chosen = preferred(evidence, self.fresh)
             self.comparison = Comparison(chosen, {str(c): value for c, value in evidence.items()})
@@ -174,7 +181,7 @@ class TransferClassification:
             subset = None if few else self._laplace(self.chosen, draw(len(self.x), _EVIDENCE_ROWS, seed=0))
             draws = engine.fit(self._averages(), self._fixed, start, subset)
         else:
-            draws = engine.fit(self._averages(), self._fixed)
+            draws = engine.fit(self._averages(), self._fixed, start)
         self.log_evidence = draws.log_evidence
         return engine.best_evidence
 
@@ -305,8 +312,7 @@ class TransferClassification:
             return self._laplace(self.chosen, everything)
         builder = self._builder()
         if self.method == "dirichlet":
-            prior = builder.build(self.chosen, shared=True)
-            return DenseDirichlet(prior, self.x, self.labels, self._offset(self.x), self.num_classes)
+            return self._dirichlet(self.chosen, everything)
         mean = self.network if self.mean == "network" else None
         return Variational(
             builder.tangents(self.chosen),
@@ -318,6 +324,17 @@ class TransferClassification:
             num_logits=self.num_logits,
             medians=self._medians(),
         )
+
+    def _some(self, candidate: Candidate, rows: Tensor) -> DenseLaplace | DenseDirichlet:
+        """What kernels are compared by, on some rows."""
+        make = self._dirichlet if self.method == "dirichlet" else partial(self._laplace, shared=True)
+        return make(candidate, rows)
+
+    def _dirichlet(self, candidate: Candidate, rows: Tensor) -> DenseDirichlet:
+        rows = rows.to(self.x.device)
+        x = self.x[rows]
+        prior = self._builder().build(candidate, shared=True)
+        return DenseDirichlet(prior, x, self.labels[rows], self._offset(x), self.num_classes)
 
     def _laplace(self, candidate: Candidate, rows: Tensor, shared: bool | None = None) -> DenseLaplace:
         rows = rows.to(self.x.device)

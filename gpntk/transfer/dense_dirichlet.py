@@ -50,8 +50,6 @@ class DenseDirichlet:
 
     def fit(self, average: bool, fixed: Mapping[str, float] | None = None, start: Tensor | None = None) -> Draws:
         """Infer the hyperparameters; see `gpntk.transfer.hyperparameters.infer`."""
-        if start is not None:
-            start = torch.cat([start, start.new_tensor([_NEGLIGIBLE_NOISE]).log()])
         return self._gp.fit(average, {**(fixed or {}), "noise": _NEGLIGIBLE_NOISE}, start)
 
     def set_draws(self, draws: Draws) -> None:

@@ -33,9 +33,9 @@ class Report:
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
             Matérn kernel and a constant mean), and ``"readout alone"``.
         effective_parameters: tr K (K + D)⁻¹: how many independent numbers the labels have taught. None if unknown.
-        alignment: Cosine between the tangent kernel and what the network leaves unexplained, rᵀ K r / (|K| |r|²):
+        alignment: Cosine between the tangent kernel and what the network leaves unexplained, ``rᵀ K r / (|K| |r|²)``:
             whether the tangent space points where the new task needs it. Noise alone would have ``chance``.
-        chance: The mean of ``alignment`` over independent residuals, tr K / (|K| n).
+        chance: The mean of ``alignment`` over independent residuals, ``tr K / (|K| n)``.
         score: Leave-one-out R² or accuracy, in closed form. None if unknown.
         log_density: Mean leave-one-out log density of a label, in nats. None if unknown.
         calibration: Nominal against leave-one-out frequency: of central intervals for regression, of the most probable
