@@ -12,6 +12,9 @@ import torch
 from benchmarks import peers, sharded
 from benchmarks.measure import provenance, settle
 from benchmarks.suites import SUITES
+from benchmarks.transfer import report as transfer_report
+from benchmarks.transfer.classification import CLASSIFICATION
+from benchmarks.transfer.regression import REGRESSION
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
@@ -50,8 +53,7 @@ def write_readme() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        source = sharded if result["suite"] == "sharded" else SUITES.get(result["suite"], peers)
-        doc = (source.__doc__ or "").strip()
+        doc = (_source(result["suite"]).__doc__ or "").strip()
         parts += [
             f"## {result['suite']}: {result['device']}, {result['threads']} thread(s)\n",
             f"{doc}\n",
@@ -59,6 +61,15 @@ def write_readme() -> None:
             _markdown(result["rows"]),
         ]
     (RESULTS.parent / "README.md").write_text("\n".join(parts))
+
+
+def _source(suite: str) -> object:
+    """What describes a suite in its docstring."""
+    experiments = {**REGRESSION, **CLASSIFICATION}
+    experiment = suite.removeprefix("transfer-")
+    if experiment in experiments and suite != experiment:
+        return transfer_report if experiments[experiment].draw.__doc__ is None else experiments[experiment].draw
+    return sharded if suite == "sharded" else SUITES.get(suite, peers)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 import gpntk
-from benchmarks import inference_suites, infinite_botorch, infinite_classification, infinite_suites
+from benchmarks import (
+    inference_suites,
+    infinite_botorch,
+    infinite_classification,
+    infinite_suites,
+    transfer_speed,
+)
 from benchmarks.measure import gemm_rate, relative_error, seconds, seconds_on
 from gpntk.jacobians import AbstractJacobianBackend
 from gpntk.jacobians.cost import Machine
@@ -222,6 +228,7 @@ SUITES: dict[str, Suite] = {
     **infinite_suites.SUITES,
     **infinite_classification.SUITES,
     **infinite_botorch.SUITES,
+    **transfer_speed.SUITES,
 }
 
 

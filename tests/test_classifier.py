@@ -212,7 +212,7 @@ def test_refusals(arguments: dict, change, error: type, message: str) -> None:
 
 def test_more_refusals() -> None:
     x, y = blobs(18)
-    with pytest.raises(NetworkError, match="Dropout.*train mode"):
+    with pytest.raises(NetworkError, match=r"Dropout.*train mode"):
         gpntk.TransferClassifier(Train()).fit(x, y)
     model = gpntk.TransferClassifier(NETWORK, **QUICK).fit(x, y)
     with pytest.raises(InputError, match=r"classes=\[0, 1\] are not those of fit"):
