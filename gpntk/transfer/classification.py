@@ -264,13 +264,7 @@ class TransferClassification:
         if isinstance(self._engine, Variational):
             return {name: tensor.detach().clone() for name, tensor in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
-        draws, reference = self._engine.draws, torch.tensor(self._reference)
-        return {
-            "draws.logs": draws.logs,
-            "draws.weights": draws.weights,
-            "draws.best": draws.best,
-            "reference": reference,
-        }
+        return self._engine.draws.state() | {"reference": torch.tensor(self._reference)}
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferClassification` with the same arguments has learned."""
@@ -281,7 +275,7 @@ class TransferClassification:
             self._engine.gp.load_state_dict(dict(state))
             self._engine.gp.eval()
             return
-        self._engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan"), state["draws.best"]))
+        self._engine.set_draws(Draws.from_state(state))
 
     # --- private -----------------------------------------------------------------------------------------------
 

@@ -47,6 +47,15 @@ class Draws(NamedTuple):
     best: Tensor
     """Where their posterior density is largest `[H]`."""
 
+    def state(self) -> dict[str, Tensor]:
+        """All but the evidence, by name, for a file."""
+        return {"draws.logs": self.logs, "draws.weights": self.weights, "draws.best": self.best}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Draws:
+        """What `state` gave; the evidence is not known any more."""
+        return cls(state["draws.logs"], state["draws.weights"], math.nan, state["draws.best"])
+
 
 def named(hyperparameters: Sequence[Hyperparameter], logs: Tensor) -> dict[str, float]:
     """Values by name, from their logarithms `[H]`."""

@@ -30,6 +30,7 @@ from gpntk.transfer.prior import (
     Comparison,
     KernelChoice,
     MeanChoice,
+    Medians,
     PriorBuilder,
     StationaryInputs,
     check_choices,
@@ -69,6 +70,9 @@ class TransferGP:
             to 300 labels. Or a mapping of names to values that are known, in units of the residuals' mean square.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
+
+    Attributes:
+        log_evidence: Of all labels, hyperparameters integrated out (at their maximum on the spectral path), in nats.
 
     Raises:
         InputError: The targets do not have the right number of outputs, or a choice does not exist.
@@ -115,8 +119,7 @@ class TransferGP:
         if y.shape != (x.shape[0], outputs):
             raise InputError(
                 f"y has shape {tuple(y.shape)}, but {x.shape[0]} rows and a network with {outputs} output(s) need "
-                f"{(x.shape[0], outputs)}: give one column of y per output of the network, or num_outputs for a new "
-                "head."
+                f"{(x.shape[0], outputs)}: give one column of y per output, or num_outputs for a new head."
             )
         if y.isnan().all(0).any():
             raise InputError("y has an output with only missing values (NaN): give each at least one label.")
@@ -128,11 +131,8 @@ class TransferGP:
         self._form: StationaryForm = stationary
         self._stationary_inputs: StationaryInputs | None = stationary_inputs
         self._treatment = hyperparameters
-        with torch.no_grad():
-            offset = self._offset(x)
-            self.centre = y.nanmean(0) if self.mean == "constant" else y.new_zeros(outputs)
-            residual = y - offset - self.centre
-            self.units = units_of(y, residual)
+        self.centre = y.nanmean(0) if self.mean == "constant" else y.new_zeros(outputs)
+        self.units = units_of(y, self._residual())
         self.comparison: Comparison | None = None
         self._engine: DenseGP | TangentRegression
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
@@ -159,13 +159,13 @@ class TransferGP:
         """
         if self._goes_spectral():
             engine = self._engine = self._tangent()
-            self._log_evidence = engine.fit()
-            return self._log_evidence - self._log_units()
+            self.log_evidence = engine.fit() - self._log_units()
+            return self.log_evidence
         candidate = self._choose()
         engine = self._dense(candidate)
         start = None if self._screened is None else self._screened.best
         draws = engine.fit(self._averages(self.num_labels), self._fixed, start)
-        self._engine, self._log_evidence = engine, draws.log_evidence
+        self._engine, self.log_evidence = engine, draws.log_evidence - self._log_units()
         with torch.no_grad():
             return engine.log_likelihood(draws.best).item() - self._log_units()
 
@@ -241,11 +241,6 @@ class TransferGP:
     # --- for reports -------------------------------------------------------------------------------------------
 
     @property
-    def log_evidence(self) -> float:
-        """Log evidence, hyperparameters integrated out (or, for a tangent kernel alone, at their maximum), in nats."""
-        return self._log_evidence - self._log_units()
-
-    @property
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout."""
         return self._builder().has_readout
@@ -280,18 +275,16 @@ class TransferGP:
         if isinstance(self._engine, TangentRegression):
             return own | {f"gp.{name}": t.detach().clone() for name, t in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
-        draws = self._engine.draws
-        return own | {"draws.logs": draws.logs, "draws.weights": draws.weights, "draws.best": draws.best}
+        return own | self._engine.draws.state()
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
         self.units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
         self._reference = int(state["reference"])
+        self.comparison = Comparison(chosen, {})
         if "draws.logs" in state:
-            self.comparison = Comparison(chosen, {})
-            engine = self._dense(chosen)
-            engine.set_draws(Draws(state["draws.logs"], state["draws.weights"], float("nan"), state["draws.best"]))
-            self._engine = engine
+            self._engine = self._dense(chosen)
+            self._engine.set_draws(Draws.from_state(state))
             return
         tangent = self._tangent()
         tangent.gp.load_state_dict({k.removeprefix("gp."): t for k, t in state.items() if k.startswith("gp.")})
@@ -304,8 +297,7 @@ class TransferGP:
         """Whether a single tangent kernel at the maximum of its marginal likelihood is what is wanted."""
         plain = self.known_noise is None and self._noise_network is None and not self.y.isnan().any()
         free = self._fixed is None and not self._fresh and not self._always_dense
-        tangent = self._kernel in ("ntk", "nngp")
-        if plain and free and tangent:
+        if plain and free and self._kernel in ("ntk", "nngp"):
             return not self._averages(self.num_labels)
         size = self.y.numel()
         if self._kernel == "auto" and size > DENSE_LIMIT and plain and free:
@@ -328,7 +320,9 @@ class TransferGP:
         candidates = builder.candidates(self._stationary_inputs) if self._kernel == "auto" else [self.chosen]
         if len(candidates) == 1:
             return candidates[0]
-        rows = self._screening_rows()
+        # All, or as many as make 300 labels.
+        most = min(len(self.x), max(1, AVERAGE_LIMIT // self.num_outputs))
+        rows = draw(len(self.x), most, seed=0)
         fits = {candidate: self._dense(candidate, rows).fit(average=False) for candidate in candidates}
         chosen = preferred({candidate: draws.log_evidence for candidate, draws in fits.items()}, self._fresh)
         self._screened = fits[chosen]
@@ -336,36 +330,31 @@ class TransferGP:
         self.comparison = Comparison(chosen, {str(c): draws.log_evidence - shift for c, draws in fits.items()})
         return chosen
 
-    def _screening_rows(self) -> Tensor:
-        """Rows on which kernels are compared: all, or as many as make 300 labels."""
-        rows, most = len(self.x), max(1, AVERAGE_LIMIT // self.num_outputs)
-        return torch.arange(rows) if rows <= most else draw(rows, most, seed=0)
+    @property
+    def _medians(self) -> Medians:
+        return RESIDUAL if self.mean == "network" else TARGET
 
     def _builder(self) -> PriorBuilder:
-        # Units are those of the rows that `fit` saw: hyperparameters mean the same for fewer and for more.
-        x = self.x[: self._reference]
-        medians = RESIDUAL if self.mean == "network" else TARGET
-        outputs = self.num_outputs if self._fresh else None
-        constant = self.mean == "constant"
         return PriorBuilder(
             self.network,
-            x,
-            num_outputs=outputs,
+            # Units are those of the rows that `fit` saw: hyperparameters mean the same for fewer and for more.
+            self.x[: self._reference],
+            num_outputs=self.num_outputs if self._fresh else None,
             layer_variances=self._layer_variances,
             form=self._form,
-            medians=medians,
-            constant=constant,
+            medians=self._medians,
+            constant=self.mean == "constant",
             units=self.units,
         )
 
     def _dense(self, candidate: Candidate, rows: Tensor | None = None) -> DenseGP:
         rows = torch.arange(len(self.x)) if rows is None else rows
         rows = rows.to(self.x.device)
-        x, medians = self.x[rows], RESIDUAL if self.mean == "network" else TARGET
+        x = self.x[rows]
         prior = self._builder().build(candidate)
         known = None if self.known_noise is None else (self.known_noise / self.units.square())[rows]
         targets = (self._residual() / self.units)[rows]
-        noise = (medians.noise, medians.noise_spread)
+        noise = (self._medians.noise, self._medians.noise_spread)
         return DenseGP(prior, x, targets, noise, relative_noise=self._relative_noise(x), known_noise=known)
 
     def _tangent(self) -> TangentRegression:
