@@ -211,17 +211,18 @@ def rbf_gp(_network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int
 # With a normal distribution over d this is a GP. Its mean is the network, so that it learns what the network gets
 # wrong. Its kernel, J(x) J(x')ᵀ, is the neural tangent kernel (NTK): two images are similar if the same moves of the
 # weights change their outputs alike. If only the last layer moves, that is the inner product of the inputs of the last
-# layer (NNGP). How large moves and noise are is set by the marginal likelihood: nothing is tuned or held out.
+# layer (NNGP). How large moves and noise are is inferred from the labels, and with few labels averaged over: nothing is
+# tuned or held out. (By default the estimator also tries sums with a stationary kernel; here each kernel is on its own.)
 
 
 def nngp(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
     """The GP over moves of the last layer."""
-    return TransferRegressor(network, parameters="readout").fit(x, y).predict(x_test, return_std=True)
+    return TransferRegressor(network, kernel="nngp").fit(x, y).predict(x_test, return_std=True)
 
 
 def ntk(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
     """The GP over moves of all layers."""
-    return TransferRegressor(network).fit(x, y).predict(x_test, return_std=True)
+    return TransferRegressor(network, kernel="ntk").fit(x, y).predict(x_test, return_std=True)
 
 
 METHODS: dict[str, Method] = {

@@ -299,11 +299,10 @@ with TemporaryDirectory() as folder:
 #
 # Labels are no Gaussian observations of the logits, so that the posterior has to be approximated.
 #
-# * ``"laplace"``, the default up to 2,000 labels, climbs to the most probable logits by Newton's method and puts a
-#   Gaussian there.
-# * ``"dirichlet"`` turns labels into real numbers with known noise, and solves one regression: no iterations, for quick
-#   looks and for fitting again and again.
-# * ``"variational"`` keeps a few hundred inducing points and trains on mini-batches: for thousands of labels.
+# * ``"laplace"``, the default here, climbs to the most probable logits by Newton's method and puts a Gaussian there.
+# * ``"dirichlet"`` turns labels into real numbers with known noise, and solves one regression: no iterations, for
+#   fitting again and again. It is the default under a new head.
+# * ``"variational"`` keeps a few hundred inducing points and trains on mini-batches: the default beyond 2,000 labels.
 #
 # Here with the kernel of the last layer alone, ``kernel="nngp"``, which is the cheapest of all: Bayesian logistic
 # regression on the features, around the present weights. It is also what to take when labels arrive all the time.
