@@ -212,7 +212,7 @@ def rbf_gp(_network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int
 # wrong. Its kernel, J(x) J(x')ᵀ, is the neural tangent kernel (NTK): two images are similar if the same moves of the
 # weights change their outputs alike. If only the last layer moves, that is the inner product of the inputs of the last
 # layer (NNGP). How large moves and noise are is inferred from the labels, and with few labels averaged over: nothing is
-# tuned or held out. (By default the estimator also tries sums with a stationary kernel; here each kernel is on its own.)
+# tuned or held out. (By default the estimator also tries sums with a stationary kernel; here each is on its own.)
 
 
 def nngp(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
@@ -296,16 +296,16 @@ print_table("NLL, nats", score(nll))
 # What the table says:
 #
 # * The network knows most of the answer. The GP without it is far behind even with 300 labels.
-# * With 10 or 30 labels nothing is clearly better than the source network as it is; they are too few to tell its errors
-#   from noise. With 10, all that adapts to them is worse on average. For the two GPs over weights this is because the
-#   marginal likelihood of 10 points is almost flat: in an unlucky draw it takes all noise for signal.
-# * With 100 labels adapting begins to pay. With 300, fine-tuning has the smallest RMSE and the GP over all layers comes
-#   next; in NLL these two are equal within their errors. The GP over the last layer alone comes after them.
+# * With 10 labels, refitting and fine-tuning are on average worse than the source network as it is. The two GPs over
+#   weights are not: they take what the network leaves unexplained for noise until the labels say otherwise, and average
+#   over all that the labels leave open. With 30, nothing is clearly better than the source network.
+# * With 100 labels adapting begins to pay. With 100 and 300, fine-tuning and the GP over all layers are equal within
+#   their errors in RMSE, and in NLL the GP is slightly better. The GP over the last layer alone comes after them.
 # * Refitting the last layer forgets what that layer knew, which costs most when labels are few.
 #
-# So the GP is worth trying when there are about a hundred labels or more for a task close to the source task. It comes
-# near carefully tuned fine-tuning, which takes thousands of training steps here because of its cross-validation, by
-# linear algebra alone; and its error bars depend on the image.
+# So the GP does no harm when labels are few. With more of them it comes near carefully tuned fine-tuning, which takes
+# thousands of training steps here because of its cross-validation, by linear algebra alone; and its error bars depend
+# on the image.
 #
 # In the picture, left: RMSE against the number of labels, with bands of one standard deviation over seeds; the GP on
 # pixels begins far above. Right: the GP over all layers after 100 labels, on 100 of the test images of the first seed.
