@@ -71,9 +71,6 @@ class TransferGP:
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
 
-    Attributes:
-        log_evidence: Of all labels, hyperparameters integrated out (at their maximum on the spectral path), in nats.
-
     Raises:
         InputError: The targets do not have the right number of outputs, or a choice does not exist.
 
@@ -90,6 +87,9 @@ class TransferGP:
         Maddox et al. (2021), Fast Adaptation with Linearized Neural Networks, https://arxiv.org/abs/2103.01439.
         Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.23-2.26 and section 2.7.
     """
+
+    log_evidence: float
+    """Of all labels, hyperparameters integrated out (at their maximum on the spectral path), in nats."""
 
     def __init__(
         self,
