@@ -37,7 +37,6 @@ class AnyWidth(nn.Module):
 
 @parametrize_with_checks(
     [
-        gpntk.TransferRegressor(AnyWidth(), mean="constant", hyperparameters="maximum"),
         gpntk.TransferRegressor(AnyWidth(), mean="constant", kernel="ntk", hyperparameters="maximum"),
         gpntk.TransferClassifier(AnyWidth(), new_head=True, kernel="ntk", hyperparameters="maximum"),
     ],
