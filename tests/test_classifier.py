@@ -74,10 +74,12 @@ def test_classes_that_y_does_not_show() -> None:
     assert streamed.score(x, y) >= model.score(x, y)
 
 
-def test_logits_of_a_binary_network() -> None:
+@pytest.mark.parametrize("kernel", ["ntk", "nngp", "stationary", "ntk+stationary", "auto"])
+def test_logits_of_a_binary_network(kernel: str) -> None:
     x, y = blobs(40, classes=2)
-    model = gpntk.TransferClassifier(mlp(1).double().eval(), **QUICK).fit(x, y)
+    model = gpntk.TransferClassifier(mlp(1).double().eval(), kernel=kernel, hyperparameters="maximum").fit(x, y)
     assert model.score(x, y) > 0.8
+    assert model.kernel_ in model.report_.log_evidence
 
 
 def test_without_labels_to_speak_of_the_network_speaks() -> None:

@@ -70,8 +70,8 @@ class TransferClassification:
         labels: Classes `[N]`, integers from 0 to K - 1.
         num_classes: K.
         fresh: Whether the readout is replaced by a fresh one with K outputs, because the network's mean other classes.
-        mean: Prior mean of the logits: the network's own, or zero. ``"auto"`` is the
-            network's, or zero under a fresh head.
+        mean: Prior mean of the logits: the network's own, a constant per class, or zero. ``"auto"`` is the network's,
+            or zero under a fresh head.
         kernel: As for `TransferGP`.
         layer_variances: Learn one prior variance per layer instead of one for all.
         stationary: Form of the stationary kernel.
@@ -334,8 +334,7 @@ class TransferClassification:
         rows = rows.to(self.x.device)
         if shared is None:
             shared = self._reference * self.num_logits > FULL_LIMIT
-        # One logit's kernel is its full one.
-        prior = self._builder().build(candidate, shared and self.num_logits > 1)
+        prior = self._builder().build(candidate, shared)
         x = self.x[rows]
         return DenseLaplace(prior, x, self.labels[rows], self._offset(x))
 

@@ -113,7 +113,8 @@ class DenseLaplace:
         latents = []
         for logs, posterior in zip(self._draws().logs, self._posteriors, strict=True):
             cross, prior = (self.prior.covariance(logs, those) for those in (parts, own))
-            prior = prior.flatten() if self.prior.shared else prior
+            # One logit's kernel is the same either way, and the posterior takes it for the full one.
+            prior = prior.flatten() if self.prior.shared and self.prior.num_outputs > 1 else prior
             latents.append(posterior.predict(cross, prior, offset))
         return latents
 

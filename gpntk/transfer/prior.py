@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from glob import escape
 from typing import Literal, NamedTuple, final
 
@@ -33,10 +34,7 @@ _CONSTANT_VARIANCE = 100.0
 
 
 class Medians(NamedTuple):
-    """Medians of the priors of variances, in units of the targets' mean square, and their widths in powers of e.
-
-    Chosen on two data sets, malaria years and rotated digits, by errors and likelihoods at 10 to 100 labels.
-    """
+    """Medians of the priors of variances, and their widths in powers of e; chosen as docs/decisions/008 says."""
 
     tangent: float
     stationary: float
@@ -45,12 +43,10 @@ class Medians(NamedTuple):
     spread: float = 1.5
 
 
-# What a good source network leaves unexplained is noise until the labels say otherwise.
+# In units of the residuals' mean square. What a good source network leaves unexplained is noise until labels say else.
 RESIDUAL = Medians(tangent=0.03, stationary=0.1, noise=0.7, noise_spread=1.0)
 # Targets themselves are mostly signal.
 TARGET = Medians(tangent=0.5, stationary=0.5, noise=0.1, noise_spread=1.5)
-
-
 # The same for logits, in their own units: those of a source network that fits, and those of a fresh head.
 RESIDUAL_LOGITS = Medians(tangent=1.0, stationary=0.5, noise=0.0, noise_spread=0.0, spread=1.2)
 LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
@@ -153,10 +149,9 @@ class PriorBuilder:
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout, on which its outputs depend alone."""
         try:
-            self._hidden()
+            return self._hidden is not None
         except (NetworkError, SelectionError):
             return False
-        return True
 
     @property
     def _moves_readout(self) -> bool:
@@ -170,7 +165,7 @@ class PriorBuilder:
         if candidate.kernel == "nngp":
             parts += [self._readout()] if self._fresh else [self._tangent(self._only_readout(), "nngp", shared)]
         if "stationary" in candidate.kernel:
-            features = self._hidden() if candidate.stationary_inputs == "features" else None
+            features = self._hidden if candidate.stationary_inputs == "features" else None
             parts.append(Stationary(self._x, self._form, self._medians.stationary, self._medians.spread, features))
         if self._constant:
             parts.append(Constant(_CONSTANT_VARIANCE))
@@ -202,7 +197,7 @@ class PriorBuilder:
         )
 
     def _readout(self, share: float = 1.0) -> Readout:
-        return Readout(self._hidden(), self._x, share * self._medians.tangent, self._medians.spread)
+        return Readout(self._hidden, self._x, share * self._medians.tangent, self._medians.spread)
 
     def _fresh_tangents(self) -> list[AbstractComponent]:
         """A fresh readout, and what it makes of the layers below."""
@@ -219,6 +214,7 @@ class PriorBuilder:
         module = self._network.thaw()
         return FrozenNetwork(module, "readout", self._network.input_shape, self._network.extract)
 
+    @cached_property
     def _hidden(self) -> FrozenNetwork:
         """What enters the readout, by all parameters below it."""
         module = self._network.thaw()

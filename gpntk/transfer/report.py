@@ -26,7 +26,8 @@ _BINS = 10
 class Report:
     """What `TransferRegressor` and `TransferClassifier` leave as ``report_``; printed, it is a table.
 
-    Log evidences are those of one (random) set of at most 300 labels, so that they can be compared.
+    Log evidences are those of one (random) set of at most 300 labels, so that they can be compared; for classification
+    they are Laplace's, whatever the method in use.
 
     Attributes:
         kernel: The kernel in use.
@@ -81,7 +82,7 @@ def report_regression(gp: TransferGP) -> Report:
         return gp.variant(candidate, mean, rows).log_evidence
 
     evidences = {
-        gp.chosen.kernel: evidence(gp.chosen, gp.mean),
+        str(gp.chosen): evidence(gp.chosen, gp.mean),
         "stationary alone": evidence(Candidate("stationary"), "constant"),
     }
     if gp.chosen.kernel != "nngp" and gp.has_readout:
@@ -110,9 +111,10 @@ def report_regression(gp: TransferGP) -> Report:
 def report_classification(model: TransferClassification) -> Report:
     """The report of a fitted `TransferClassification`."""
     rows = _some_rows(len(model.x), 1).to(model.x.device)
-    evidences = {model.chosen.kernel: model.variant(model.chosen, model.mean, rows).log_evidence}
-    if model.num_logits > 1 or not model.fresh:
-        evidences["stationary alone"] = model.variant(Candidate("stationary"), "zero", rows).log_evidence
+    evidences = {
+        str(model.chosen): model.variant(model.chosen, model.mean, rows).log_evidence,
+        "stationary alone": model.variant(Candidate("stationary"), "zero", rows).log_evidence,
+    }
     if model.chosen.kernel != "nngp" and model.has_readout:
         evidences["readout alone"] = model.variant(Candidate("nngp"), model.mean, rows).log_evidence
     residual, kernel = model.residual_and_tangent_kernel(rows)
@@ -147,16 +149,15 @@ def _alignment(residual: Tensor, kernel: Tensor) -> tuple[float, float]:
 
 
 def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float | None) -> str:
-    own = evidence[chosen.kernel]
-    alone = evidence.get("stationary alone", -math.inf)
+    own = evidence[str(chosen)]
+    alone = evidence["stationary alone"]
     readout = evidence.get("readout alone", -math.inf)
     if chosen.kernel == "stationary" and alone <= own + STRONG_EVIDENCE:
         return "The labels are best explained without moves of the network's weights: by its prior mean and the inputs."
     if alone > own + STRONG_EVIDENCE:
-        gain = f", by {alone - own:.1f} nats" if alone > own else ""
         return (
-            f"The labels are better explained without the network's tangent kernel{gain}: use a GP on the inputs, "
-            "kernel='ntk+stationary', or a source network of a closer task."
+            f"The labels are better explained without the source network, by {alone - own:.1f} nats: use a GP on the "
+            "inputs, kernel='ntk+stationary', or a source network of a closer task."
         )
     if effective is not None and effective < 0.5:
         return "The labels have taught next to nothing: predictions are the prior mean's; more labels would help."
@@ -164,8 +165,7 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
         return f"The readout alone explains the labels {readout - own:.1f} nats better: kernel='nngp' is cheaper."
     if alone > own - STRONG_EVIDENCE:
         return "The labels do not yet tell whether the source network helps: compare again with more of them."
-    gain = f" by {own - alone:.1f} nats over a GP on the inputs" if math.isfinite(alone) else ""
-    return f"The source network helps{gain}."
+    return f"The source network helps by {own - alone:.1f} nats over a GP on the inputs."
 
 
 def _some_rows(rows: int, outputs: int) -> Tensor:
