@@ -68,20 +68,29 @@ class Body(nn.Module):
         except AttributeError as error:
             raise NetworkError(f"the network uses its readout otherwise than by calling it ({error}).") from None
         finally:
-            self.recorder.inputs.clear()
+            self.recorder.calls.clear()
         if isinstance(returned, Tensor) and not torch.equal(returned, returned[:1].expand_as(returned)):
             raise NetworkError(
                 "the network's outputs depend on its inputs by other ways than its last registered layer: register the "
                 "readout last, and without a connection that bypasses it."
             )
 
+    def returns_readout(self, x: Tensor, extract: Extract | None = None) -> bool:
+        """Whether the network's outputs are its readout's, untouched."""
+        self.recorder.calls.clear()
+        with torch.no_grad():
+            returned = self.network(x)
+        _, readout = self.recorder.calls.pop()
+        # The very tensor that the readout let out, not one that is equal to it here.
+        return (returned if extract is None else extract(returned)) is readout
+
     def forward(self, x: Tensor) -> Tensor:
         """h(x) `[N, H]`, or its projections `[N, R]`."""
-        self.recorder.inputs.clear()
+        self.recorder.calls.clear()
         self.network(x)
-        if len(self.recorder.inputs) != 1:
-            raise NetworkError(f"the readout runs {len(self.recorder.inputs)} times per input: a new head needs once.")
-        hidden = self.recorder.inputs.pop()
+        if len(self.recorder.calls) != 1:
+            raise NetworkError(f"the readout runs {len(self.recorder.calls)} times per input: a new head needs once.")
+        hidden, _ = self.recorder.calls.pop()
         if hidden.dim() != 2:
             raise NetworkError(
                 f"the readout sees {tuple(hidden.shape)} for {x.shape[0]} inputs, but a new head needs one vector "
@@ -91,19 +100,20 @@ class Body(nn.Module):
 
 
 class _Recorder(nn.Module):
-    """Stands where the readout stood: remembers what comes in, and lets zeros out."""
+    """Stands where the readout stood: lets zeros out, and remembers what came in and went out."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
         self.num_outputs = num_outputs
-        self.inputs: list[Tensor] = []
+        self.calls: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
-        self.inputs.append(hidden)
-        return hidden.new_zeros(*hidden.shape[:-1], self.num_outputs)
+        zeros = hidden.new_zeros(*hidden.shape[:-1], self.num_outputs)
+        self.calls.append((hidden, zeros))
+        return zeros
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": []}
+        return {**self.__dict__, "calls": []}
 
 
 def _replaced(network: nn.Module, name: str, by: nn.Module) -> nn.Module:

@@ -1,6 +1,8 @@
 """The parts of a transfer: components, dense posteriors, hyperparameters, heads, reports; against dense formulas."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import gpytorch
 import numpy as np
@@ -19,7 +21,8 @@ from gpntk.transfer.classification import TransferClassification
 from gpntk.transfer.components import Constant, Hyperparameter, Readout, Stationary, SumOfComponents, Tangent
 from gpntk.transfer.dense import DenseGP
 from gpntk.transfer.hyperparameters import Draws, infer
-from gpntk.transfer.prior import Candidate, preferred
+from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
+from gpntk.transfer.remembered import Outputs
 from gpntk.transfer.report import report_classification, report_regression
 from tests.cases import mlp, reference_jacobian
 
@@ -97,7 +100,7 @@ def test_gradients_at_coinciding_inputs_are_finite() -> None:
 
 
 def test_readout_component_is_bayesian_linear_regression_on_the_features() -> None:
-    component = Readout(gpntk.freeze(Body(NETWORK)), X, 1.0, 1.0)
+    component = Readout(Outputs(gpntk.freeze(Body(NETWORK))), X, "readout", median=1.0, spread=1.0)
     h = torch.cat([Body(NETWORK)(X).detach(), torch.ones(9, 1).double()], -1)
     level = h.square().sum(-1).mean()
     torch.testing.assert_close(component.covariance(logs(2.0), component.parts(X, X)), 2 * h @ h.mT / level)
@@ -363,6 +366,73 @@ def test_costly_tangent_kernels_must_be_asked_for(monkeypatch: pytest.MonkeyPatc
     gp = TransferGP(FROZEN, X, Y)
     gp.fit()
     assert set(gp.comparison.log_evidence) == {"stationary of features", "nngp", "stationary"}
+    monkeypatch.setattr("gpntk.transfer.regression.DENSE_LIMIT", 10)
+    gp = TransferGP(FROZEN, X, Y)
+    gp.fit()
+    assert gp.chosen == Candidate("nngp")
+    assert report_regression(gp).alignment > 0
+    body = gpntk.freeze(NETWORK, lambda name, _: not name.startswith("5"))
+    gp = TransferGP(body, X, Y)
+    gp.fit()
+    assert gp.chosen == Candidate("ntk")
+
+
+def test_the_cost_of_a_tangent_kernel() -> None:
+    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
+    builder = PriorBuilder(gpntk.freeze(nn.Linear(5, 2).double()), X, num_outputs=None, **common)
+    # 9 inputs, 2 outputs: 3 passes of 2 * 5 * 2 operations each, and 2 * 9 * 9 products of rows of 12.
+    assert builder.tangent_cost == 2 * 9 * (3 * 20 + 2 * 9 * 12)
+
+
+def test_what_comparison_shares_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"tangent": 0, "network": 0}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(Tangent, "_parts", counted("tangent", Tangent._parts))
+    monkeypatch.setattr(Outputs, "_compute", counted("network", Outputs._compute))
+    TransferGP(gpntk.freeze(mlp(1).double().eval()), X, Y[:, :1]).fit()
+    assert calls == {"tangent": 1, "network": 2}  # the network's outputs and its features
+
+
+def test_outputs_come_in_the_networks_own_precision() -> None:
+    network = mlp(2).eval()
+    outputs = Outputs(gpntk.freeze(network))(X)
+    assert outputs.dtype == torch.float64
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, network(X.float()).double(), rtol=0, atol=0)
+    assert not outputs.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("extract", [None, lambda outputs: outputs * torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("shared", [True, False])
+def test_moves_of_the_readout_are_those_of_its_jacobian(bias: bool, extract: Any, shared: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2, bias=bias)).double().eval()
+    frozen = gpntk.freeze(network, extract=extract)
+    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
+    prior = PriorBuilder(frozen, X, num_outputs=None, **common).build(Candidate("nngp"), shared)
+    assert isinstance(prior.components[0], Readout if extract is None else Tangent)
+    readout = nn.Sequential(network, *([] if extract is None else [Scaled()]))
+    j = reference_jacobian(readout, X).reshape(9, 2, -1)[..., 42:]
+    expected = torch.einsum("ncp,mdp->ncmd", j, j)
+    if shared:
+        expected = torch.einsum("ncmc->nm", expected) / 2
+    elif extract is None:
+        expected = expected[:, 0, :, 0]  # both outputs alike
+    expected = expected.reshape(prior.covariance(logs(1.0), prior.parts(X, X)).shape)
+    torch.testing.assert_close(prior.covariance(logs(1.0), prior.parts(X, X)), expected / expected.diagonal().mean())
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0, 2.0])
 
 
 def test_the_report_against_its_definitions() -> None:
@@ -375,7 +445,7 @@ def test_the_report_against_its_definitions() -> None:
     cosine = residual @ kernel @ residual / (kernel.norm() * residual.square().sum())
     assert report.alignment == pytest.approx(cosine.item())
     assert report.chance == pytest.approx((kernel.trace() / (kernel.norm() * 18)).item())
-    assert set(report.log_evidence) == {"ntk", "stationary alone", "readout alone"}
+    assert set(report.log_evidence) == set(report.left_out) == {"ntk", "stationary alone", "readout alone"}
     assert report.advice in str(report)
 
 
@@ -386,9 +456,12 @@ def test_the_report_of_a_dense_model_is_calibrated_on_its_own_prior() -> None:
     weights = torch.randn(j.shape[1], generator=generator, dtype=torch.float64)
     noise = torch.randn(150, generator=generator, dtype=torch.float64)
     y = (j @ weights + 0.5 * noise).unsqueeze(-1)
-    gp = TransferGP(gpntk.freeze(mlp(1).double().eval()), x, y, mean="zero", kernel="ntk+stationary")
+    network = gpntk.freeze(mlp(1).double().eval())
+    gp = TransferGP(network, x, y, mean="zero", kernel="ntk+stationary", hyperparameters="maximum")
     gp.fit()
     report = report_regression(gp)
+    assert report.left_out["ntk+stationary"] == pytest.approx(report.log_density)
+    assert report.left_out["stationary alone"] < report.log_density
     for level, seen in report.calibration.items():
         assert abs(level - seen) < 4 * math.sqrt(level * (1 - level) / 150)
     assert report.log_evidence["ntk+stationary"] > report.log_evidence["stationary alone"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, final
 
 import torch
@@ -32,6 +32,7 @@ from gpntk.transfer.prior import (
     check_choices,
     preferred,
 )
+from gpntk.transfer.remembered import Outputs
 from gpntk.transfer.variational import Variational
 
 # Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.
@@ -142,6 +143,7 @@ class TransferClassification:
                 "method='variational', or fewer inputs."
             )
         self.network, self.x, self.labels, self.num_classes = network, x, labels, num_classes
+        self._outputs = Outputs(network)
         # A fresh head has a logit per class, two included.
         self.num_logits = num_classes if fresh else outputs
         self.mean: MeanChoice = ("zero" if fresh else "network") if mean == "auto" else mean
@@ -163,10 +165,10 @@ class TransferClassification:
         That of the method: Laplace's approximation, the density of the transformed labels, or the lower bound.
         """
         only = "inputs" if self.method == "variational" else self._stationary_inputs
-        candidates = self._builder().candidates(only) if self._kernel == "auto" else [self.chosen]
+        candidates = self._builder.candidates(only) if self._kernel == "auto" else [self.chosen]
         start: Tensor | None = None
         if len(candidates) > 1:
-            rows = torch.arange(len(self.x)) if len(self.x) <= _SCREENED else draw(len(self.x), _SCREENED, seed=0)
+            rows = draw(len(self.x), min(len(self.x), _SCREENED), seed=0)
             fits = {c: self._some(c, rows).fit(average=False) for c in candidates}
             evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
             chosen = preferred(evidence, self.fresh)
@@ -227,7 +229,7 @@ class TransferClassification:
     @property
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout."""
-        return self._builder().has_readout
+        return self._builder.has_readout
 
     def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferClassification:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
@@ -250,7 +252,7 @@ class TransferClassification:
 
     def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Labels less the probabilities of the prior mean `[N, K]`, and the tangent kernel there, up to a factor."""
-        prior = self._builder().build(Candidate("ntk"), shared=True)
+        prior = self._builder.build(self._builder.widest, shared=True)
         logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
         kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
         latent = self._offset(self.x[rows])
@@ -270,6 +272,7 @@ class TransferClassification:
         """Take what another `TransferClassification` with the same arguments has learned."""
         self.comparison = Comparison(chosen, {})
         self._reference = int(state.get("reference", torch.tensor(len(self.x))))
+        vars(self).pop("_builder", None)
         self._engine = self._make_engine()
         if isinstance(self._engine, Variational):
             self._engine.gp.load_state_dict(dict(state))
@@ -284,6 +287,7 @@ class TransferClassification:
             return self._treatment == "average"
         return self._treatment in ("auto", "average")
 
+    @cached_property
     def _builder(self) -> PriorBuilder:
         outputs = self.num_logits if self.fresh else None
         constant = self.mean == "constant"
@@ -304,12 +308,11 @@ class TransferClassification:
         everything = torch.arange(len(self.x))
         if self.method == "laplace":
             return self._laplace(self.chosen, everything)
-        builder = self._builder()
         if self.method == "dirichlet":
             return self._dirichlet(self.chosen, everything)
         mean = self.network if self.mean == "network" else None
         return Variational(
-            builder.tangents(self.chosen),
+            self._builder.tangents(self.chosen),
             candidate=self.chosen,
             form=self._form,
             mean=mean,
@@ -327,20 +330,19 @@ class TransferClassification:
     def _dirichlet(self, candidate: Candidate, rows: Tensor) -> DenseDirichlet:
         rows = rows.to(self.x.device)
         x = self.x[rows]
-        prior = self._builder().build(candidate, shared=True)
+        prior = self._builder.build(candidate, shared=True)
         return DenseDirichlet(prior, x, self.labels[rows], self._offset(x), self.num_classes)
 
     def _laplace(self, candidate: Candidate, rows: Tensor, shared: bool | None = None) -> DenseLaplace:
         rows = rows.to(self.x.device)
         if shared is None:
             shared = self._reference * self.num_logits > FULL_LIMIT
-        prior = self._builder().build(candidate, shared)
+        prior = self._builder.build(candidate, shared)
         x = self.x[rows]
         return DenseLaplace(prior, x, self.labels[rows], self._offset(x))
 
     def _offset(self, x: Tensor) -> Tensor:
         """The prior mean of the logits `[N, C]`."""
         if self.mean == "network":
-            with torch.no_grad():
-                return self.network(x)
+            return self._outputs(x)
         return torch.zeros(x.shape[0], self.num_logits, dtype=x.dtype, device=x.device)

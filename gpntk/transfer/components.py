@@ -21,6 +21,7 @@ from torch import Tensor
 from gpntk.inference.features import draw
 from gpntk.jacobians import AutoBackend, AverageBackend
 from gpntk.network import FrozenNetwork
+from gpntk.transfer.remembered import Outputs, Remembered
 
 StationaryForm = Literal["rbf", "matern"]
 
@@ -96,10 +97,18 @@ class Tangent(AbstractComponent):
         layers = [layer or "network" for layer, _ in network.layers] if per_layer else [""]
         names = [f"{name} {layer}".strip() for layer in layers]
         self.hyperparameters = tuple(Hyperparameter(name, median / len(names), spread) for name in names)
+        # Priors that share this term are compared on the same inputs.
+        self._own_parts = Remembered(self._symmetric_parts, 1)
         self._level = 1.0
         self._level = _mean_variance(self.blocks(x).sum(0))
 
     def parts(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self._own_parts(x1) if x1 is x2 else self._parts(x1, x2)
+
+    def _symmetric_parts(self, x: Tensor) -> Tensor:
+        return self._parts(x, x)
+
+    def _parts(self, x1: Tensor, x2: Tensor) -> Tensor:
         with torch.no_grad():
             grams = self._backend.gram(x1.unsqueeze(0), x2.unsqueeze(0), self._per_layer)[0] / self._level
         if self._outputs == 1:
@@ -125,30 +134,32 @@ class Tangent(AbstractComponent):
 
 @final
 class Readout(AbstractComponent):
-    """s (h(x)·h(x') + 1), a fresh linear readout of the features h with independent weights and a bias; shared.
+    """s (h(x)·h(x') + 1), the moves of a linear readout of the features h with independent weights and a bias; shared.
 
     Args:
         features: h.
         x: Inputs that set the units.
-        median: Of the prior of the variance s.
-        spread: Of the prior of the variance s.
+        name: Of the variance s.
+        median: Of its prior.
+        spread: Of its prior.
+        bias: Whether there is a bias, the one in the formula.
     """
 
     shared = True
 
-    def __init__(self, features: FrozenNetwork, x: Tensor, median: float, spread: float) -> None:
-        self._features = features
-        self.hyperparameters = (Hyperparameter("readout", median, spread),)
+    def __init__(
+        self, features: Outputs, x: Tensor, name: str, *, median: float, spread: float, bias: bool = True
+    ) -> None:
+        self._features, self._bias = features, float(bias)
+        self.hyperparameters = (Hyperparameter(name, median, spread),)
         self._level = 1.0
         self._level = _mean_variance(self.blocks(x)[0])
 
     def parts(self, x1: Tensor, x2: Tensor) -> Tensor:
-        with torch.no_grad():
-            return (self._features(x1) @ self._features(x2).mT + 1).unsqueeze(0) / self._level
+        return (self._features(x1) @ self._features(x2).mT + self._bias).unsqueeze(0) / self._level
 
     def blocks(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return (self._features(x).square().sum(-1) + 1)[None, :, None, None] / self._level
+        return (self._features(x).square().sum(-1) + self._bias)[None, :, None, None] / self._level
 
     def covariance(self, logs: Tensor, parts: Tensor) -> Tensor:
         return logs[0].exp() * parts[0]
@@ -175,7 +186,7 @@ class Stationary(AbstractComponent):
     shared = True
 
     def __init__(
-        self, x: Tensor, form: StationaryForm, median: float, spread: float, features: FrozenNetwork | None = None
+        self, x: Tensor, form: StationaryForm, median: float, spread: float, features: Outputs | None = None
     ) -> None:
         self._form, self._features = form, features
         rows = self._represent(x)
@@ -213,10 +224,7 @@ class Stationary(AbstractComponent):
         return logs[0].exp() * (1 + scaled + 5 / 3 * squares) * (-scaled).exp()
 
     def _represent(self, x: Tensor) -> Tensor:
-        if self._features is None:
-            return x
-        with torch.no_grad():
-            return self._features(x)
+        return x if self._features is None else self._features(x)
 
 
 @final

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.heads import Body
@@ -22,6 +23,7 @@ from gpntk.transfer.components import (
     SumOfComponents,
     Tangent,
 )
+from gpntk.transfer.remembered import Outputs
 
 KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary"]
 MeanChoice = Literal["auto", "network", "constant", "zero"]
@@ -51,8 +53,8 @@ TARGET = Medians(tangent=0.5, stationary=0.5, noise=0.1, noise_spread=1.5)
 RESIDUAL_LOGITS = Medians(tangent=1.0, stationary=0.5, noise=0.0, noise_spread=0.0, spread=1.2)
 LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
 
-# Inputs squared times parameters: beyond, minutes go into the tangent kernel, and it must be asked for by name.
-TANGENT_COST = 1e12
+# Floating-point operations of a tangent kernel, a minute's or two: a dearer one must be asked for by name.
+TANGENT_COST = 3e12
 # Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
 STRONG_EVIDENCE = 3.0
 
@@ -121,6 +123,7 @@ class PriorBuilder:
         self._layer_variances, self._medians = layer_variances, medians
         self._form: StationaryForm = form
         self._constant, self._units = constant, units
+        self._made: dict[tuple[str, bool], Tangent] = {}
         self.num_outputs = network.num_outputs(x) if num_outputs is None else num_outputs
 
     def candidates(self, stationary_inputs: StationaryInputs | None = None) -> list[Candidate]:
@@ -130,20 +133,38 @@ class PriorBuilder:
         where their products would take too long; the readout's kernel where the readout is not to move.
         """
         features = self.has_readout
-        cost = len(self._x) ** 2 * self._network.num_params
         listed = [
             Candidate("ntk"),
             Candidate("ntk+stationary"),
             *([Candidate("ntk+stationary", "features")] if features else []),
         ]
-        if cost > TANGENT_COST and features:
+        if not self.affords_tangent:
             listed = [Candidate("stationary", "features")]
-        if features and (self._fresh or self._moves_readout):
+        if self._moves_linear_readout:
             listed.append(Candidate("nngp"))
         listed.append(Candidate("stationary", stationary_inputs or "inputs"))
         if stationary_inputs is None:
             return listed
         return [c for c in listed if "stationary" not in c.kernel or c.stationary_inputs == stationary_inputs]
+
+    @cached_property
+    def tangent_cost(self) -> float:
+        """Floating-point operations, at least: a pass forward and back per input and output, and their products."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._network(self._x[:1].to(self._network.dtype))
+        rows, params = len(self._x), self._network.num_params
+        outputs = _DIRECTIONS if self._fresh else self.num_outputs
+        return outputs * rows * (3.0 * counter.get_total_flops() + 2.0 * rows * params)
+
+    @property
+    def affords_tangent(self) -> bool:
+        """Whether the tangent kernel of all parameters takes no more than minutes, or nothing stands in for it."""
+        return self.tangent_cost <= TANGENT_COST or not self._moves_linear_readout
+
+    @property
+    def widest(self) -> Candidate:
+        """The tangent kernel of as many parameters as are affordable."""
+        return Candidate("ntk" if self.affords_tangent else "nngp")
 
     @property
     def has_readout(self) -> bool:
@@ -154,8 +175,8 @@ class PriorBuilder:
             return False
 
     @property
-    def _moves_readout(self) -> bool:
-        return set(self._only_readout().names) <= set(self._network.names)
+    def _moves_linear_readout(self) -> bool:
+        return self.has_readout and (self._fresh or set(self._only_readout().names) <= set(self._network.names))
 
     def build(self, candidate: Candidate, shared: bool = False) -> SumOfComponents:
         """The prior covariance of a candidate; ``shared`` gives all outputs the same, independent kernel."""
@@ -163,7 +184,7 @@ class PriorBuilder:
         if candidate.kernel in ("ntk", "ntk+stationary"):
             parts += self._fresh_tangents() if self._fresh else [self._tangent(self._network, "ntk", shared)]
         if candidate.kernel == "nngp":
-            parts += [self._readout()] if self._fresh else [self._tangent(self._only_readout(), "nngp", shared)]
+            parts.append(self._moves_of_readout(shared))
         if "stationary" in candidate.kernel:
             features = self._hidden if candidate.stationary_inputs == "features" else None
             parts.append(Stationary(self._x, self._form, self._medians.stationary, self._medians.spread, features))
@@ -182,29 +203,40 @@ class PriorBuilder:
         return {"readout": self._only_readout()} | ({} if body is None else {"ntk": body})
 
     def _tangent(self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0) -> Tangent:
-        median, spread = share * self._medians.tangent, self._medians.spread
-        per_layer = self._layer_variances and name == "ntk"
-        units = None if shared else self._units
-        return Tangent(
-            network,
-            self._x,
-            name,
-            median=median,
-            spread=spread,
-            per_layer=per_layer,
-            shared=shared,
-            units=units,
-        )
+        """One for all priors that it is a term of: its parts are what costs."""
+        if (name, shared) not in self._made:
+            self._made[name, shared] = Tangent(
+                network,
+                self._x,
+                name,
+                median=share * self._medians.tangent,
+                spread=self._medians.spread,
+                per_layer=self._layer_variances and name == "ntk",
+                shared=shared,
+                units=None if shared else self._units,
+            )
+        return self._made[name, shared]
 
-    def _readout(self, share: float = 1.0) -> Readout:
-        return Readout(self._hidden, self._x, share * self._medians.tangent, self._medians.spread)
+    def _readout(self, name: str = "readout", share: float = 1.0, bias: bool = True) -> Readout:
+        median, spread = share * self._medians.tangent, self._medians.spread
+        return Readout(self._hidden, self._x, name, median=median, spread=spread, bias=bias)
+
+    def _moves_of_readout(self, shared: bool) -> AbstractComponent:
+        """The same for every output where the network returns its readout as it is: no Jacobian is needed then."""
+        if self._fresh:
+            return self._readout()
+        readout = self._only_readout()
+        alike = self.num_outputs == 1 or shared or self._units is None
+        if alike and self.has_readout and self._returns_readout:
+            return self._readout("nngp", bias=any(name.endswith("bias") for name in readout.names))
+        return self._tangent(readout, "nngp", shared)
 
     def _fresh_tangents(self) -> list[AbstractComponent]:
         """A fresh readout, and what it makes of the layers below."""
         body = self._projected_body()
         if body is None:
             return [self._readout()]
-        return [self._readout(0.5), self._tangent(body, "ntk", shared=True, share=0.5)]
+        return [self._readout(share=0.5), self._tangent(body, "ntk", shared=True, share=0.5)]
 
     def network_of(self, candidate: Candidate) -> FrozenNetwork:
         """The network with the parameters that a candidate moves."""
@@ -215,14 +247,22 @@ class PriorBuilder:
         return FrozenNetwork(module, "readout", self._network.input_shape, self._network.extract)
 
     @cached_property
-    def _hidden(self) -> FrozenNetwork:
-        """What enters the readout, by all parameters below it."""
+    def _hidden(self) -> Outputs:
+        """What enters the readout."""
         module = self._network.thaw()
+        Body(module).check(self._probe())
         body = FrozenNetwork(Body(module), None, self._network.input_shape)
-        rows = self._x[:: max(1, len(self._x) - 1)][:2]
+        return Outputs(body)
+
+    @property
+    def _returns_readout(self) -> bool:
+        return Body(self._network.thaw()).returns_readout(self._probe(), self._network.extract)
+
+    def _probe(self) -> Tensor:
+        """The first and the last input as the network wants them."""
+        rows = self._x[:: max(1, len(self._x) - 1)][:2].to(self._network.dtype)
         shape = self._network.input_shape
-        Body(module).check(rows.to(self._network.dtype).reshape(-1, *(rows.shape[1:] if shape is None else shape)))
-        return body
+        return rows if shape is None else rows.reshape(-1, *shape)
 
     def _projected_body(self) -> FrozenNetwork | None:
         """Sums of what enters the readout, by the chosen parameters below it; None if there are none."""

@@ -9,6 +9,7 @@ at its pretrained weights. A stationary kernel, added to K, stands for what that
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from glob import escape
 from typing import Any, final
 
@@ -37,6 +38,7 @@ from gpntk.transfer.prior import (
     preferred,
     units_of,
 )
+from gpntk.transfer.remembered import Outputs
 from gpntk.transfer.tangent import TangentRegression
 
 # Hyperparameters are averaged over up to so many labels; beyond, their posterior is narrow and its draws are dear.
@@ -124,6 +126,7 @@ class TransferGP:
         if y.isnan().all(0).any():
             raise InputError("y has an output with only missing values (NaN): give each at least one label.")
         self.network, self.x, self.y, self.num_outputs = network, x, y, outputs
+        self._outputs = Outputs(network)
         self.mean: MeanChoice = ("network" if num_outputs is None else "constant") if mean == "auto" else mean
         self._kernel: KernelChoice = kernel
         self.known_noise, self._noise_network = known_noise, noise_network
@@ -158,11 +161,12 @@ class TransferGP:
         In nats, in the units of y.
         """
         if self._goes_spectral():
+            if self._kernel == "auto":
+                self.comparison = Comparison(self._builder.widest, {})
             engine = self._engine = self._tangent()
             self.log_evidence = engine.fit() - self._log_units()
             return self.log_evidence
-        candidate = self._choose()
-        engine = self._dense(candidate)
+        engine = self._dense(self._choose())
         start = None if self._screened is None else self._screened.best
         draws = engine.fit(self._averages(self.num_labels), self._fixed, start)
         self._engine, self.log_evidence = engine, draws.log_evidence - self._log_units()
@@ -243,17 +247,13 @@ class TransferGP:
     @property
     def has_readout(self) -> bool:
         """Whether the network ends in a linear readout."""
-        return self._builder().has_readout
+        return self._builder.has_readout
 
     def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferGP:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
-        known = None if self.known_noise is None else self.known_noise[rows]
-        changed: dict[str, Any] = {
-            "mean": mean,
-            "kernel": candidate.kernel,
-            "stationary_inputs": candidate.stationary_inputs,
-        }
-        changed |= {"hyperparameters": "maximum", "known_noise": known}
+        changed: dict[str, Any] = {"kernel": candidate.kernel, "stationary_inputs": candidate.stationary_inputs}
+        changed |= {"known_noise": None if self.known_noise is None else self.known_noise[rows]}
+        changed |= {"mean": mean, "hyperparameters": "maximum"}
         other = TransferGP(self.network, self.x[rows], self.y[rows], **{**self._arguments, **changed})
         other._always_dense = True
         other.fit()
@@ -262,7 +262,7 @@ class TransferGP:
     def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the prior mean leaves unexplained, in units, and the tangent kernel there, up to a factor."""
         residual = (self._residual() / self.units)[rows].nan_to_num(0.0)
-        prior = self._builder().build(Candidate("ntk"))
+        prior = self._builder.build(self._builder.widest)
         logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
         kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
         return (residual if prior.shared else residual.reshape(-1)), kernel
@@ -281,6 +281,7 @@ class TransferGP:
         """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
         self.units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
         self._reference = int(state["reference"])
+        vars(self).pop("_builder", None)
         self.comparison = Comparison(chosen, {})
         if "draws.logs" in state:
             self._engine = self._dense(chosen)
@@ -316,8 +317,7 @@ class TransferGP:
 
     def _choose(self) -> Candidate:
         self._screened: Draws | None = None
-        builder = self._builder()
-        candidates = builder.candidates(self._stationary_inputs) if self._kernel == "auto" else [self.chosen]
+        candidates = self._builder.candidates(self._stationary_inputs) if self._kernel == "auto" else [self.chosen]
         if len(candidates) == 1:
             return candidates[0]
         # All, or as many as make 300 labels.
@@ -334,6 +334,7 @@ class TransferGP:
     def _medians(self) -> Medians:
         return RESIDUAL if self.mean == "network" else TARGET
 
+    @cached_property
     def _builder(self) -> PriorBuilder:
         return PriorBuilder(
             self.network,
@@ -351,14 +352,14 @@ class TransferGP:
         rows = torch.arange(len(self.x)) if rows is None else rows
         rows = rows.to(self.x.device)
         x = self.x[rows]
-        prior = self._builder().build(candidate)
+        prior = self._builder.build(candidate)
         known = None if self.known_noise is None else (self.known_noise / self.units.square())[rows]
         targets = (self._residual() / self.units)[rows]
         noise = (self._medians.noise, self._medians.noise_spread)
         return DenseGP(prior, x, targets, noise, relative_noise=self._relative_noise(x), known_noise=known)
 
     def _tangent(self) -> TangentRegression:
-        network = self._builder().network_of(self.chosen)
+        network = self._builder.network_of(self.chosen)
         if self.num_outputs > 1:
             rescaled = Rescaled(network.thaw(), self.units.to(network.dtype), network.extract)
             network = FrozenNetwork(rescaled, [f"network.{escape(n)}" for n in network.names], network.input_shape)
@@ -371,8 +372,7 @@ class TransferGP:
     def _offset(self, x: Tensor) -> Tensor:
         """What the GP need not explain `[N, C]`."""
         if self.mean == "network":
-            with torch.no_grad():
-                return self.network(x)
+            return self._outputs(x)
         return torch.zeros(x.shape[0], self.num_outputs, dtype=x.dtype, device=x.device)
 
     def _residual(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -33,9 +33,11 @@ class Report:
         kernel: The kernel in use.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
             Matérn kernel and a constant mean), and ``"readout alone"``.
+        left_out: Mean leave-one-out log density of a label, in nats, by the same priors, on the same labels.
         effective_parameters: tr K (K + D)⁻¹: how many independent numbers the labels have taught. None if unknown.
         alignment: Cosine between the tangent kernel and what the network leaves unexplained, ``rᵀ K r / (|K| |r|²)``:
-            whether the tangent space points where the new task needs it. Noise alone would have ``chance``.
+            whether the tangent space points where the new task needs it. Noise alone would have ``chance``. Where the
+            tangent kernel takes more than minutes, that of the readout stands for it.
         chance: The mean of ``alignment`` over independent residuals, ``tr K / (|K| n)``.
         score: Leave-one-out R² or accuracy, in closed form. None if unknown.
         log_density: Mean leave-one-out log density of a label, in nats. None if unknown.
@@ -50,6 +52,7 @@ class Report:
 
     kernel: str
     log_evidence: dict[str, float]
+    left_out: dict[str, float]
     effective_parameters: float | None
     alignment: float
     chance: float
@@ -64,6 +67,7 @@ class Report:
 
         lines = [f"{'kernel':38} {self.kernel}"]
         lines += [f"{'log evidence, ' + name:38} {value:.1f} nats" for name, value in self.log_evidence.items()]
+        lines += [f"{'leave-one-out, ' + name:38} {value:.3g} nats a label" for name, value in self.left_out.items()]
         lines += [
             f"{'effective number of parameters':38} {cell(self.effective_parameters)}",
             f"{'alignment (by chance)':38} {cell(self.alignment)} ({cell(self.chance)})",
@@ -74,67 +78,97 @@ class Report:
         return "\n".join([*lines, self.advice])
 
 
+class _Checks(NamedTuple):
+    """What leaving each label out says; see `Report`."""
+
+    score: float | None = None
+    log_density: float | None = None
+    calibration: Mapping[float, float] = {}
+
+
 def report_regression(gp: TransferGP) -> Report:
     """The report of a fitted `TransferGP`."""
     rows = _some_rows(len(gp.x), gp.num_outputs).to(gp.x.device)
-
-    def evidence(candidate: Candidate, mean: MeanChoice) -> float:
-        return gp.variant(candidate, mean, rows).log_evidence
-
-    evidences = {
-        str(gp.chosen): evidence(gp.chosen, gp.mean),
-        "stationary alone": evidence(Candidate("stationary"), "constant"),
-    }
-    if gp.chosen.kernel != "nngp" and gp.has_readout:
-        evidences["readout alone"] = evidence(Candidate("nngp"), gp.mean)
-    residual, kernel = gp.residual_and_tangent_kernel(rows)
-    score = log_density = None
-    calibration: dict[float, float] = {}
-    left_out = gp.leave_one_out()
-    if left_out is not None:
-        y = gp.y.reshape(-1)
-        seen = ~y.isnan()
-        error, variance, y = (y - left_out.mean)[seen], left_out.spread[seen], y[seen]
-        spread = (y - y.mean()).square().mean()
-        score = 1 - (error.square().mean() / spread).item() if spread > 0 else None
-        log_density = -0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi)).mean().item()
-        standard = (error / variance.sqrt()).abs()
-        calibration = {level: (standard <= _quantile(level)).double().mean().item() for level in _LEVELS}
-    alignment, chance = _alignment(residual, kernel)
-    effective = gp.effective_parameters()
-    return Report(
-        str(gp.chosen), evidences, effective, alignment, chance, score, log_density, calibration,
-        _advice(evidences, gp.chosen, effective),
-    )  # fmt: skip
+    priors = _priors(gp.chosen, gp.mean, "constant", gp.has_readout)
+    others = {name: gp.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
+    compared = {name: (other.log_evidence, _regression_checks(other)) for name, other in others.items()}
+    alignment = _alignment(*gp.residual_and_tangent_kernel(rows))
+    return _report(gp.chosen, compared, gp.effective_parameters(), alignment, _regression_checks(gp))
 
 
 def report_classification(model: TransferClassification) -> Report:
     """The report of a fitted `TransferClassification`."""
     rows = _some_rows(len(model.x), 1).to(model.x.device)
-    evidences = {
-        str(model.chosen): model.variant(model.chosen, model.mean, rows).log_evidence,
-        "stationary alone": model.variant(Candidate("stationary"), "zero", rows).log_evidence,
+    priors = _priors(model.chosen, model.mean, "zero", model.has_readout)
+    others = {name: model.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
+    compared = {name: (other.log_evidence, _classification_checks(other)) for name, other in others.items()}
+    alignment = _alignment(*model.residual_and_tangent_kernel(rows))
+    return _report(model.chosen, compared, None, alignment, _classification_checks(model))
+
+
+def _priors(
+    chosen: Candidate, mean: MeanChoice, plain_mean: MeanChoice, has_readout: bool
+) -> dict[str, tuple[Candidate, MeanChoice]]:
+    """What is compared, by name."""
+    priors: dict[str, tuple[Candidate, MeanChoice]] = {
+        str(chosen): (chosen, mean),
+        "stationary alone": (Candidate("stationary"), plain_mean),
     }
-    if model.chosen.kernel != "nngp" and model.has_readout:
-        evidences["readout alone"] = model.variant(Candidate("nngp"), model.mean, rows).log_evidence
-    residual, kernel = model.residual_and_tangent_kernel(rows)
-    score = log_density = None
-    calibration: dict[float, float] = {}
-    probabilities = model.leave_one_out()
-    if probabilities is not None:
-        top, classes = probabilities.max(-1)
-        right = (classes == model.labels).double()
-        own = probabilities.gather(1, model.labels.unsqueeze(-1)).clamp_min(torch.finfo(probabilities.dtype).tiny)
-        score, log_density = right.mean().item(), own.log().mean().item()
-        bins = (top * _BINS).long().clamp_max(_BINS - 1)
-        calibration = {
-            top[bins == index].mean().item(): right[bins == index].mean().item() for index in bins.unique().tolist()
-        }
-    alignment, chance = _alignment(residual, kernel)
+    if chosen.kernel != "nngp" and has_readout:
+        priors["readout alone"] = (Candidate("nngp"), mean)
+    return priors
+
+
+def _report(
+    chosen: Candidate,
+    compared: Mapping[str, tuple[float, _Checks]],
+    effective: float | None,
+    alignment: tuple[float, float],
+    checks: _Checks,
+) -> Report:
+    evidence = {name: value for name, (value, _) in compared.items()}
+    densities = {name: each.log_density for name, (_, each) in compared.items()}
     return Report(
-        str(model.chosen), evidences, None, alignment, chance, score, log_density, calibration,
-        _advice(evidences, model.chosen, None),
-    )  # fmt: skip
+        kernel=str(chosen),
+        log_evidence=evidence,
+        left_out={name: density for name, density in densities.items() if density is not None},
+        effective_parameters=effective,
+        alignment=alignment[0],
+        chance=alignment[1],
+        score=checks.score,
+        log_density=checks.log_density,
+        calibration=dict(checks.calibration),
+        advice=_advice(evidence, chosen, effective),
+    )
+
+
+def _regression_checks(gp: TransferGP) -> _Checks:
+    left_out = gp.leave_one_out()
+    if left_out is None:
+        return _Checks()
+    y = gp.y.reshape(-1)
+    seen = ~y.isnan()
+    error, variance, y = (y - left_out.mean)[seen], left_out.spread[seen], y[seen]
+    spread = (y - y.mean()).square().mean()
+    score = 1 - (error.square().mean() / spread).item() if spread > 0 else None
+    log_density = -0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi)).mean().item()
+    standard = (error / variance.sqrt()).abs()
+    calibration = {level: (standard <= _quantile(level)).double().mean().item() for level in _LEVELS}
+    return _Checks(score, log_density, calibration)
+
+
+def _classification_checks(model: TransferClassification) -> _Checks:
+    probabilities = model.leave_one_out()
+    if probabilities is None:
+        return _Checks()
+    top, classes = probabilities.max(-1)
+    right = (classes == model.labels).double()
+    own = probabilities.gather(1, model.labels.unsqueeze(-1)).clamp_min(torch.finfo(probabilities.dtype).tiny)
+    bins = (top * _BINS).long().clamp_max(_BINS - 1)
+    calibration = {
+        top[bins == index].mean().item(): right[bins == index].mean().item() for index in bins.unique().tolist()
+    }
+    return _Checks(right.mean().item(), own.log().mean().item(), calibration)
 
 
 def _alignment(residual: Tensor, kernel: Tensor) -> tuple[float, float]:
@@ -170,7 +204,7 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
 
 def _some_rows(rows: int, outputs: int) -> Tensor:
     most = max(1, _MOST_LABELS // outputs)
-    return torch.arange(rows) if rows <= most else draw(rows, most, seed=0)
+    return draw(rows, min(rows, most), seed=0)
 
 
 def _quantile(level: float) -> float:
