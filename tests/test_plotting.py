@@ -90,6 +90,7 @@ def report(**changes: object) -> Report:
     values: dict[str, object] = {
         "kernel": "ntk",
         "log_evidence": {"ntk": -10.0, "stationary alone": -14.5, "readout alone": -9.0},
+        "left_out": {"ntk": -1.0},
         "effective_parameters": 3.0,
         "alignment": 0.4,
         "chance": 0.1,
