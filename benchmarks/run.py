@@ -12,7 +12,6 @@ import torch
 from benchmarks import peers, sharded
 from benchmarks.measure import provenance, settle
 from benchmarks.suites import SUITES
-from benchmarks.transfer import report as transfer_report
 from benchmarks.transfer.classification import CLASSIFICATION
 from benchmarks.transfer.regression import REGRESSION
 
@@ -68,7 +67,8 @@ def _source(suite: str) -> object:
     experiments = {**REGRESSION, **CLASSIFICATION}
     experiment = suite.removeprefix("transfer-")
     if experiment in experiments and suite != experiment:
-        return transfer_report if experiments[experiment].draw.__doc__ is None else experiments[experiment].draw
+        draw = experiments[experiment].draw
+        return getattr(draw, "func", draw)
     return sharded if suite == "sharded" else SUITES.get(suite, peers)
 
 

@@ -137,6 +137,33 @@ def test_small_networks_take_the_dense_jacobian() -> None:
     assert isinstance(tight.backend, gpntk.StructuredBackend)
 
 
+@pytest.mark.parametrize("make", [gpntk.AutodiffBackend, gpntk.DenseBackend, gpntk.AutoBackend])
+def test_more_outputs_than_parameters_take_forward_mode(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+
+    class Filter(nn.Module):
+        """A recurrence of three parameters, every state an output."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = [x[:, 0]]
+            for column in x.unbind(1):
+                states.append((self.weights[0] * states[-1] + self.weights[1] * column + self.weights[2]).tanh())
+            return torch.stack(states[1:], 1)
+
+    network, x = Filter(), torch.randn(2, 4, 6, dtype=torch.float64)
+    backend = make(gpntk.freeze(network))
+    monkeypatch.setattr(gpntk.AutodiffBackend, "vjp", None)
+    expected = torch.stack([reference_jacobian(network, rows) for rows in x])
+    torch.testing.assert_close(backend.jacobian(x), expected)
+    torch.testing.assert_close(backend.gram(x, x)[:, 0], expected @ expected.mT)
+    if make is gpntk.AutoBackend:
+        assert backend.choice(x).reason == "an input has more outputs, 6, than there are parameters, 3"
+
+
 def test_average_is_the_mean_of_the_outputs_kernels() -> None:
     case = next(case for case in CASES if case.name == "mlp-c3")
     module, x1, x2 = case.module(), case.x(4), case.x(3)

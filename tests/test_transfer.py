@@ -20,7 +20,7 @@ from gpntk.transfer import TransferGP
 from gpntk.transfer.classification import TransferClassification
 from gpntk.transfer.components import Constant, Hyperparameter, Readout, Stationary, SumOfComponents, Tangent
 from gpntk.transfer.dense import DenseGP
-from gpntk.transfer.hyperparameters import Draws, infer
+from gpntk.transfer.hyperparameters import Draws, infer, log_prior
 from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
 from gpntk.transfer.remembered import Outputs
 from gpntk.transfer.report import report_classification, report_regression
@@ -223,6 +223,25 @@ def test_average_and_evidence_against_quadrature() -> None:
     values = torch.tensor([density(x) for x in grid[::100].tolist()])
     assert single.best.item() == pytest.approx(grid[::100][values.argmax()].item(), abs=0.01)
     assert single.log_evidence == pytest.approx(math.log(total), abs=0.1)  # Laplace's approximation
+
+
+@pytest.mark.parametrize("labels", [300, 2000])
+@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-6])
+def test_many_labels_do_not_send_the_search_to_where_nothing_can_be_factorised(labels: int, noise: float) -> None:
+    pair = (Hyperparameter("signal", 0.03, 1.5), Hyperparameter("noise", 0.7, 1.0))
+    eigenvalues = torch.cat([torch.logspace(0, -8, 100), torch.zeros(labels - 100)]).double()
+    eigenvalues /= eigenvalues.mean()
+    squares = eigenvalues + noise  # of the labels along each eigenvector, on average
+
+    def log_likelihood(at: Tensor) -> Tensor:
+        if at[0] - at[1] + eigenvalues.max().log() > 34:
+            return torch.tensor(-math.inf, dtype=torch.float64)
+        variances = at[0].exp() * eigenvalues + at[1].exp()
+        return -0.5 * (squares / variances + variances.log()).sum()
+
+    draws = infer(log_likelihood, pair, average=False)
+    truth = logs(1.0, noise)
+    assert log_likelihood(draws.best) + log_prior(draws.best, pair) >= log_likelihood(truth) + log_prior(truth, pair)
 
 
 def test_known_hyperparameters_stay() -> None:

@@ -49,6 +49,8 @@ class AutoBackend(AbstractJacobianBackend):
     2. The other parameters, if any, by automatic differentiation, and only those: `SplitBackend` of both. Their part
        of J is kept (`DenseBackend`) if it fits a quarter of the budget.
     3. `AutodiffBackend` for all where the network's path through its layers depends on the rows of x.
+    4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
+       then, if J fits a quarter of the budget.
 
     Counted are 50 products with 10 columns each; see `gpntk.jacobians.cost`.
 
@@ -75,6 +77,10 @@ class AutoBackend(AbstractJacobianBackend):
         """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
         x = x.reshape(-1, *x.shape[-2:])
+        dense = DenseBackend(network, memory_budget)
+        outputs, params = network.num_outputs(x), network.num_params
+        if outputs > params and 4 * x[..., 0].numel() * outputs * params * x.element_size() <= dense.memory_budget:
+            return Choice(dense, f"an input has more outputs, {outputs}, than there are parameters, {params}")
         choice = by_rules(network, x, memory_budget, precision)
         total = {
             cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(Machine())
@@ -84,9 +90,8 @@ class AutoBackend(AbstractJacobianBackend):
         factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
         if total.get("dense Jacobian", float("inf")) > _WORTH_ITS_MEMORY * factors:
             return choice
-        rows = x.shape[:-1].numel() * network.num_outputs(x)
-        reason = f"J is small, {rows} x {network.num_params}, and products with all of it cost less"
-        return Choice(DenseBackend(network, choice.backend.memory_budget), reason, choice.costs)
+        reason = f"J is small, {x[..., 0].numel() * outputs} x {params}, and products with all of it cost less"
+        return Choice(dense, reason, choice.costs)
 
     def choice(self, x: Tensor) -> Choice:
         """The choice in force, made now if x is the first input seen, or far larger than the one it was made for."""

@@ -42,6 +42,13 @@ class AutodiffBackend(AbstractJacobianBackend):
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
         return self._over_rows(x, lambda rows, part: self._columns(self._vjp_columns, rows, part), u, rowwise=True)
 
+    def jacobian(self, x: Tensor) -> Tensor:
+        """By forward mode where an input has more outputs than there are parameters."""
+        if self.num_outputs(x) <= self.num_features:
+            return super().jacobian(x)
+        unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device)
+        return self.jvp(x, unit.expand(x.shape[0], -1, -1)).mT
+
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_gram(self, x1, x2, per_layer)
 

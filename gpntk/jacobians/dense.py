@@ -15,8 +15,8 @@ from gpntk.network import FrozenNetwork
 class DenseBackend(AbstractExplicitBackend):
     """J `[B, N*C, P]` formed by per-sample reverse mode, kept while it fits the budget, and used by matrix products.
 
-    Use it when P is small (hundreds), where one GEMM beats anything layer by layer. Memory N*C*P values; beyond the
-    budget J is formed again by chunks of rows in each product.
+    By forward mode if C > P. Use it when P is small (hundreds), where one GEMM beats anything layer by layer. Memory
+    N*C*P values; beyond the budget J is formed again by chunks of rows in each product.
 
     Example:
         >>> import torch, gpntk

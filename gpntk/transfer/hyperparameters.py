@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -152,25 +152,45 @@ def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]
 
 def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> Tensor:
     low, high = (bound.numpy() for bound in _bounds(hyperparameters))
-
-    bar = tqdm(desc="hyperparameters", delay=2, leave=False)
-
-    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        bar.update()
-        value, gradient = _value_and_gradient(density, torch.tensor(point, dtype=torch.float64))
-        if not torch.isfinite(value):
-            return 1e25, np.zeros_like(point)
-        return -value.item(), -gradient.numpy()
-
-    with bar:
+    bounds = list(zip(low, high, strict=True))
+    with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
+        losses = [_Loss(density, point, bar) for point in _starting_points(hyperparameters, start)]
         results = [
-            minimize(loss, point, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)))
-            for point in _starting_points(hyperparameters, start)
+            minimize(loss, loss.best, jac=True, method="L-BFGS-B", bounds=bounds) for loss in losses if loss.found
         ]
-    best = min(results, key=lambda result: result.fun)
-    if best.fun >= 1e25:
+    if not results:
         raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
-    return torch.tensor(best.x, dtype=torch.float64)
+    return torch.tensor(min(losses, key=lambda loss: loss.lowest).best, dtype=torch.float64)
+
+
+@final
+class _Loss:
+    """Minus a log density in units of its first gradient, so that the first step is no longer than one power of e.
+
+    Without, thousands of labels send it to the corner of the bounds. Where the density cannot be computed the value
+    rises with the distance from the best point so far: line searches come back.
+    """
+
+    def __init__(self, density: LogDensity, start: np.ndarray, bar: tqdm) -> None:
+        self._density, self._bar = density, bar
+        self.best, self.lowest = start, math.inf
+        value, gradient = self._evaluate(start)
+        self.found = math.isfinite(value)
+        self._unit = max(1.0, float(np.linalg.norm(gradient)))
+
+    def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = self._evaluate(point)
+        if math.isfinite(value):
+            return value / self._unit, gradient / self._unit
+        away = point - self.best
+        return self.lowest / self._unit + 1 + float(away @ away), 2 * away
+
+    def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        self._bar.update()
+        value, gradient = _value_and_gradient(self._density, torch.tensor(point, dtype=torch.float64))
+        if -value.item() < self.lowest:
+            self.best, self.lowest = point.copy(), -value.item()
+        return -value.item(), -gradient.numpy()
 
 
 def _starting_points(hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> list[np.ndarray]:
