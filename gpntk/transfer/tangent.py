@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gpntk.inference import Features, SpectralFit, SpectralMarginalLikelihood
 from gpntk.inference.features import draw
-from gpntk.jacobians import AutoBackend
 from gpntk.kernels import NTKKernel
 from gpntk.models import TangentGP
 from gpntk.network import FrozenNetwork
@@ -47,6 +46,8 @@ class TangentRegression:
         self._outputs = y.shape[1]
         self._targets = y.squeeze(-1) if self._outputs == 1 else y
         kernel = NTKKernel(network, layer_variances=layer_variances)
+        # One for all: what it keeps of x serves fit and predictions.
+        self._backend = kernel.backend
         self._layers = [layer or "network" for layer, _ in network.layers] if layer_variances else None
         self.gp = TangentGP(x, self._targets, kernel, constant_mean=constant).eval()
         size = min(y.numel(), network.num_params)
@@ -81,7 +82,7 @@ class TangentRegression:
     def hyperparameters(self) -> dict[str, float]:
         """Values by name; variances are those of the terms, averaged over the inputs."""
         names = ["ntk"] if self._layers is None else [f"ntk {layer}" for layer in self._layers]
-        diagonals = AutoBackend(self._network).diagonal(self._x.unsqueeze(0), self._layers is not None)[0]
+        diagonals = self._backend.diagonal(self._x.unsqueeze(0), self._layers is not None)[0]
         levels = diagonals.mean(-1) if self._layers else diagonals.sum(0).mean().unsqueeze(0)
         variances = self.gp.scale.detach() * levels.detach()
         return {**dict(zip(names, variances.tolist(), strict=True)), "noise": self.noise_variance()}
@@ -115,7 +116,7 @@ class TangentRegression:
         if x.shape[0] > most and self._network.num_params > SPECTRAL_LIMIT:
             chosen = draw(x.shape[0], most, seed=0).to(x.device)
             x, targets = x[chosen], targets[chosen]
-        features = Features(NTKKernel(self._network).backend, x)
+        features = Features(self._backend, x)
         basis = None
         if self._constant:
             basis = torch.eye(self._outputs, dtype=x.dtype, device=x.device).repeat(x.shape[0], 1)
