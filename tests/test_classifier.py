@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import FileFormatError, InputError, NetworkError
+from tests.architectures import Recurrent
 from tests.cases import CASES, mlp
 
 NETWORK = mlp(3).double().eval()
@@ -37,6 +38,18 @@ def test_probabilities_classes_and_scores() -> None:
     assert model.score(z, truth) > linear - 0.05
     assert model.method_ == "dirichlet"
     assert model.kernel_ in str(model.report_)
+
+
+@pytest.mark.parametrize("method", ["laplace", "dirichlet", "variational"])
+def test_classes_of_sequences(method: str) -> None:
+    torch.manual_seed(0)
+    network = Recurrent(nn.GRU, 5, 8, batch_first=True).eval()
+    (steps, y), (new_steps, truth) = blobs(60), blobs(60, seed=1)
+    x, z = (np.stack([0.5 * x, x, x[:, ::-1]], 1) for x in (steps, new_steps))
+    model = gpntk.TransferClassifier(network, new_head=True, method=method).fit(x, y)
+    assert model.score(z, truth) > 0.7  # by chance: a third
+    with pytest.raises(InputError, match=r"rows of shape \(3, 4\), but fit saw rows of shape \(3, 5\)"):
+        model.predict(z[..., :4])
 
 
 def test_deterministic_and_the_network_is_not_changed() -> None:

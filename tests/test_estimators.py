@@ -1,6 +1,7 @@
 """TransferRegressor: predictions, scikit-learn's own checks, files, refusals."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import gpntk
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
 from gpntk.io import save_tensors
+from tests.architectures import LoRA, Recurrent
 from tests.cases import CASES, mlp, reference_jacobian
 
 MODULE = mlp(3).double().eval()
@@ -156,6 +158,38 @@ def test_images_keep_their_shape() -> None:
     flat = gpntk.TransferRegressor(case.module(), mean="zero", input_shape=(1, 6, 6))
     flat.fit(images.reshape(12, -1), np.stack([y, -y], axis=-1))
     np.testing.assert_allclose(model.predict(images), flat.predict(images.reshape(12, -1)))
+
+
+def dense_mean(network: nn.Module, names: str, x: Tensor, y: Tensor, z: Tensor, ratio: float) -> Tensor:
+    """f(z) + K(z, x) (K(x, x) + ratio tr K / n)⁻¹ (y - f(x)), J over the parameters whose names have ``names``."""
+    weights = {name: p for name, p in network.named_parameters() if names in name}
+
+    def jacobian(at: Tensor) -> Tensor:
+        rows = torch.func.jacrev(lambda some: torch.func.functional_call(network, some, (at,)).reshape(-1))(weights)
+        return torch.cat([rows[name].flatten(1) for name in weights], -1)
+
+    j, k = jacobian(x), jacobian(z)
+    noisy = j @ j.mT + ratio * j.square().sum(-1).mean() * torch.eye(len(j), dtype=j.dtype)
+    return network(z).reshape(-1) + k @ j.mT @ torch.linalg.solve(noisy, y - network(x).reshape(-1))
+
+
+@pytest.mark.parametrize("chosen", ["low-rank matrices", "a recurrent layer", "the readout"])
+def test_sequences_and_the_parameters_that_move(chosen: str) -> None:
+    torch.manual_seed(0)
+    if chosen == "low-rank matrices":
+        network, names, shape = nn.Sequential(LoRA(6, 8, 2), nn.Tanh(), nn.Linear(8, 1)), "0.up", (6,)
+        globs: Any = ["*.down", "*.up"]  # of which those of the first matrix change nothing while the second is zero
+    else:
+        network, shape = Recurrent(nn.GRU, 3, 4, batch_first=True), (5, 3)
+        names, globs = ("cell", "cell.*") if chosen == "a recurrent layer" else ("head", "readout")
+    network = network.double().eval()
+    x, z = torch.randn(20, *shape, dtype=torch.float64), torch.randn(4, *shape, dtype=torch.float64)
+    y = network(x).reshape(-1).detach() + x.flatten(1)[:, 0].sin()
+    ratio = {"ntk": 2.0, "noise": 0.5}
+    model = gpntk.TransferRegressor(network, kernel="ntk", parameters=globs, hyperparameters=ratio)
+    model.fit(x.numpy(), y.numpy())
+    expected = dense_mean(network, names, x, y, z, ratio["noise"] / ratio["ntk"]).detach().numpy()
+    np.testing.assert_allclose(model.predict(z.numpy()), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_samples_follow_the_posterior() -> None:

@@ -426,6 +426,8 @@ def test_outputs_come_in_the_networks_own_precision() -> None:
     with torch.no_grad():
         torch.testing.assert_close(outputs, network(X.float()).double(), rtol=0, atol=0)
     assert not outputs.requires_grad
+    half = Outputs(gpntk.freeze(mlp(2).half().eval()))(X)
+    torch.testing.assert_close(half, Outputs(gpntk.freeze(mlp(2).half().float().eval()))(X), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

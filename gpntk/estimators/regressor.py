@@ -57,7 +57,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             `[N, C]`, up to a factor that is learned; for noise that differs between inputs.
         input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
         extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
-        dtype: Precision of the computation, ``"float64"`` or ``"float32"``; the network's weights are cast to it.
+        dtype: Precision of Jacobians and of the GP, ``"float64"`` or ``"float32"``; the network's outputs and features
+            are computed in its own.
         verbose: Print the report after `fit`.
 
     Attributes:
