@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.infinite.gaussian import AbstractActivation
+from gpntk.infinite.gaussian import AbstractActivation, tracked
 from gpntk.infinite.moments import Block, LayerMoments
 
 Parametrization = Literal["ntk", "standard"]
@@ -148,7 +148,9 @@ def activate(state: LayerMoments, activation: AbstractActivation) -> LayerMoment
         computed = activation.moments(*sides, k)
         # The mean of both: by symmetry each input has half of the derivative.
         exact = activation.diagonal(0.5 * torch.add(*(side.expand(k.shape)[same] for side in sides)))
-        nngp, slope = (moment.index_put(same, value) for moment, value in zip(computed, exact, strict=True))
+        # Moments that no graph knows are nobody else's.
+        put = Tensor.index_put if tracked(*computed) else Tensor.index_put_
+        nngp, slope = (put(moment, same, value) for moment, value in zip(computed, exact, strict=True))
     return replace(state, block=Block(nngp, None if block.ntk is None else block.ntk * slope))
 
 

@@ -35,7 +35,7 @@ _LIVE = 8
 # Of a number: moments of activations are computed in double precision.
 _BYTES = 8
 # Numbers in a block on a CPU: as many as stay in its caches.
-_CPU_BLOCK = 2**15
+_CPU_BLOCK = 2**16
 
 
 class _InfiniteKernel(Kernel):
