@@ -734,7 +734,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"loss": "cross_entropy", "y": torch.arange(6), "initial": lambda x: x}, r"class 5 and initial\(x\) only 2"
     ),
     "classes of a single logit": (
-        {"loss": "cross_entropy", "y": torch.arange(6) % 2, "initial": lambda x: x[:, 0]}, r"single logit give y.double\(\)"
+        {"loss": "cross_entropy", "y": torch.arange(6) % 2, "initial": lambda x: x[:, 0]}, r"logit give y.double\(\)"
     ),
 }  # fmt: skip
 
