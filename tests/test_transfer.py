@@ -1,6 +1,7 @@
 """The parts of a transfer: components, dense posteriors, hyperparameters, heads, reports; against dense formulas."""
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from gpntk.transfer.components import Constant, Hyperparameter, Readout, Station
 from gpntk.transfer.dense import DenseGP
 from gpntk.transfer.hyperparameters import Draws, infer, log_prior
 from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
-from gpntk.transfer.remembered import Outputs
+from gpntk.transfer.remembered import Outputs, Remembered
 from gpntk.transfer.report import report_classification, report_regression
 from tests.cases import mlp, reference_jacobian
 
@@ -417,6 +418,23 @@ def test_what_comparison_shares_is_computed_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Outputs, "_compute", counted("network", Outputs._compute))
     TransferGP(gpntk.freeze(mlp(1).double().eval()), X, Y[:, :1]).fit()
     assert calls == {"tangent": 1, "network": 2}  # the network's outputs and its features
+
+
+def test_values_at_the_latest_inputs_are_remembered_but_not_pickled() -> None:
+    asked = []
+
+    def square(x: Tensor) -> Tensor:
+        asked.append(x)
+        return x.square()
+
+    remembered = Remembered(square, 2)
+    for x in (X, Z, X.clone(), Z, Y, Z, X):
+        torch.testing.assert_close(remembered(x), x.square())
+    assert [len(x) for x in asked] == [9, 4, 9, 9]  # X, Z, Y, and X again, which Y had displaced
+    outputs = Outputs(FROZEN)
+    outputs(X)
+    one, other = pickle.dumps(outputs), pickle.dumps(Outputs(FROZEN))
+    assert len(one) == len(other)
 
 
 def test_outputs_come_in_the_networks_own_precision() -> None:

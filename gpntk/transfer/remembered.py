@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Remembered:
         others = [pair for pair in self._latest if pair[0] is not found[0]]
         self._latest = [found, *others][: self._count]
         return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of those who pickle a model, none expects the inputs that it last predicted at.
+        return {**self.__dict__, "_latest": []}
 
 
 @final
