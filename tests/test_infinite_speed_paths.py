@@ -1,5 +1,6 @@
 """Paths of the infinite-width kernels that exist for speed or memory, against plain formulas written out here."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 import gpntk
 from gpntk.infinite import ABReLU, AbstractActivation, Quadrature
-from gpntk.infinite.equal_rows import equal_pairs, row_numbers
+from gpntk.infinite.equal_rows import EqualRows
 from gpntk.infinite.gaussian import determinant
 
 D = torch.float64
@@ -192,13 +193,26 @@ def test_equal_rows_are_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr("gpntk.infinite.equal_rows._hashes", hashes)
         for one, two in ((x, x), (x, z), (z, x)):
             pairs, found = (one.unsqueeze(1) == two).all(-1), torch.zeros(len(one), len(two), dtype=torch.bool)
-            equal = equal_pairs(*row_numbers(one, two))
+            equal = EqualRows(one, two).pairs(slice(0, len(one)), slice(0, len(two)))
             assert isinstance(equal, tuple)
             found[equal] = True
             assert found.sum() == len(equal[0])
             assert not (found & ~pairs).any()
             assert hashes is not None or torch.equal(found, pairs)
-    assert equal_pairs(torch.tensor([1, 2]), torch.tensor([3, 4, 3])) is False
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_equal_rows_block_by_block(repeated: bool) -> None:
+    x = torch.randn(10, 3)
+    if repeated:
+        x[7] = x[2]
+    rows, found = EqualRows(x, x), torch.zeros(10, 10, dtype=torch.bool)
+    assert rows.pairs(slice(0, 2), slice(3, 7)) is False
+    for i, j in itertools.product((slice(0, 4), slice(4, 10)), (slice(0, 3), slice(3, 10))):
+        pairs = rows.pairs(i, j)
+        if pairs is not False:
+            found[i, j][pairs] = True
+    assert torch.equal(found, (x.unsqueeze(1) == x).all(-1))
 
 
 # --- moments --------------------------------------------------------------------------------------------------------

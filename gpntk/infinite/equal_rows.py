@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,35 @@ from torch import Tensor
 _ENTRIES = 2**15
 
 
+@final
+class EqualRows:
+    """The pairs of equal rows of x1 `[N, D]` and x2 `[M, D]`, block by block.
+
+    Args:
+        x1: Rows.
+        x2: Rows; x1 itself for a symmetric matrix.
+    """
+
+    def __init__(self, x1: Tensor, x2: Tensor) -> None:
+        numbers, count = _row_numbers(x1, x2)
+        self._numbers = numbers[: len(x1)], numbers if x2 is x1 else numbers[len(x1) :]
+        # Then the pairs are those on the diagonal.
+        self._distinct = x2 is x1 and count == len(x1)
+
+    def pairs(self, i: slice, j: slice) -> tuple[Tensor, Tensor] | bool:
+        """Indices into rows ``i`` of x1 and ``j`` of x2, `[E]` each; False if there are none."""
+        if not self._distinct:
+            return _equal_pairs(self._numbers[0][i], self._numbers[1][j])
+        low, high = max(i.start, j.start), min(i.stop, j.stop)
+        if low >= high:
+            return False
+        both = torch.arange(low, high, device=self._numbers[0].device)
+        return both - i.start, both - j.start
+
+
 @torch.no_grad()
-def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """A number for every row of x1 `[N, D]` and x2 `[M, D]`, the same for equal rows and no others."""
+def _row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, int]:
+    """A number for every row of x1 and, if it is another, of x2, the same for equal rows; and how many there are."""
     hashes = _hashes(x1) if x2 is x1 else torch.cat([_hashes(x1), _hashes(x2)])
     values, order = hashes.sort()
     differs = torch.ones_like(values, dtype=torch.bool)
@@ -21,11 +49,11 @@ def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         one, two = (_rows(x1, x2, order[at]) for at in (places - 1, places))
         differs[places] = (one != two).any(1)
     numbers = torch.empty_like(order)
-    numbers[order] = differs.cumsum(0)
-    return numbers[: len(x1)], numbers if x2 is x1 else numbers[len(x1) :]
+    numbers[order] = counted = differs.cumsum(0)
+    return numbers, int(counted[-1])
 
 
-def equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, Tensor] | bool:
+def _equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, Tensor] | bool:
     """Indices of all pairs of equal numbers, `[E]` each; False if there are none."""
     values, order = numbers2.sort()
     start = torch.searchsorted(values, numbers1)

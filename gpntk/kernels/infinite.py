@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gpntk._checks import check_input
 from gpntk.errors import InputError, SelectionError
 from gpntk.infinite import Parametrization, Program, Weights, trace
-from gpntk.infinite.equal_rows import equal_pairs, row_numbers
+from gpntk.infinite.equal_rows import EqualRows
 from gpntk.infinite.gaussian import tracked
 from gpntk.infinite.moments import Block
 from gpntk.infinite.recursion import Variances, moments, variances
@@ -159,15 +159,14 @@ class _InfiniteKernel(Kernel):
         weights = self._weights(x1)
         one = self._variances(x1, weights)
         two = one if same else self._variances(x2, weights)
-        numbers = row_numbers(x1, x1 if same else x2)
+        equal_rows = EqualRows(x1, x1 if same else x2)
         entries = self._entries(x1)
         height = min(rows, max(1, math.isqrt(entries)))
         width = height if same else max(1, entries // height)
 
         def block(i: slice, j: slice) -> Tensor:
-            equal = equal_pairs(numbers[0][i], numbers[1][j])
             x, known = (x1[i], x2[j]), (tuple(v[i] for v in one), tuple(v[j] for v in two))
-            found = moments(self.program, x, known, weights, equal=equal, tangent=self._ntk)
+            found = moments(self.program, x, known, weights, equal=equal_rows.pairs(i, j), tangent=self._ntk)
             return self._of(found)
 
         across, down = _slices(columns, width), _slices(rows, height)
