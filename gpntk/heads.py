@@ -49,6 +49,10 @@ class Body(nn.Module):
                 f"the last layer, {name or 'the network itself'!r}, is a {type(readout).__name__}: a new head replaces "
                 "a Linear. Pass a module whose last registered layer is the Linear to be replaced."
             )
+        bias = () if readout.bias is None else (f"{name}.bias",)
+        self.readout_parameters: tuple[str, ...] = (f"{name}.weight", *bias)
+        # No parametrisation, no forward of its own, no hook.
+        self._plain = type(readout) is nn.Linear and not (readout._forward_hooks or readout._forward_pre_hooks)
         self.recorder = _Recorder(readout.out_features)
         self.network = _replaced(copy.deepcopy(network), name, self.recorder)
         self.training = network.training
@@ -76,13 +80,14 @@ class Body(nn.Module):
             )
 
     def returns_readout(self, x: Tensor, extract: Extract | None = None) -> bool:
-        """Whether the network's outputs are its readout's, untouched."""
+        """Whether the network's outputs are those of a plain ``Linear``, untouched."""
         self.recorder.calls.clear()
-        with torch.no_grad():
-            returned = self.network(x)
+        with torch.inference_mode(False), torch.no_grad():
+            returned = self.network(x.clone())
+            outputs = returned if extract is None else extract(returned)
         _, readout = self.recorder.calls.pop()
-        # The very tensor that the readout let out, not one that is equal to it here.
-        return (returned if extract is None else extract(returned)) is readout
+        # The very tensor that the readout let out, not one that is equal to it here; and not changed in place.
+        return self._plain and outputs is readout and readout._version == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """h(x) `[N, H]`, or its projections `[N, R]`."""

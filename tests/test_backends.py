@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import gpntk
 from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
+from gpntk.primitives import differentiable_operations
 from gpntk.testing import check_backend
 from tests.cases import CASES, Case, reference_jacobian
 
@@ -162,6 +164,52 @@ def test_more_outputs_than_parameters_take_forward_mode(make: type, monkeypatch:
     torch.testing.assert_close(backend.gram(x, x)[:, 0], expected @ expected.mT)
     if make is gpntk.AutoBackend:
         assert backend.choice(x).reason == "an input has more outputs, 6, than there are parameters, 3"
+
+
+class Cube(torch.autograd.Function):
+    """Without a formula for forward mode, or for a second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+@pytest.mark.parametrize("function", [Cube.apply, lambda x: torch.cdist(x, x.new_ones(1, x.shape[1])) * x])
+def test_operations_that_have_no_forward_mode(function) -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.scale * x)
+
+    network, x = Scale(), torch.randn(1, 4, 6, dtype=torch.float64)
+    jacobian = gpntk.AutoBackend(gpntk.freeze(network)).jacobian(x)
+    step = 1e-6
+    with torch.no_grad():
+        high, low = (gpntk.freeze(network).forward(x[0], {"scale": network.scale + sign * step}) for sign in (1, -1))
+    torch.testing.assert_close(jacobian[0, :, 0], ((high - low) / (2 * step)).flatten(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 1.5, 2.0, float("inf")])
+def test_distances_in_primitives(p: float) -> None:
+    one, two = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    one[0, 0] = two[0]
+    exact = torch.cdist(one, two, p, compute_mode="donot_use_mm_for_euclid_dist")
+    with differentiable_operations():
+        torch.testing.assert_close(torch.cdist(one, two, p), exact)
 
 
 def test_average_is_the_mean_of_the_outputs_kernels() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
 
 import gpntk
 from gpntk.errors import InputError, NetworkError
@@ -431,6 +432,9 @@ def test_values_at_the_latest_inputs_are_remembered_but_not_pickled() -> None:
     for x in (X, Z, X.clone(), Z, Y, Z, X):
         torch.testing.assert_close(remembered(x), x.square())
     assert [len(x) for x in asked] == [9, 4, 9, 9]  # X, Z, Y, and X again, which Y had displaced
+    changing = X.clone()
+    remembered(changing)
+    torch.testing.assert_close(remembered(changing.mul_(-2)), 4 * X.square())
     outputs = Outputs(FROZEN)
     outputs(X)
     one, other = pickle.dumps(outputs), pickle.dumps(Outputs(FROZEN))
@@ -467,6 +471,50 @@ def test_moves_of_the_readout_are_those_of_its_jacobian(bias: bool, extract: Any
         expected = expected[:, 0, :, 0]  # both outputs alike
     expected = expected.reshape(prior.covariance(logs(1.0), prior.parts(X, X)).shape)
     torch.testing.assert_close(prior.covariance(logs(1.0), prior.parts(X, X)), expected / expected.diagonal().mean())
+
+
+class Cosine(nn.Linear):
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(h), self.weight)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.readout = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.readout.weight = self.hidden.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.hidden(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), Cosine(7, 2, bias=False)),
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), orthogonal(nn.Linear(7, 2))),
+        Tied(),
+    ],
+    ids=["changed in place", "a forward of its own", "parametrised", "tied"],
+)
+def test_readouts_that_are_no_plain_linear_map_keep_their_jacobian(network: nn.Module) -> None:
+    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
+    builder = PriorBuilder(gpntk.freeze(network.double().eval()), X, num_outputs=None, **common)
+    assert isinstance(builder.build(Candidate("nngp")).components[0], Tangent)
+
+
+def test_labels_without_noise_leave_room_for_more_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(30, 3, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    for kernel in ("auto", "stationary", "ntk+stationary"):
+        gp = TransferGP(gpntk.freeze(network), x, x.sum(-1, keepdim=True), kernel=kernel, num_outputs=1)
+        gp.fit()
+        grown = gp.condition_on(x[:3] + 0.1, (x[:3] + 0.1).sum(-1, keepdim=True))
+        close = grown.predict(x[:3] + 0.05).mean
+        torch.testing.assert_close(close, (x[:3] + 0.05).sum(-1), rtol=0, atol=0.01)
 
 
 class Scaled(nn.Module):

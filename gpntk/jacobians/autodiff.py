@@ -43,11 +43,18 @@ class AutodiffBackend(AbstractJacobianBackend):
         return self._over_rows(x, lambda rows, part: self._columns(self._vjp_columns, rows, part), u, rowwise=True)
 
     def jacobian(self, x: Tensor) -> Tensor:
-        """By forward mode where an input has more outputs than there are parameters."""
+        """By forward mode where an input has more outputs than there are parameters, and all operations have it."""
         if self.num_outputs(x) <= self.num_features:
             return super().jacobian(x)
-        unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device)
-        return self.jvp(x, unit.expand(x.shape[0], -1, -1)).mT
+        unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
+
+        def product(rows: Tensor, part: Tensor) -> Tensor:
+            return self._columns(self._forward_columns, rows, part)
+
+        try:
+            return self._over_rows(x, product, unit, rowwise=False).mT
+        except NotImplementedError:
+            return super().jacobian(x)
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_gram(self, x1, x2, per_layer)
@@ -88,12 +95,16 @@ class AutodiffBackend(AbstractJacobianBackend):
     def _function(self, x: Tensor) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
         return lambda parameters: self.network(x, parameters), self.network.selected(x.dtype, x.device)
 
-    def _jvp_columns(self, x: Tensor, v: Tensor) -> Tensor:
+    def _forward_columns(self, x: Tensor, v: Tensor) -> Tensor:
         function, at = self._function(x)
+        return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
+
+    def _jvp_columns(self, x: Tensor, v: Tensor) -> Tensor:
         try:
-            return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
+            return self._forward_columns(x, v)
         except NotImplementedError:
             # An operation without a forward-mode formula: the adjoint of the adjoint.
+            function, at = self._function(x)
             value, pullback, *_ = vjp(function, at)
             _, pushforward, *_ = vjp(lambda u: pullback(u)[0], torch.zeros_like(value))
             return _vmap(lambda t: pushforward(self.network.unflatten(t))[0].flatten(), v)

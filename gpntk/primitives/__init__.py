@@ -2,8 +2,9 @@
 
 J(x) is a first derivative; its gradient in x a second one, and acquisition optimisers take it through `vmap`. The fused
 layer and instance norms treat their saved statistics as constants there: torch 2.13 returns wrong numbers without a
-word (pytorch issues #175754, #186256). The fused attention and recurrent kernels raise. All are exact in primitives,
-and consist of calls that `gpntk.jacobians.layers` knows: linear maps, and sums and products with a parameter.
+word (pytorch issues #175754, #186256). So it does for `cdist` under vmap. The fused attention and recurrent kernels
+raise. All are exact in primitives, and consist of calls that `gpntk.jacobians.layers` knows: linear maps, and sums and
+products with a parameter.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, final
 
 from torch.overrides import TorchFunctionMode
 
-from gpntk.primitives import activations, attention, lookups, norms, recurrent
+from gpntk.primitives import activations, attention, distances, lookups, norms, recurrent
 
 __all__ = ["differentiable_operations"]
 
 _PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
     **activations.PRIMITIVES,
+    **distances.PRIMITIVES,
     **lookups.PRIMITIVES,
     **norms.PRIMITIVES,
     **recurrent.PRIMITIVES,

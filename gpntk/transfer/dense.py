@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, final
 
 import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from gpntk.transfer.components import Hyperparameter, SumOfComponents
@@ -89,7 +90,10 @@ class DenseGP:
     def log_likelihood(self, logs: Tensor) -> Tensor:
         """log N(y; 0, K_θ + D), in nats `[]`; -inf where it cannot be factorised."""
         cholesky, info = torch.linalg.cholesky_ex(self._noisy(logs))
-        if info.any():
+        # Where rounding is all that is left of the smallest pivot, the next rows would not factorise.
+        pivots = cholesky.detach().diagonal(dim1=-2, dim2=-1)
+        rounding = pivots.shape[-1] * torch.finfo(pivots.dtype).eps
+        if info.any() or (pivots.amin(-1) < math.sqrt(rounding) * pivots.amax(-1)).any():
             return torch.tensor(-math.inf, dtype=torch.float64)
         targets = self._targets()
         white = torch.linalg.solve_triangular(cholesky, targets.unsqueeze(-1), upper=False)
@@ -198,7 +202,7 @@ class DenseGP:
         return covariance * mask.unsqueeze(-1) * mask.unsqueeze(-2) + torch.diag_embed(noise)
 
     def _factor(self, logs: Tensor) -> _Factor:
-        cholesky = torch.linalg.cholesky(self._noisy(logs))
+        cholesky = psd_safe_cholesky(self._noisy(logs))
         targets = self._targets()
         # All right-hand sides at once where one factor serves them.
         columns = targets.mT.unsqueeze(0) if self._alike else targets.unsqueeze(-1)

@@ -155,12 +155,12 @@ def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], sta
     bounds = list(zip(low, high, strict=True))
     with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
         losses = [_Loss(density, point, bar) for point in _starting_points(hyperparameters, start)]
-        results = [
-            minimize(loss, loss.best, jac=True, method="L-BFGS-B", bounds=bounds) for loss in losses if loss.found
-        ]
-    if not results:
+        found = [loss for loss in losses if loss.found]
+        for loss in found:
+            minimize(loss, loss.best, jac=True, method="L-BFGS-B", bounds=bounds, options=loss.tolerances)
+    if not found:
         raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
-    return torch.tensor(min(losses, key=lambda loss: loss.lowest).best, dtype=torch.float64)
+    return torch.tensor(min(found, key=lambda loss: loss.lowest).best, dtype=torch.float64)
 
 
 @final
@@ -178,6 +178,11 @@ class _Loss:
         self.found = math.isfinite(value)
         self._unit = max(1.0, float(np.linalg.norm(gradient)))
 
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """SciPy's own, in nats."""
+        return {"gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, 1e-13)}
+
     def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = self._evaluate(point)
         if math.isfinite(value):
@@ -188,7 +193,7 @@ class _Loss:
     def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         self._bar.update()
         value, gradient = _value_and_gradient(self._density, torch.tensor(point, dtype=torch.float64))
-        if -value.item() < self.lowest:
+        if math.isfinite(value) and -value.item() < self.lowest:
             self.best, self.lowest = point.copy(), -value.item()
         return -value.item(), -gradient.numpy()
 

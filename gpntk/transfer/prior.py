@@ -227,8 +227,12 @@ class PriorBuilder:
             return self._readout()
         readout = self._only_readout()
         alike = self.num_outputs == 1 or shared or self._units is None
-        if alike and self.has_readout and self._returns_readout:
-            return self._readout("nngp", bias=any(name.endswith("bias") for name in readout.names))
+        if alike and self.has_readout:
+            body = Body(self._network.thaw())
+            # A weight that is tied to another layer's is not the readout's alone.
+            own = body.readout_parameters == readout.names
+            if own and body.returns_readout(self._probe(), self._network.extract):
+                return self._readout("nngp", bias=len(readout.names) > 1)
         return self._tangent(readout, "nngp", shared)
 
     def _fresh_tangents(self) -> list[AbstractComponent]:
@@ -253,10 +257,6 @@ class PriorBuilder:
         Body(module).check(self._probe())
         body = FrozenNetwork(Body(module), None, self._network.input_shape)
         return Outputs(body)
-
-    @property
-    def _returns_readout(self) -> bool:
-        return Body(self._network.thaw()).returns_readout(self._probe(), self._network.extract)
 
     def _probe(self) -> Tensor:
         """The first and the last input as the network wants them."""

@@ -31,7 +31,8 @@ class Remembered:
         found = next((pair for pair in self._latest if torch.equal(pair[0], x)), None)
         if found is None:
             with torch.no_grad():
-                found = x, self._function(x)
+                # A copy: whoever changes x in place asks for other values afterwards.
+                found = x.clone(), self._function(x)
         others = [pair for pair in self._latest if pair[0] is not found[0]]
         self._latest = [found, *others][: self._count]
         return found[1]
