@@ -173,12 +173,20 @@ def test_dense_gp_equals_the_formulas(shared: bool, missing: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_conditioning_equals_all_the_data_at_once(shared: bool) -> None:
+def test_conditioning_equals_all_the_data_at_once(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, prior, theta, y, relative, known = dense_problem(shared, missing=True)
     split = [values.reshape(9, 2) for values in (y, relative, known)]
     first = DenseGP(prior, X[:6], split[0][:6], (1.0, 1.0), relative_noise=split[1][:6], known_noise=split[2][:6])
     first.set_draws(Draws(theta.unsqueeze(0), torch.ones(1).double(), 0.0, theta))
+    factorised = []
+
+    def counted(matrix: Tensor) -> Tensor:
+        factorised.append(matrix.shape[-1])
+        return torch.linalg.cholesky(matrix)
+
+    monkeypatch.setattr("gpntk.transfer.dense.psd_safe_cholesky", counted)
     grown = first.condition_on(X[6:], *(values[6:] for values in split))
+    assert factorised == [3 if shared else 6]  # the new labels alone
     for one, two in zip(grown.predict(Z, covariance=True), whole.predict(Z, covariance=True), strict=True):
         torch.testing.assert_close(one, two)
 

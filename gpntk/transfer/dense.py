@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -83,9 +83,7 @@ class DenseGP:
 
     def set_draws(self, draws: Draws) -> None:
         """Predict with these draws from now on."""
-        self.draws = draws
-        with torch.no_grad():
-            self._factors = [self._factor(logs) for logs in draws.logs]
+        self._use(draws, [None] * len(draws.logs))
 
     def log_likelihood(self, logs: Tensor) -> Tensor:
         """log N(y; 0, K_θ + D), in nats `[]`; -inf where it cannot be factorised."""
@@ -144,7 +142,7 @@ class DenseGP:
     def condition_on(
         self, x: Tensor, y: Tensor, relative_noise: Tensor | None = None, known_noise: Tensor | None = None
     ) -> DenseGP:
-        """The same with more labels, hyperparameters as they are; Jacobians of the old inputs alone do not recur."""
+        """The same with more labels, hyperparameters as they are; Jacobians and factors of the old ones are kept."""
         cross, new = self.prior.parts(x, self.x), self.prior.parts(x, x)
         parts = tuple(
             torch.cat([torch.cat([old, between.mT], -1), torch.cat([between, own], -1)], -2)
@@ -159,10 +157,16 @@ class DenseGP:
         grown = DenseGP(
             self.prior, rows[0], rows[1], self._noise_prior, relative_noise=rows[2], known_noise=rows[3], parts=parts
         )
-        grown.set_draws(self._draws())
+        grown._use(self._draws(), self._factors)
         return grown
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    def _use(self, draws: Draws, known: Sequence[_Factor | None]) -> None:
+        """Predict with these draws, whose factors for the first labels are ``known``."""
+        self.draws = draws
+        with torch.no_grad():
+            self._factors = [self._factor(logs, old) for logs, old in zip(draws.logs, known, strict=True)]
 
     def _draws(self) -> Draws:
         assert self.draws is not None
@@ -201,8 +205,12 @@ class DenseGP:
             return covariance + torch.diag_embed(noise)
         return covariance * mask.unsqueeze(-1) * mask.unsqueeze(-2) + torch.diag_embed(noise)
 
-    def _factor(self, logs: Tensor) -> _Factor:
-        cholesky = psd_safe_cholesky(self._noisy(logs))
+    def _factor(self, logs: Tensor, known: _Factor | None = None) -> _Factor:
+        noisy = self._noisy(logs)
+        if known is None or len(known.cholesky) != len(noisy):
+            cholesky = psd_safe_cholesky(noisy)
+        else:
+            cholesky = _extended(known.cholesky, noisy)
         targets = self._targets()
         # All right-hand sides at once where one factor serves them.
         columns = targets.mT.unsqueeze(0) if self._alike else targets.unsqueeze(-1)
@@ -238,3 +246,17 @@ class DenseGP:
         if spreads.dim() == means.dim():
             return Prediction(mean, weights @ (spreads + deviation.square()))
         return Prediction(mean, torch.einsum("s,sij->ij", weights, spreads) + (deviation.mT * weights) @ deviation)
+
+
+def _extended(cholesky: Tensor, matrix: Tensor) -> Tensor:
+    """The Cholesky factor of ``matrix`` `[B, n, n]`, from that of its leading rows and columns `[B, m, m]`.
+
+    References:
+        Golub and Van Loan (2013), Matrix Computations, section 4.2.9, by blocks.
+    """
+    size = cholesky.shape[-1]
+    below = torch.linalg.solve_triangular(cholesky, matrix[..., :size, size:], upper=False).mT
+    corner = psd_safe_cholesky(matrix[..., size:, size:] - below @ below.mT)
+    extended = torch.zeros_like(matrix)
+    extended[..., :size, :size], extended[..., size:, :size], extended[..., size:, size:] = cholesky, below, corner
+    return extended
