@@ -113,7 +113,8 @@ def dense_gradients(problem: Problem) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@settings(max_examples=12, deadline=None)
+# Always the same examples: 16 probes are off by more than four of their estimated errors once in 900 times.
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_evidence(name: str, problem: Problem) -> None:
     solver, count = SOLVERS[name], int(problem.dense.rows.sum())
