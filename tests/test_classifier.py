@@ -142,7 +142,7 @@ def test_within_scikit_learn() -> None:
     search = GridSearchCV(
         gpntk.TransferClassifier(NETWORK, **QUICK), {"link": ["probit", "monte_carlo"]}, cv=2, error_score="raise"
     )
-    assert search.fit(x, y).best_params_["link"] in ("probit", "monte_carlo")
+    assert search.fit(x, y).best_score_ > 0.7
     assert clone(gpntk.TransferClassifier(NETWORK, num_classes=4)).num_classes == 4
 
 

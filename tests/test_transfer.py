@@ -440,9 +440,9 @@ def test_values_at_the_latest_inputs_are_remembered_but_not_pickled() -> None:
     for x in (X, Z, X.clone(), Z, Y, Z, X):
         torch.testing.assert_close(remembered(x), x.square())
     assert [len(x) for x in asked] == [9, 4, 9, 9]  # X, Z, Y, and X again, which Y had displaced
-    changing = X.clone()
+    changing = 3 * X
     remembered(changing)
-    torch.testing.assert_close(remembered(changing.mul_(-2)), 4 * X.square())
+    torch.testing.assert_close(remembered(changing.mul_(-2)), 36 * X.square())
     outputs = Outputs(FROZEN)
     outputs(X)
     one, other = pickle.dumps(outputs), pickle.dumps(Outputs(FROZEN))

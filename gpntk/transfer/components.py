@@ -270,6 +270,14 @@ class SumOfComponents:
         """The parts of every term for each input with itself."""
         return tuple(component.blocks(x) for component in self.components)
 
+    def grown(self, parts: Sequence[Tensor], x: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+        """The parts of ``new`` below x with themselves, from those of x."""
+        cross, own = self.parts(new, x), self.parts(new, new)
+        return tuple(
+            torch.cat([torch.cat([old, between.mT], -1), torch.cat([between, corner], -1)], -2)
+            for old, between, corner in zip(parts, cross, own, strict=True)
+        )
+
     def covariance(self, logs: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """The covariance at ``logs`` `[H]`: of pairs `[n, m]`, or of each input's outputs `[M, c, c]`."""
         total: Tensor | None = None

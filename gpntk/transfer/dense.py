@@ -143,11 +143,7 @@ class DenseGP:
         self, x: Tensor, y: Tensor, relative_noise: Tensor | None = None, known_noise: Tensor | None = None
     ) -> DenseGP:
         """The same with more labels, hyperparameters as they are; Jacobians and factors of the old ones are kept."""
-        cross, new = self.prior.parts(x, self.x), self.prior.parts(x, x)
-        parts = tuple(
-            torch.cat([torch.cat([old, between.mT], -1), torch.cat([between, own], -1)], -2)
-            for old, between, own in zip(self._parts, cross, new, strict=True)
-        )
+        parts = self.prior.grown(self._parts, self.x, x)
         relative = torch.ones_like(y) if relative_noise is None else relative_noise
         known = torch.zeros_like(y) if known_noise is None else known_noise
         rows = [

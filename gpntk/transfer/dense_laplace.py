@@ -124,11 +124,7 @@ class DenseLaplace:
 
     def condition_on(self, x: Tensor, labels: Tensor, offset: Tensor) -> DenseLaplace:
         """The same with more labels, hyperparameters as they are; Newton's method starts from the old mode."""
-        cross, new = self.prior.parts(x, self.x), self.prior.parts(x, x)
-        parts = tuple(
-            torch.cat([torch.cat([old, between.mT], -1), torch.cat([between, own], -1)], -2)
-            for old, between, own in zip(self._parts, cross, new, strict=True)
-        )
+        parts = self.prior.grown(self._parts, self.x, x)
         rows = [torch.cat(pair) for pair in ((self.x, x), (self.labels, labels), (self._offset, offset))]
         grown = DenseLaplace(self.prior, rows[0], rows[1], rows[2], parts)
         grown._start = torch.cat([self._posteriors[0].dual, torch.zeros_like(offset)])
