@@ -1,5 +1,6 @@
 """Infinite-width kernels of networks with branches, norms and attention against neural-tangents' values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.infinite import TiedAttention
+from gpntk.errors import InputError
+from gpntk.infinite import LocallyConnected, TiedAttention, monte_carlo
 from gpntk.infinite.recursion import moments, variances
 from tests.test_infinite import ROOT2, Erf, Mean, assert_agrees, conv, readout, stored
 
@@ -91,6 +93,11 @@ CASES: dict[str, tuple[nn.Module, Stds, Stds]] = {
     "attention_lin_softmax": (Attention("softmax"), ATTENTION, 0.1),
     "attention_lin_abs": (Attention("abs"), ATTENTION, 0.1),
     "convtranspose_gap": (Upsampled(), ROOT2, 0.1),
+    "convlocal_gap": (
+        nn.Sequential(LocallyConnected(3, 6, (8, 8), 3, padding=1), nn.ReLU(), Mean(), readout()),
+        ROOT2,
+        0.1,
+    ),
 }
 
 
@@ -144,25 +151,85 @@ class Head(nn.Module):
         (nn.ConvTranspose1d(2, 3, 4, stride=3), (2, 5)),
         (nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=(2, 0), output_padding=(1, 0)), (2, 4, 3)),
         (nn.ConvTranspose2d(2, 3, 3, bias=False), (2, 4, 3)),
+        (LocallyConnected(2, 3, (5,), 3, stride=2, padding=1), (2, 5)),
+        (LocallyConnected(2, 3, (4, 3), (3, 2), stride=(1, 2), padding=(1, 0)), (2, 4, 3)),
+        (LocallyConnected(2, 3, (4, 3), 3, bias=False), (2, 4, 3)),
     ],
-    ids=str,
+    ids=lambda value: value.__class__.__name__,
 )
-def test_transposed_convolutions(layer: nn.ConvTranspose2d, shape: tuple[int, ...]) -> None:
+def test_other_convolutions(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """Outputs are linear in Gaussian weights: their covariance is J Σ Jᵀ, exactly, at any width."""
     dims = tuple(range(2, len(shape) + 1))
     module, x = Head(layer, dims).double(), torch.randn(4, *shape).double()
     kernel = gpntk.InfiniteNNGPKernel(module, 1.3, 0.4, input_shape=shape).double()
 
-    def output(weight: Tensor, row: Tensor) -> Tensor:
-        changed = {"layer.weight": weight}
-        if layer.bias is not None:
-            changed["layer.bias"] = torch.zeros_like(layer.bias)
-        return torch.func.functional_call(module, changed, (row.unsqueeze(0),))[0, 1]
+    def output(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (row.unsqueeze(0),))[0, 1]
 
-    rows = torch.stack([torch.func.grad(output)(layer.weight.detach(), row).flatten() for row in x])
-    fan_in = layer.in_channels * layer.weight[0, 0].numel()
-    expected = 1.3**2 / fan_in * rows @ rows.T + (0.16 if layer.bias is not None else 0.0)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    jacobian = torch.func.vmap(torch.func.grad(output), (None, 0))(parameters, x)
+    fan_in = layer.in_channels * math.prod(layer.kernel_size)
+    variances = {"layer.weight": 1.3**2 / fan_in, "layer.bias": 0.16}
+    expected = sum(variances[name] * part.flatten(1) @ part.flatten(1).T for name, part in jacobian.items())
     torch.testing.assert_close(kernel(x.flatten(1)).to_dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+class Branches(nn.Module):
+    """Unshared and shared filters after one convolution, joined, then pooled."""
+
+    def __init__(self, unshared: bool, flat: bool) -> None:
+        super().__init__()
+        self.start, self.shared = conv(3), conv()
+        self.local = LocallyConnected(6, 6, (4, 4), 3, padding=1) if unshared else conv()
+        self.end = nn.Sequential(nn.Flatten(), readout(96)) if flat else nn.Sequential(Mean(), readout())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.start(x))
+        return self.end(torch.relu(self.local(h) + self.shared(h)))
+
+
+def test_only_pooling_tells_shared_filters_from_unshared_ones() -> None:
+    x = torch.randn(3, 48).double()
+    for kernel_class in (gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel):
+        flat, pooled = (
+            [
+                kernel_class(Branches(unshared, end), 1.4, 0.3, input_shape=(3, 4, 4)).double()(x).to_dense()
+                for unshared in (True, False)
+            ]
+            for end in (True, False)
+        )
+        torch.testing.assert_close(*flat, rtol=1e-12, atol=1e-12)
+        assert ((pooled[0] - pooled[1]).abs() > 1e-3).all()
+
+
+def test_wide_unshared_filters_approach_the_limit() -> None:
+    torch.manual_seed(0)
+
+    def drawn() -> nn.Sequential:
+        local = LocallyConnected(256, 256, (4,), 3, padding=1)
+        module = nn.Sequential(nn.Conv1d(2, 256, 3, padding=1), nn.ReLU(), local, nn.ReLU(), Mean((2,)), readout(256))
+        for layer in module:
+            if hasattr(layer, "weight"):
+                fan_in = 768 if layer is local else layer.weight[0].numel()
+                nn.init.normal_(layer.weight, std=(2 / fan_in) ** 0.5)
+                nn.init.normal_(layer.bias, std=0.5)
+        return module.double()
+
+    x = torch.randn(3, 2, 4).double()
+    exact = gpntk.InfiniteNTKKernel(drawn(), ROOT2, 0.5, "standard", input_shape=(2, 4)).double()(x.flatten(1))
+    sampled = monte_carlo(drawn, x, num_samples=8).ntk
+    assert_agrees(sampled, exact.to_dense().detach(), 0.1)
+
+
+def test_unshared_filters_name_what_is_wrong() -> None:
+    for message, input_size, kernel_size, stride in (
+        ("input_size", (4, 4, 4), 3, 1),
+        ("kernel_size", (4, 4), (3, 3, 3), 1),
+        ("stride", (4, 4), 3, (1,)),
+        ("larger than the padded input", (4, 4), 5, 1),
+    ):
+        with pytest.raises(InputError, match=message):
+            LocallyConnected(3, 6, input_size, kernel_size, stride=stride)
 
 
 class Tokens(nn.Module):

@@ -20,6 +20,7 @@ from gpntk.infinite.closed_forms import (
 )
 from gpntk.infinite.gaussian import AbstractActivation
 from gpntk.infinite.layers import Parametrization, Weights
+from gpntk.infinite.locally_connected import LocallyConnected
 from gpntk.infinite.moments import LayerMoments
 from gpntk.infinite.monte_carlo import SampledKernels, monte_carlo
 from gpntk.infinite.quadrature import Quadrature
@@ -35,6 +36,7 @@ __all__ = [
     "Exponential",
     "Gaussian",
     "LayerMoments",
+    "LocallyConnected",
     "Parametrization",
     "Polynomial",
     "Program",

@@ -87,7 +87,7 @@ class Rule:
         roles: Of the result's axes.
         units: What is known of the result's units.
         mixes: Whether it needs pairs of positions.
-        forgets: Whether its result has no positions left to be paired.
+        forgets: Whether it never needs pairs of positions: its result has none, or independent ones.
         attends: Whether it needs, of its first input, the covariances of all positions within each network input.
         fan_in: Of a layer with weights.
         bias: Whether that has one.

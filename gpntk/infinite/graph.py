@@ -17,11 +17,14 @@ from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.activations import Activation
 from gpntk.infinite.attention import TiedAttention
 from gpntk.infinite.calls import WAY_OUT
+from gpntk.infinite.locally_connected import LocallyConnected
 
 # Two numbers of rows tell the axis of rows from one that has the same size by chance.
 _ROWS = (2, 3)
 # What may be asked of a tensor without looking at its values.
 _QUESTIONS = ("size", "dim", "ndimension", "numel", "shape", "ndim", "dtype", "device")
+# Own modules that have a rule.
+_LEAVES = (Activation, LocallyConnected, TiedAttention)
 
 
 @final
@@ -103,7 +106,7 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Activation, TiedAttention)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

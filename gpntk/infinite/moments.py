@@ -87,14 +87,28 @@ class LayerMoments:
         if not self.pairs:
             return self
 
-        def diagonal(tensor: Tensor) -> Tensor:
-            for axis in range(self.axes):
-                # What is left of earlier axes is one dimension each, moved to the end in order.
-                dims = -2 * (self.axes - axis) - axis
-                tensor = tensor.diagonal(dim1=dims, dim2=dims + 1)
-            return tensor
+        return self.map(self._diagonal, pairs=False)
 
-        return self.map(diagonal, pairs=False)
+    def all_pairs(self) -> LayerMoments:
+        """With pairs of different positions, which are independent if they were left out."""
+        if self.pairs:
+            return self
+
+        def embedded(tensor: Tensor) -> Tensor:
+            rows, sizes = tensor.shape[: tensor.dim() - self.axes], tensor.shape[tensor.dim() - self.axes :]
+            result = tensor.new_zeros(*rows, *(length for size in sizes for length in (size, size)))
+            self._diagonal(result).copy_(tensor)
+            return result
+
+        return self.map(embedded, pairs=self.axes > 0)
+
+    def _diagonal(self, tensor: Tensor) -> Tensor:
+        """The equal positions of all pairs, a view."""
+        for axis in range(self.axes):
+            # What is left of earlier axes is one dimension each, moved to the end in order.
+            dims = -2 * (self.axes - axis) - axis
+            tensor = tensor.diagonal(dim1=dims, dim2=dims + 1)
+        return tensor
 
     def same(self) -> tuple[Tensor, ...] | bool:
         """Where both inputs and both positions are the same: indices into the block; or a bool for everywhere."""

@@ -82,7 +82,7 @@ def _run(
     for number, step in enumerate(steps):
         states = [values[index] for index in step.inputs]
         state = step.rule.apply(states, None if step.layer is None else weights[step.layer])
-        state = state if pairs[number + 1] else state.equal_positions()
+        state = state.all_pairs() if pairs[number + 1] else state.equal_positions()
         for index in set(step.inputs):
             if last_use[index] == number:
                 del values[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch.nn import functional
 from gpntk.infinite import branches, layers
 from gpntk.infinite.activations import activation_of
 from gpntk.infinite.attention import Mechanism, TiedAttention, attend
-from gpntk.infinite.calls import Call, Rule
+from gpntk.infinite.calls import Apply, Call, Rule
 from gpntk.infinite.gaussian import AbstractActivation
 from gpntk.infinite.layers import Weights, Windows
+from gpntk.infinite.locally_connected import LocallyConnected
 from gpntk.infinite.moments import LayerMoments
 from gpntk.infinite.units import Law, Units
 
-_Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+_Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | LocallyConnected
 
 
 def _linear(call: Call) -> Rule:
@@ -82,6 +84,20 @@ def _transposed_convolution(call: Call) -> Rule:
     both = tuple((pad, pad + int(extra)) for pad, extra in zip(paddings, more, strict=True))
     windows = Windows(sizes, (1,) * len(sizes), both)
     return _weighted(call, module, module.in_channels * math.prod(sizes), windows, tuple(module.stride))
+
+
+def _local(call: Call) -> Rule:
+    """A convolution of equal positions, whatever was known of others."""
+    module = call.module
+    assert isinstance(module, LocallyConnected)
+    call.check_channels_first()
+    windows = Windows(module.kernel_size, module.stride, tuple((pad, pad) for pad in module.padding))
+    rule = _weighted(call, module, module.in_channels * math.prod(module.kernel_size), windows)
+    return replace(rule, apply=partial(_apart, rule.apply), forgets=True)
+
+
+def _apart(shared: Apply, states: Sequence[LayerMoments], weights: Weights | None) -> LayerMoments:
+    return shared([states[0].equal_positions()], weights)
 
 
 def _paddings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
@@ -223,6 +239,7 @@ MODULES: dict[type[nn.Module], Make] = {
     nn.Conv2d: _convolution,
     nn.ConvTranspose1d: _transposed_convolution,
     nn.ConvTranspose2d: _transposed_convolution,
+    LocallyConnected: _local,
     TiedAttention: _attention,
     nn.AvgPool1d: _average_pool,
     nn.AvgPool2d: _average_pool,
@@ -292,6 +309,6 @@ METHODS: dict[Any, Make] = {
 SPATIAL = {
     kind
     for kind, make in (*MODULES.items(), *FUNCTIONS.items())
-    if make in (_convolution, _transposed_convolution, _average_pool, _adaptive_pool)
+    if make in (_convolution, _transposed_convolution, _local, _average_pool, _adaptive_pool)
 }
 """What acts on positions, after the channels."""
