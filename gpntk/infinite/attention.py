@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -69,4 +68,4 @@ def attend(keys: LayerMoments, values: LayerMoments, mechanism: Mechanism) -> La
     """k ← G₁ k G₂ᵀ, Θ ← G₁ Θ G₂ᵀ with G the weights of either input's positions; keys' own share of Θ vanishes."""
     assert keys.own is not None
     first, second = (_WEIGHTINGS[mechanism](scores) for scores in keys.own)
-    return replace(values.map(lambda block: first @ block @ second.mT), own=None)
+    return values.map(lambda block: first @ block @ second.mT, own=None)

@@ -51,7 +51,7 @@ class AbstractActivation(ABC):
             k: Covariances, at most √(q1 q2) in absolute value; an excess by rounding is taken as equality.
         """
         q1, q2 = _unexpanded(q1), _unexpanded(q2)
-        dtype = k.dtype if self.single and k.dtype in _RANGE else torch.float64
+        dtype = k.dtype if self._rounds_as(k) else torch.float64
         cached = _CACHED * torch.get_num_threads() if k.device.type == "cpu" else _ON_DEVICE
         entries = cached // dtype.itemsize
         if not self.elementary or k.numel() <= entries or tracked(q1, q2, k):
@@ -66,8 +66,12 @@ class AbstractActivation(ABC):
 
     def diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """E[φ(u)²] and E[φ'(u)²] for u ~ N(0, q): what the moments are at k = q1 = q2 = q."""
-        first, second = self._diagonal(q.double())
+        first, second = self._diagonal(q if self._rounds_as(q) else q.double())
         return first.expand(q.shape).to(q.dtype), second.expand(q.shape).to(q.dtype)
+
+    def _rounds_as(self, k: Tensor) -> bool:
+        """Whether its moments are computed in the dtype of k."""
+        return self.single and k.dtype in _RANGE
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -210,7 +214,9 @@ def arc_moments(q1: Tensor, q2: Tensor, k: Tensor, bend: float, mean: float) -> 
     P(u > 0, v > 0) = 1/4 + ψ / 2π and E|u v| = (2/π) (s + k ψ).
     """
     if not tracked(q1, q2, k):
-        return _arc_moments(q1, q2, k, bend, mean)[:2]
+        s, psi = _polar(q1, q2, k)
+        second = psi.mul_(bend).add_(mean)
+        return s.mul_(bend).addcmul_(k, second), second
     first, second, _ = cast("tuple[Tensor, Tensor, Tensor]", _Arc.apply(q1, q2, k, (bend, mean)))
     return first, second
 
@@ -223,11 +229,13 @@ class _Arc(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, q1: Tensor, q2: Tensor, k: Tensor, factors: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, s = _arc_moments(q1, q2, k, *factors)
+        bend, mean = factors
+        s, psi = _polar(q1, q2, k)
+        second = psi.mul_(bend).add_(mean)
         ctx.save_for_backward(q1, q2, k, second, s)
-        ctx.bend = factors[0]
+        ctx.bend = bend
         ctx.set_materialize_grads(False)
-        return first, second, s
+        return torch.addcmul(bend * s, k, second), second, s
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -254,14 +262,8 @@ class _Arc(torch.autograd.Function):
         return *sides, sum(by_k[1:], by_k[0]), None
 
 
-def _arc_moments(q1: Tensor, q2: Tensor, k: Tensor, bend: float, mean: float) -> tuple[Tensor, Tensor, Tensor]:
-    s, psi = _polar(q1, q2, k)
-    second = psi.mul_(bend).add_(mean)
-    return torch.addcmul(bend * s, k, second), second, s
-
-
 def _polar(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """s and ψ of `arc_moments`."""
+    """s and ψ of `arc_moments`, two new tensors."""
     if not k.numel():
         return k.clone(), k.clone()
     if _within_range(q1, k.dtype) and _within_range(q2, k.dtype):
@@ -287,7 +289,8 @@ def _unit(q: Tensor) -> Tensor:
 
 
 def _polar_within_range(q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    square = torch.addcmul(q1 * q2, k, k, value=-1)
+    square = q1 * q2
+    square = (square if square.shape == k.shape else square.expand(k.shape).clone()).addcmul_(k, k, value=-1)
     # √x as x / √x, in half of the time that the vector library takes for √x; NaN at zero and below.
     s = square.rsqrt().mul_(square)
     psi = torch.atan2(k, s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
@@ -45,10 +45,10 @@ def weighted(state: LayerMoments, weights: Weights, average: Spatial = lambda te
     if bias is not None:
         nngp += bias
     if not state.tangent:
-        return replace(state, block=Block(nngp, None))
+        return state._replace(block=Block(nngp, None))
     own = nngp if weights.parametrization == "ntk" else weights.fan_in * mean + (0.0 if bias is None else 1.0)
     ntk = own if before.ntk is None else (variance * average(before.ntk)).add_(own)
-    return replace(state, block=Block(nngp, ntk))
+    return state._replace(block=Block(nngp, ntk))
 
 
 @final
@@ -150,8 +150,9 @@ def activate(state: LayerMoments, activation: AbstractActivation) -> LayerMoment
         exact = activation.diagonal(0.5 * torch.add(*(side.expand(k.shape)[same] for side in sides)))
         # Moments that no graph knows are nobody else's.
         put = Tensor.index_put if tracked(*computed) else Tensor.index_put_
-        nngp, slope = (put(moment, same, value) for moment, value in zip(computed, exact, strict=True))
-    return replace(state, block=Block(nngp, None if block.ntk is None else block.ntk * slope))
+        nngp, slope = put(computed[0], same, exact[0]), computed[1]
+        slope = slope if block.ntk is None else put(slope, same, exact[1])
+    return state._replace(block=Block(nngp, None if block.ntk is None else block.ntk * slope))
 
 
 def layer_norm(state: LayerMoments, eps: float, positions: bool) -> LayerMoments:
@@ -178,7 +179,7 @@ def add(states: Sequence[LayerMoments]) -> LayerMoments:
     """A sum of independent branches."""
     ntks = [state.block.ntk for state in states if state.block.ntk is not None]
     block = Block(sum_of([state.block.nngp for state in states]), sum_of(ntks) if ntks else None)
-    return replace(states[0], block=block)
+    return states[0]._replace(block=block)
 
 
 def concatenate(states: Sequence[LayerMoments], channels: Sequence[int]) -> LayerMoments:
@@ -190,7 +191,7 @@ def concatenate(states: Sequence[LayerMoments], channels: Sequence[int]) -> Laye
 def multiply(one: LayerMoments, two: LayerMoments) -> LayerMoments:
     """A product of independent branches, unit by unit."""
     terms = [own.block.ntk * other.block.nngp for own, other in ((one, two), (two, one)) if own.block.ntk is not None]
-    return replace(one, block=Block(one.block.nngp * two.block.nngp, sum_of(terms) if terms else None))
+    return one._replace(block=Block(one.block.nngp * two.block.nngp, sum_of(terms) if terms else None))
 
 
 def dilate(state: LayerMoments, strides: Sequence[int]) -> LayerMoments:

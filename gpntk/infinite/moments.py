@@ -17,8 +17,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from torch import Tensor
 _FEW_CHANNELS = 8
 
 
-@final
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Moments of pairs of inputs.
 
     Attributes:
@@ -46,9 +43,7 @@ class Block:
         return Block(linear(self.nngp), None if self.ntk is None else linear(self.ntk))
 
 
-@final
-@dataclass(frozen=True)
-class LayerMoments:
+class LayerMoments(NamedTuple):
     """The state after a layer.
 
     Attributes:
@@ -72,9 +67,9 @@ class LayerMoments:
     tangent: bool
     own: tuple[Tensor, Tensor] | None = None
 
-    def map(self, linear: Callable[[Tensor], Tensor], **changes: object) -> LayerMoments:
+    def map(self, linear: Callable[[Tensor], Tensor], **changes: Any) -> LayerMoments:
         """A linear map of the block, position by position."""
-        return replace(self, block=self.block.map(linear), **changes)
+        return self._replace(block=self.block.map(linear), **changes)
 
     def position_dims(self, axis: int) -> tuple[int, ...]:
         """The dimensions of a block, counted from its end, that belong to a spatial axis."""
@@ -86,12 +81,11 @@ class LayerMoments:
         """Without pairs of different positions."""
         if not self.pairs:
             return self
-
         return self.map(self._diagonal, pairs=False)
 
     def all_pairs(self) -> LayerMoments:
         """With pairs of different positions, which are independent if they were left out."""
-        if self.pairs:
+        if self.pairs or not self.axes:
             return self
 
         def embedded(tensor: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ class LayerMoments:
             self._diagonal(result).copy_(tensor)
             return result
 
-        return self.map(embedded, pairs=self.axes > 0)
+        return self.map(embedded, pairs=True)
 
     def _diagonal(self, tensor: Tensor) -> Tensor:
         """The equal positions of all pairs, a view."""
@@ -144,7 +138,9 @@ def products(x1: Tensor, x2: Tensor, by_row: bool, pairs: bool) -> Tensor:
             index = (..., channel, *[slice(None)] * axes)
             total = torch.addcmul(total, one[index], two[index], value=1 / channels)
         return total
-    if not axes and not by_row:
+    if not axes:
+        if by_row:
+            return torch.linalg.vecdot(x1, x2) / channels
         return torch.addmm(x1.new_zeros(()), x1, x2.mT, beta=0, alpha=1 / channels)
     one = "hw"[:axes]
     two = "ij"[:axes] if pairs else one

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from gpntk.infinite.layers import Weights
 from gpntk.infinite.moments import Block, LayerMoments, products
-from gpntk.infinite.trace import Program, Step
+from gpntk.infinite.program import Program, Step, paired
 
 Variances = tuple[Tensor, ...]
-"""Of a unit, `[N, *S]` at every value of a program, as far as any later step may ask for them."""
+"""Of a unit, `[N, *S]` at every value of a program that some step may ask about."""
 
 Settle = Callable[[int, LayerMoments], LayerMoments]
 
 
 def variances(program: Program, x: Tensor, weights: Sequence[Weights]) -> Variances:
     """The variances at inputs x `[N, D]`; where a later step attends to positions, their covariances `[N, S, S]`."""
-    steps, attended = program.steps[: _asked_before(program.steps)], _attended(program.steps)
+    asked, attended = program.asked, program.attended
+    steps = program.steps[: max(asked, default=0)]
     found: list[Tensor] = []
 
     def record(number: int, state: LayerMoments) -> LayerMoments:
+        if number not in asked:
+            return state
         # A copy: the diagonal of pairs would keep all of them.
         variance = state.equal_positions().block.nngp.contiguous()
         found.append(state.block.nngp if number in attended else variance)
-        return replace(state, first=variance, second=variance, own=(found[-1], found[-1]))
+        return state._replace(first=variance, second=variance, own=(found[-1], found[-1]))
 
-    pairs = _pairs(steps, attended)
+    pairs = paired(steps, attended)
     nngp = _products(program, (x, x), True, pairs[0])
     _run(steps, pairs, weights, _start(nngp, program, pairs[0], equal=True, tangent=False), record)
     return tuple(found)
@@ -55,18 +57,17 @@ def moments(
         tangent: Whether the tangent kernel is asked for.
         by_row: Whether to take x1 with x2 row by row: blocks `[N]`, not `[N, M]`.
     """
-    attended = _attended(program.steps)
 
     def fill(number: int, state: LayerMoments) -> LayerMoments:
-        if number >= len(known[0]):
+        if number not in program.asked:
             return state
-        first, second = known[0][number], known[1][number]
+        first, second = (side[program.asked[number]] for side in known)
         if not by_row:
             first, second = first.unsqueeze(1), second.unsqueeze(0)
-        if number not in attended:
-            return replace(state, first=first, second=second, own=None)
+        if number not in program.attended:
+            return state._replace(first=first, second=second, own=None)
         one, two = (tensor.diagonal(dim1=-2, dim2=-1) for tensor in (first, second))
-        return replace(state, first=one, second=two, own=(first, second))
+        return state._replace(first=one, second=two, own=(first, second))
 
     nngp = _products(program, x, by_row, program.pairs[0])
     start = _start(nngp, program, program.pairs[0], equal=equal, tangent=tangent)
@@ -104,25 +105,3 @@ def _start(
     """Value 0, but for its variances."""
     axes = len(program.input_shape) - 1
     return LayerMoments(Block(nngp, None), nngp, nngp, equal, axes, pairs and axes > 0, tangent)
-
-
-def _asked_before(steps: Sequence[Step]) -> int:
-    """The last step that may ask for variances: any that is no layer with weights and takes no mean of positions."""
-    rules = [step.rule for step in steps]
-    asks = [rule.attends or not (rule.mixes or rule.forgets or rule.fan_in is not None) for rule in rules]
-    return max((number for number, ask in enumerate(asks) if ask), default=0)
-
-
-def _attended(steps: Sequence[Step]) -> set[int]:
-    """The values whose positions' covariances decide what a step does."""
-    return {step.inputs[0] for step in steps if step.rule.attends}
-
-
-def _pairs(steps: Sequence[Step], attended: set[int]) -> tuple[bool, ...]:
-    """Of every value, whether it is needed at pairs of positions so that the last one is known at equal ones."""
-    pairs = [number in attended for number in range(len(steps) + 1)]
-    for number in range(len(steps) - 1, -1, -1):
-        step = steps[number]
-        for index in step.inputs:
-            pairs[index] = pairs[index] or step.rule.mixes or (pairs[number + 1] and not step.rule.forgets)
-    return tuple(pairs)

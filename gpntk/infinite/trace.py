@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import map_arg
@@ -19,47 +18,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.calls import WAY_OUT, Call, Rule
 from gpntk.infinite.graph import Traced, name_of, run_forward, with_constants
+from gpntk.infinite.program import Program, Step, paired
 from gpntk.infinite.rules import FUNCTIONS, METHODS, MODULES, SPATIAL, activation_rule
 from gpntk.infinite.units import INPUT, Units
-
-
-class Step(NamedTuple):
-    """One call: what it does to the moments of its inputs, and which earlier values those are."""
-
-    rule: Rule
-    inputs: tuple[int, ...]
-    layer: int | None
-
-
-@final
-@dataclass(frozen=True)
-class Program:
-    """The recursion of one network.
-
-    Attributes:
-        steps: In order; value 0 is the input, value i + 1 the result of step i.
-        pairs: Of every value, whether it is needed at pairs of positions.
-        layers: Names of the layers with weights.
-        fan_ins: Their numbers of inputs.
-        biases: Whether they have a bias.
-        input_shape: Of one input.
-        channels_last: Whether its channels are the last axis, not the first.
-        most_positions: Of any value.
-    """
-
-    steps: tuple[Step, ...]
-    pairs: tuple[bool, ...]
-    layers: tuple[str, ...]
-    fan_ins: tuple[int, ...]
-    biases: tuple[bool, ...]
-    input_shape: tuple[int, ...]
-    channels_last: bool
-    most_positions: int
-
-    @property
-    def positions(self) -> int:
-        """Largest number of positions, or pairs of them, of any value."""
-        return self.most_positions ** (2 if any(self.pairs) else 1)
 
 
 def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
@@ -163,19 +124,14 @@ class _Compiler:
             raise UnsupportedLayerError("forward must return one tensor, the result of its last call.")
         if len(self._roles[end]) > 2:
             raise UnsupportedLayerError(f"the output has positions left {self._roles[end]}: flatten or pool them.")
-        pairs = [False] * (len(self._steps) + 1)
-        for number in range(len(self._steps) - 1, -1, -1):
-            step = self._steps[number]
-            for index in step.inputs:
-                pairs[index] = pairs[index] or step.rule.mixes or (pairs[number + 1] and not step.rule.forgets)
         fan_ins = tuple(fan_in for fan_in, _ in self._layers.values())
         biases = tuple(bias for _, bias in self._layers.values())
         positions = max(
             math.prod(size for size, role in zip(self._traced.seen[node].shape, roles, strict=True) if role[0] == "s")
             for node, roles in self._roles.items()
         )
-        names = tuple(self._layers)
-        return Program(tuple(self._steps), tuple(pairs), names, fan_ins, biases, shape, self._channels_last, positions)
+        names, steps = tuple(self._layers), tuple(self._steps)
+        return Program(steps, paired(steps), names, fan_ins, biases, shape, self._channels_last, positions)
 
 
 def _check_plain(call: Call, module: nn.Module) -> None:
@@ -191,6 +147,3 @@ def _nodes(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     map_arg((node.args, node.kwargs), found.append)
     return found
-
-
-__all__ = ["Program", "Step", "trace"]
