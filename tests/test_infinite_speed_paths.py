@@ -169,7 +169,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
         return plain(self, q1, q2, k)
 
     monkeypatch.setattr(AbstractActivation, "moments", counting)
-    monkeypatch.setattr("gpntk.kernels.infinite._CPU_BLOCK", 16)
+    monkeypatch.setattr(gpntk.InfiniteNNGPKernel, "_cpu_block", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

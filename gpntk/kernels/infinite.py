@@ -34,8 +34,6 @@ _T = TypeVar("_T")
 _LIVE = 8
 # Of a number: moments of activations are computed in double precision.
 _BYTES = 8
-# Numbers in a block on a CPU: as many as stay in its caches.
-_CPU_BLOCK = 2**16
 
 
 class _InfiniteKernel(Kernel):
@@ -48,6 +46,8 @@ class _InfiniteKernel(Kernel):
     raw_weight_std_constraint: GreaterThan
     raw_bias_std_constraint: GreaterThan
     _ntk: bool
+    _cpu_block: int
+    """Numbers in a block on a CPU: as many as stay in its caches."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class _InfiniteKernel(Kernel):
         """Pairs of inputs in a block."""
         numbers = workspace(x.device, self._budget(x.device)) // (_LIVE * _BYTES)
         if x.device.type == "cpu":
-            numbers = min(numbers, _CPU_BLOCK * torch.get_num_threads())
+            numbers = min(numbers, self._cpu_block * torch.get_num_threads())
         return max(1, numbers // self.program.positions)
 
     def _variances(self, x: Tensor, weights: Sequence[Weights]) -> Variances:
@@ -315,6 +315,7 @@ class InfiniteNNGPKernel(_InfiniteKernel):
     """
 
     _ntk = False
+    _cpu_block = 256**2
 
 
 @final
@@ -334,3 +335,4 @@ class InfiniteNTKKernel(_InfiniteKernel):
     """
 
     _ntk = True
+    _cpu_block = 224**2
