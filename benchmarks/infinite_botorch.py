@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,14 +21,17 @@ from benchmarks.measure import seconds, settle
 
 DEPTH = 3
 WEIGHT_VARIANCE, BIAS_VARIANCE = 2.0, 0.1
+# The load of a machine changes in the course of a comparison.
+ROUNDS = 7
 
 
 def botorch_infinite(device: torch.device, _dtype: torch.dtype) -> list[dict[str, Any]]:
     """Kernel matrix of N inputs with D dimensions, 3 hidden ReLU layers, beside botorch's InfiniteWidthBNNKernel.
 
     `forward`: the matrix, without gradients. `gradient`: the matrix and the gradient of the sum of its squares in x and
-    in all hyperparameters (ours has a σ_w and a σ_b for each layer, botorch one of each for all). `speedup`: botorch's
-    time over ours. `error`: the largest relative error of k(x, x), where botorch keeps arccos away from its end.
+    in all hyperparameters (ours has a σ_w and a σ_b for each layer, botorch one of each for all). Medians of seven
+    calls, in turns, and of those over the turns. `speedup`: botorch's time over ours. `error`: the largest relative
+    error of k(x, x), where botorch keeps arccos away from its end.
     """
     # Importing botorch changes the hosts' settings for the whole process, so this has one of its own.
     command = [sys.executable, "-m", "benchmarks.infinite_botorch", str(device), str(torch.get_num_threads())]
@@ -52,8 +56,11 @@ def _row(x: Tensor) -> dict[str, Any]:
     kernels = {"gpntk": _ours(x), "botorch": _theirs(x)}
     row: dict[str, Any] = {"dtype": str(x.dtype).removeprefix("torch."), "rows": x.shape[0], "inputs": x.shape[1]}
     for name, work in {"forward": _forward, "gradient": _gradient}.items():
-        for library, kernel in kernels.items():
-            row[f"{library}_{name}_s"] = seconds(lambda kernel=kernel, work=work: work(kernel, x))
+        times: dict[str, list[float]] = {library: [] for library in kernels}
+        for _ in range(ROUNDS):
+            for library, kernel in kernels.items():
+                times[library].append(seconds(lambda kernel=kernel, work=work: work(kernel, x)))
+        row |= {f"{library}_{name}_s": statistics.median(found) for library, found in times.items()}
         row[f"{name}_speedup"] = row[f"botorch_{name}_s"] / row[f"gpntk_{name}_s"]
     exact = WEIGHT_VARIANCE * x.double().square().mean(-1) + BIAS_VARIANCE
     for _ in range(DEPTH):

@@ -70,8 +70,8 @@ def infinite(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     of this run, the sum of three parts: the inputs' products at the rate of `gemm_rate` (`gemm_s`), a square root and
     an arctangent in float64 for each entry and activation, in cache (`elementary_s`), and writing the result once at
     the rate at which memory is filled (`traffic_s`). `ratio`: cpu_seconds / floor_s. `peak_mb`: memory beyond the data
-    in a fresh process, result included, median of five; `over_result`: that by the result's own. `neural_tangents_s`: CPU seconds for
-    both kernels together (neural-tangents 0.6.6, JAX 0.4.38, one core), recorded on another machine.
+    in a fresh process, result included, median of five; `over_result`: that by the result's own. `neural_tangents_s`:
+    CPU seconds for both kernels together (neural-tangents 0.6.6, JAX 0.4.38, one core), recorded on another machine.
     """
     rate = gemm_rate(device, dtype, [(256, 784, 256), (1024, 784, 1024), (2048, 2048, 2048)])
     elementary, bandwidth = _elementary(device), _bandwidth(device, dtype)
