@@ -55,8 +55,8 @@ class AbstractActivation(ABC):
         cached = _CACHED * torch.get_num_threads() if k.device.type == "cpu" else _ON_DEVICE
         entries = cached // dtype.itemsize
         if not self.elementary or k.numel() <= entries or tracked(q1, q2, k):
-            first, second = self._moments(q1.to(dtype), q2.to(dtype), k.to(dtype))
-            return first.expand(k.shape).to(k.dtype), second.expand(k.shape).to(k.dtype)
+            first, second = self._moments(_cast(q1, dtype), _cast(q2, dtype), _cast(k, dtype))
+            return _like(first, k), _like(second, k)
         results = torch.empty_like(k), torch.empty_like(k)
         for (one, two, part), outputs in _parts((q1, q2, k), results, entries):
             values = self._moments(one.to(dtype), two.to(dtype), part.to(dtype))
@@ -67,7 +67,7 @@ class AbstractActivation(ABC):
     def diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """E[φ(u)²] and E[φ'(u)²] for u ~ N(0, q): what the moments are at k = q1 = q2 = q."""
         first, second = self._diagonal(q if self._rounds_as(q) else q.double())
-        return first.expand(q.shape).to(q.dtype), second.expand(q.shape).to(q.dtype)
+        return _like(first, q), _like(second, q)
 
     def _rounds_as(self, k: Tensor) -> bool:
         """Whether its moments are computed in the dtype of k."""
@@ -92,8 +92,20 @@ class AbstractClosedForm(AbstractActivation):
     elementary = True
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Small blocks spend much of their time in calls that change nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _like(tensor: Tensor, k: Tensor) -> Tensor:
+    """In the shape and dtype of k."""
+    return _cast(tensor if tensor.shape == k.shape else tensor.expand(k.shape), k.dtype)
+
+
 def _unexpanded(q: Tensor) -> Tensor:
     """The entries of an expanded view, once."""
+    if 0 not in q.stride():
+        return q
     for dim, stride in enumerate(q.stride()):
         if stride == 0 and q.shape[dim] > 1:
             q = q.narrow(dim, 0, 1)

@@ -146,8 +146,11 @@ def activate(state: LayerMoments, activation: AbstractActivation) -> LayerMoment
         k = block.nngp.index_put(same, block.nngp.new_zeros(()))
         sides = state.sides(state.first, state.second)
         computed = activation.moments(*sides, k)
-        # The mean of both: by symmetry each input has half of the derivative.
-        exact = activation.diagonal(0.5 * torch.add(*(side.expand(k.shape)[same] for side in sides)))
+        variance = sides[0].expand(k.shape)[same]
+        if tracked(*sides):
+            # By symmetry each input has half of the derivative.
+            variance = 0.5 * (variance + sides[1].expand(k.shape)[same])
+        exact = activation.diagonal(variance)
         # Moments that no graph knows are nobody else's.
         put = Tensor.index_put if tracked(*computed) else Tensor.index_put_
         nngp, slope = put(computed[0], same, exact[0]), computed[1]
