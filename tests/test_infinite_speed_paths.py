@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.infinite import ABReLU, AbstractActivation, Quadrature
+from gpntk.infinite import ABReLU, AbstractActivation, Quadrature, near_parallel
 from gpntk.infinite.equal_rows import EqualRows
 from gpntk.infinite.gaussian import determinant
+from gpntk.infinite.panels import Elementwise
 
 D = torch.float64
 KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]
@@ -251,3 +254,50 @@ def test_equal_inputs_cost_a_quadrature_nothing(monkeypatch: pytest.MonkeyPatch)
     k = kernel(x).to_dense()
     first, second = Quadrature(functional.hardtanh, (-1.0, 1.0)).diagonal(torch.full((6,), 1 / 6, dtype=D))
     torch.testing.assert_close(k.diagonal(), first + second / 6)
+
+
+def nearly_parallel(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q1, q2 = (0.9 + 0.2 * torch.rand(2, count, generator=generator, dtype=D)).unbind()
+    angle = 0.05 * torch.rand(count, generator=generator, dtype=D)
+    return q1, q2, (q1 * q2).sqrt() * angle.cos()
+
+
+def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(near_parallel, "_tables", [])
+    monkeypatch.setattr(near_parallel, "_KEPT", 3)
+    make = near_parallel.Table.of
+
+    def counting(direct: Callable[..., Tensor], box: Any, sizes: tuple[int, int], device: torch.device) -> Any:
+        made.append(sizes)
+        return make(direct, box, sizes, device)
+
+    monkeypatch.setattr(near_parallel.Table, "of", counting)
+    factor = [1.0]
+    elu = Quadrature(lambda x: factor[0] * functional.elu(x), (0.0,))
+    exact = Quadrature(functional.elu, (0.0,))
+    entries = nearly_parallel(1000)
+    first = elu.moments(*entries)
+    built = len(made)
+    assert built
+    # Other entries in the same box, also fewer than a table would be made for.
+    for count, seed in ((1000, 1), (100, 2)):
+        others = nearly_parallel(count, seed)
+        for value, direct in zip(elu.moments(*others), direct_moments(functional.elu, *others), strict=True):
+            torch.testing.assert_close(value, direct, rtol=1e-10, atol=0)
+    assert len(made) == built
+    # What a function made of it is told from what it makes now.
+    factor[0] = 2.0
+    for value, before in zip(elu.moments(*entries), first, strict=True):
+        torch.testing.assert_close(value, 4 * before, rtol=1e-9, atol=0)
+    # Each function has its own.
+    for value, before in zip(exact.moments(*entries), first, strict=True):
+        torch.testing.assert_close(value, before, rtol=1e-9, atol=0)
+    assert len(made) > built
+    assert len(near_parallel._tables) <= 3
+
+
+def direct_moments(phi: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    rule = near_parallel.NearParallel(Elementwise(phi), (0.0,), 1e-10, (phi,))
+    return rule.direct(q1, q2, k).unbind(-1)

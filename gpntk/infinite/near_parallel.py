@@ -6,7 +6,8 @@ a kink of φ(v). That takes some ten thousand evaluations of φ per entry.
 
 Many entries share a `Table`: for a φ that is analytic but for a kink at zero, the moments are analytic in log q1,
 log q2 and the angle θ = arccos |c| up to θ = 0 itself (unlike in c: a kink makes odd powers of θ), so that a few
-hundred or thousand direct values interpolate them all. Its error is measured at entries of the batch.
+hundred or thousand direct values interpolate them all. Its error is measured at entries of every batch it is used for,
+and it is kept for the next: the blocks of a matrix, and the steps of an optimizer, ask for much the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ _BUDGET = 2**20
 # Chebyshev nodes in log q (twice) and in the angle.
 _SIZES = ((6, 10), (10, 16), (14, 24), (20, 36))
 _SAMPLE = 24
-# Deviations differ by at least this factor in a table, lest their derivative be lost.
-_MARGIN = 0.01
+# Ends of a table's box are multiples of this, beyond those of the entries: near boxes are one.
+_GRAIN = 0.125
+# Tables that are kept.
+_KEPT = 32
 
 
 @final
@@ -42,10 +45,12 @@ class NearParallel:
         phi: φ and φ'.
         kinks: Where φ or a low derivative jumps.
         tolerance: Error accepted of a table, relative to √(E[φ(u)²] E[φ(v)²]).
+        source: What φ is made of: tables are kept for the same.
     """
 
-    def __init__(self, phi: Elementwise, kinks: tuple[float, ...], tolerance: float) -> None:
+    def __init__(self, phi: Elementwise, kinks: tuple[float, ...], tolerance: float, source: tuple[Any, ...]) -> None:
         self._phi, self._kinks, self._tolerance = phi, tuple({0.0, *kinks}), tolerance
+        self._source = source
         # Kinks off zero: where q1 and q2 differ a little, θ = 0 is singular.
         self._smooth = not any(kinks)
 
@@ -110,18 +115,31 @@ class NearParallel:
     def _table(self, q1: Tensor, q2: Tensor, k: Tensor) -> Table | None:
         """The smallest table that is accurate enough for entries of one sign of k; None if direct values cost less."""
         count = [p * (p + 1) // 2 * r for p, r in _SIZES]
-        if count[0] > len(k) or not bool((torch.minimum(q1, q2) > 0).all()):
+        if not bool((torch.minimum(q1, q2) > 0).all()):
+            return None
+        kept = [table for source, table in _tables if source == self._source and table.holds(q1, q2, k)]
+        affordable = [sizes for sizes, values in zip(_SIZES, count, strict=True) if values <= len(k)]
+        if not kept and not affordable:
             return None
         chosen = torch.linspace(0, len(k) - 1, min(len(k), _SAMPLE), dtype=torch.float64).round().long().to(k.device)
         sample = q1[chosen], q2[chosen], k[chosen]
         expected = self.direct(*sample)
         squares = [self.direct(q, q, q) for q in sample[:2]]
         allowed = self._tolerance * (squares[0] * squares[1]).sqrt()
-        for sizes, values in zip(_SIZES, count, strict=True):
-            if values > len(k):
-                return None
-            table = Table.of(self.direct, q1, q2, k, sizes)
-            if bool(((table(*sample) - expected).abs() <= allowed).all()):
+
+        def enough(table: Table) -> bool:
+            return bool(((table(*sample) - expected).abs() <= allowed).all())
+
+        for table in sorted(kept, key=lambda table: table.sizes):
+            if enough(table):
+                return table
+        box = _Box.of(q1, q2, k)
+        for sizes in affordable:
+            if any(table.box == box and table.sizes == sizes for table in kept):
+                continue
+            table = Table.of(self.direct, box, sizes, k.device)
+            _tables[:] = [*_tables[1 - _KEPT :], (self._source, table)]
+            if enough(table):
                 return table
         return None
 
@@ -131,6 +149,10 @@ class _Range(NamedTuple):
 
     low: float
     high: float
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether all of x is within."""
+        return bool(((x >= self.low) & (x <= self.high)).all())
 
     def nodes(self, count: int) -> Tensor:
         """Chebyshev nodes of the first kind `[count]`."""
@@ -146,6 +168,37 @@ class _Range(NamedTuple):
         return torch.stack(rows, -1)
 
 
+class _Box(NamedTuple):
+    """What a table covers.
+
+    Attributes:
+        negative: Whether k is, of all entries.
+        deviations: Range of log √q; angles: of τ.
+    """
+
+    negative: bool
+    deviations: _Range
+    angles: _Range
+
+    @classmethod
+    def of(cls, q1: Tensor, q2: Tensor, k: Tensor) -> _Box:
+        """One that holds all entries, which have one sign of k."""
+        both = torch.stack([q1, q2]).log() / 2
+        low, high = (both.min().item() - _GRAIN / 8) // _GRAIN, -((-both.max().item() - _GRAIN / 8) // _GRAIN)
+        deviations = _Range(low * _GRAIN, high * _GRAIN)
+        last = _tau(q1, q2, k, _steepness(deviations)).max().item()
+        return cls(bool(k[0] < 0), deviations, _Range(0.0, max(-(-last // _GRAIN), 1) * _GRAIN))
+
+    @property
+    def steepness(self) -> float:
+        """max(1, √q)."""
+        return _steepness(self.deviations)
+
+
+def _steepness(deviations: _Range) -> float:
+    return max(1.0, math.exp(deviations.high))
+
+
 @final
 class Table:
     """Interpolated moments, in coordinates log √q1, log √q2 and τ with sinh τ = max(1, √q) θ.
@@ -154,46 +207,46 @@ class Table:
 
     Args:
         coefficients: Of products of Chebyshev polynomials `[P, R, P, 2]`, in the order q2, τ, q1.
-        deviations: Range of log √q; angles: of τ.
-        steepness: max(1, √q).
+        box: Which entries are covered.
     """
 
-    def __init__(self, coefficients: Tensor, deviations: _Range, angles: _Range, steepness: float) -> None:
-        self._coefficients = coefficients
-        self._deviations, self._angles, self._steepness = deviations, angles, steepness
+    def __init__(self, coefficients: Tensor, box: _Box) -> None:
+        self._coefficients, self.box = coefficients, box
 
     @classmethod
     def of(
-        cls,
-        direct: Callable[[Tensor, Tensor, Tensor], Tensor],
-        q1: Tensor,
-        q2: Tensor,
-        k: Tensor,
-        sizes: tuple[int, int],
+        cls, direct: Callable[[Tensor, Tensor, Tensor], Tensor], box: _Box, sizes: tuple[int, int], device: torch.device
     ) -> Table:
-        """Through values of ``direct``, on a box that holds all entries, which have one sign of k."""
-        both = torch.cat([q1, q2]).log() / 2
-        deviations = _Range(both.min().item() - _MARGIN, both.max().item() + _MARGIN)
-        steepness = max(1.0, math.exp(deviations.high))
-        angles = _Range(0.0, max(_tau(q1, q2, k, steepness).max().item(), 1e-3))
-        grid_q, grid_tau = deviations.nodes(sizes[0]).to(k), angles.nodes(sizes[1]).to(k)
+        """Through values of ``direct``."""
+        grids = (box.deviations, sizes[0]), (box.angles, sizes[1])
+        grid_q, grid_tau = (grid.nodes(n).to(device) for grid, n in grids)
         # Symmetric in q1 and q2: half of the pairs do.
-        i, j = torch.tril_indices(sizes[0], sizes[0], device=k.device)
+        i, j = torch.tril_indices(sizes[0], sizes[0], device=device)
         sd1, sd2 = grid_q[i].exp()[:, None], grid_q[j].exp()[:, None]
-        cosines = torch.cos(torch.sinh(grid_tau) / steepness) * (-1.0 if k[0] < 0 else 1.0)
+        cosines = torch.cos(torch.sinh(grid_tau) / box.steepness) * (-1.0 if box.negative else 1.0)
         rows = torch.broadcast_tensors(sd1**2, sd2**2, sd1 * sd2 * cosines)
         half = direct(*(row.flatten() for row in rows)).unflatten(0, (len(i), sizes[1]))
-        values = k.new_empty(sizes[0], sizes[0], sizes[1], 2)
+        values = grid_q.new_empty(sizes[0], sizes[0], sizes[1], 2)
         values[i, j], values[j, i] = half, half
-        of_q, of_tau = (
-            grid.basis(at, n) for grid, at, n in ((deviations, grid_q, sizes[0]), (angles, grid_tau, sizes[1]))
-        )
+        of_q, of_tau = (grid.basis(at, n) for (grid, n), at in zip(grids, (grid_q, grid_tau), strict=True))
         coefficients = torch.einsum("ijrm,ia,jb,rt->btam", values, _inverse(of_q), _inverse(of_q), _inverse(of_tau))
-        return cls(coefficients, deviations, angles, steepness)
+        return cls(coefficients, box)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Polynomials in log √q, and in τ."""
+        return self._coefficients.shape[0], self._coefficients.shape[1]
+
+    def holds(self, q1: Tensor, q2: Tensor, k: Tensor) -> bool:
+        """Whether all entries, which have one sign of k, are in the box."""
+        if k.device != self._coefficients.device or bool(k[0] < 0) != self.box.negative:
+            return False
+        deviations, tau = torch.stack([q1, q2]).log() / 2, _tau(q1, q2, k, self.box.steepness)
+        return self.box.deviations.holds(deviations) and self.box.angles.holds(tau)
 
     def __call__(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
         """Both moments of entries `[E]`: `[E, 2]`."""
-        tau = _tau(q1, q2, k, self._steepness)
+        tau = _tau(q1, q2, k, self.box.steepness)
         if not (torch.is_grad_enabled() and (q1.requires_grad or q2.requires_grad or k.requires_grad)):
             return self._interpolate(q1, q2, tau)
         second = self._interpolate(q1, q2, tau)[:, 1]
@@ -204,12 +257,16 @@ class Table:
 
     def _interpolate(self, q1: Tensor, q2: Tensor, tau: Tensor) -> Tensor:
         count, angles = self._coefficients.shape[:2]
-        of_q1, of_q2 = (self._deviations.basis(q.log() / 2, count) for q in (q1, q2))
-        of_tau = self._angles.basis(tau, angles)
+        of_q1, of_q2 = (self.box.deviations.basis(q.log() / 2, count) for q in (q1, q2))
+        of_tau = self.box.angles.basis(tau, angles)
         pairs = (of_q2.unsqueeze(-1) * of_tau.unsqueeze(-2)).flatten(1)
         return torch.einsum(
             "eam,ea->em", (pairs @ self._coefficients.flatten(2).flatten(0, 1)).unflatten(1, (count, 2)), of_q1
         )
+
+
+_tables: list[tuple[tuple[Any, ...], Table]] = []
+"""Those kept, oldest first, with what they are made of."""
 
 
 def _tau(q1: Tensor, q2: Tensor, k: Tensor, steepness: float) -> Tensor:

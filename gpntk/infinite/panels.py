@@ -33,6 +33,12 @@ def panels(breaks: Tensor, nodes: int = _NODES) -> tuple[Tensor, Tensor]:
     """
     breaks = breaks.sort(-1).values
     left, right = breaks[..., :-1], breaks[..., 1:]
+    wide = right > left
+    count = int(wide.sum(-1).max()) if wide.numel() else 0
+    if count < wide.shape[-1]:
+        # Those of width zero last, and as few as possible of them.
+        order = wide.to(torch.uint8).argsort(-1, descending=True)[..., :count]
+        left, right = left.gather(-1, order), right.gather(-1, order)
     x, weights = (tensor.to(breaks) for tensor in gauss_legendre(nodes))
     half = ((right - left) / 2).unsqueeze(-1)
     z = ((left + right) / 2).unsqueeze(-1) + half * x

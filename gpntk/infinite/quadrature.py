@@ -127,6 +127,7 @@ class _Unit:
         self._phi = Elementwise(phi if scale == 1 else lambda x: phi(scale * x))
         self._kinks = tuple(kink / scale for kink in activation.kinks)
         self._tolerance, self._scale = activation.tolerance, scale
+        self._source = (phi, scale, self._kinks)
 
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
         """Both, `[*k, 2]`."""
@@ -146,7 +147,7 @@ class _Unit:
         rows = [entry.expand(k.shape)[rest] for entry in (q1, q2, k)]
         for q in rows[:2]:
             self.checked_squares(q.detach().amax().reshape(1), near_parallel.REACH)
-        values = near_parallel.NearParallel(self._phi, self._kinks, self._tolerance).moments(*rows)
+        values = near_parallel.NearParallel(self._phi, self._kinks, self._tolerance, self._source).moments(*rows)
         return series.masked_scatter(rest.unsqueeze(-1).expand(series.shape), values)
 
     def _enough(self, first: _Coefficients, second: _Coefficients, c: Tensor) -> tuple[int, Tensor]:
