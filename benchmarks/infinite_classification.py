@@ -95,9 +95,9 @@ def cifar(device: torch.device, _dtype: torch.dtype) -> list[dict[str, Any]]:
 
     500 random training images, the 1,000 test images that are stored; every image less its mean, over its standard
     deviation. ReLU, σ_w² = 2, σ_b² = 0.01, convolutions 3 x 3 with zero padding; `flatten` has a linear layer on all
-    positions, `pool` one on their mean. Depth (1, 2 or 3 hidden layers; with `pool`: 2) and noise, in units of the mean variance, are
-    those with the most correct leave-one-out predictions; noises are 0.001, 0.003, ..., 10. `accuracy`: mean over
-    seeds; `difference`: to the row above, mean over seeds and its standard error. float32 kernels.
+    positions, `pool` one on their mean. Depth (1, 2 or 3 hidden layers; with `pool`: 2) and noise, in units of the mean
+    variance, are those with the most correct leave-one-out predictions; noises are 0.001, 0.003, ..., 10. `accuracy`:
+    mean over seeds; `difference`: to the row above, mean over seeds and its standard error. float32 kernels.
     """
     return _cifar(500, 1000, ("fully connected", "flatten", "pool"), device)
 
