@@ -18,6 +18,7 @@ from gpntk.infinite import (
     Erf,
     Exponential,
     Gaussian,
+    PiecewiseLinear,
     Polynomial,
     Quadrature,
     RectifiedMonomial,
@@ -53,6 +54,21 @@ def gabor(x: Tensor) -> Tensor:
     return (-(x**2)).exp() * x.sin()
 
 
+ZIGZAG = (-2.0, -0.3, 0.0, 0.7)
+
+
+def zigzag(x: Tensor) -> Tensor:
+    lines = torch.relu(x + 2) * -1.5 + torch.relu(x + 0.3) * 2.5 - 1.9 * torch.relu(x) + 0.2 * torch.relu(x - 0.7)
+    return x + 2.4 + lines
+
+
+def closed(target: object, *args: float, **options: float) -> AbstractActivation:
+    """The closed form that `activation_of` finds."""
+    activation = activation_of(target, *args, **options)
+    assert isinstance(activation, PiecewiseLinear)
+    return activation
+
+
 CLOSED = {
     "identity": Case(ABReLU(1.0, 1.0), lambda x: x),
     "relu": Case(ABReLU(0.0, 1.0), torch.relu, (0.0,)),
@@ -78,6 +94,12 @@ CLOSED = {
     "gaussian": Case(Gaussian(1.1, 0.6), lambda x: 1.1 * torch.exp(-0.6 * x**2)),
     "monomial2": Case(monomial(2), lambda x: x**2),
     "polynomial": Case(Polynomial((0.1, 0.5, -0.2, 0.05)), lambda x: 0.1 + 0.5 * x - 0.2 * x**2 + 0.05 * x**3),
+    "hardtanh": Case(closed(functional.hardtanh), functional.hardtanh, (-1.0, 1.0)),
+    "relu6": Case(closed(functional.relu6), functional.relu6, (0.0, 6.0)),
+    "hardsigmoid": Case(closed(functional.hardsigmoid), lambda x: (x / 6 + 0.5).clamp(0, 1), (-3.0, 3.0)),
+    "clamp_max": Case(closed(torch.clamp, max=0.3), partial(torch.clamp, max=0.3), (0.3,)),
+    "clamp_min": Case(closed(torch.clamp, min=-0.2), partial(torch.clamp, min=-0.2), (-0.2,)),
+    "zigzag": Case(PiecewiseLinear((-2.0, -0.3, 0.0, 0.7), (1.0, -0.5, 2.0, 0.1, 0.3), 0.4), zigzag, ZIGZAG),
     "hermite4": Case(hermite(4), lambda x: (x**4 - 6 * x**2 + 3) / math.sqrt(24)),
 }
 BY_QUADRATURE = {
@@ -93,10 +115,12 @@ BY_QUADRATURE = {
     "selu": of(functional.selu, (0.0,)),
     "celu": of(functional.celu, (0.0,), alpha=0.7),
     "softsign": of(functional.softsign, (0.0,)),
-    "hardtanh": of(functional.hardtanh, (-1.0, 1.0)),
-    "relu6": of(functional.relu6, (0.0, 6.0)),
-    "hardswish": of(functional.hardswish, (-3.0, 3.0)),
+    "hardtanh_by_quadrature": Case(
+        Quadrature(functional.hardtanh, (-1.0, 1.0)), functional.hardtanh, (-1.0, 1.0), 1e-10
+    ),
     "softshrink": of(functional.softshrink, (-0.5, 0.5)),
+    "clamp_flat": of(torch.clamp, (0.2,), min=0.2),
+    "hardswish": of(functional.hardswish, (-3.0, 3.0)),
 }
 CASES = CLOSED | BY_QUADRATURE
 DISCONTINUOUS = ("sign", "step")

@@ -18,6 +18,8 @@ from gpntk.infinite import (
     AbstractActivation,
     Erf,
     Exponential,
+    PiecewiseLinear,
+    Polynomial,
     Quadrature,
     RectifiedMonomial,
     Sign,
@@ -151,7 +153,7 @@ def test_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *rows: activation.moments(*rows)[0], (q1, q2, k), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["elu", "hardtanh", "relu6", "relu"])
+@pytest.mark.parametrize("name", ["elu", "hardtanh", "relu6", "zigzag", "hardtanh_by_quadrature", "relu"])
 def test_derivatives_of_direct_rule(name: str) -> None:
     case = CASES[name]
     activation = Quadrature(case.phi, case.kinks)
@@ -209,7 +211,7 @@ def test_single_precision(name: str) -> None:
         torch.testing.assert_close(moment.diagonal(), diagonal, rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("name", ["relu", "tanh", "elu", "hardtanh"])
+@pytest.mark.parametrize("name", ["relu", "tanh", "elu", "hardtanh", "hardtanh_by_quadrature"])
 def test_broadcasting_symmetry_and_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     activation = CASES[name].activation
     x, y = torch.randn(3, 4, 2, dtype=D), torch.randn(5, 4, 2, dtype=D)
@@ -317,10 +319,27 @@ def test_modules_with_closed_forms(module: nn.Module, expected: AbstractActivati
 
 
 QUADRATURE_MODULES = [
-    nn.CELU(0.5), nn.ELU(0.5), nn.GELU("tanh"), nn.Hardsigmoid(), nn.Hardswish(), nn.Hardtanh(-2, 1), nn.LogSigmoid(),
-    nn.Mish(), nn.ReLU6(), nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(2.0), nn.Softshrink(0.3), nn.Softsign(),
-    nn.Tanh(), nn.Tanhshrink(),
+    nn.CELU(0.5), nn.ELU(0.5), nn.GELU("tanh"), nn.Hardswish(), nn.Hardtanh(0.5, 1), nn.LogSigmoid(), nn.Mish(),
+    nn.SELU(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(2.0), nn.Softshrink(0.3), nn.Softsign(), nn.Tanh(), nn.Tanhshrink(),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [nn.Hardsigmoid(), nn.Hardtanh(-2, 1), nn.Hardtanh(0, 3), nn.ReLU6()], ids=str)
+def test_modules_made_of_lines(module: nn.Module) -> None:
+    activation, x = activation_of(module), torch.linspace(-7, 7, 57, dtype=D)
+    assert isinstance(activation, PiecewiseLinear)
+    torch.testing.assert_close(activation(x), module(x), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("knots", "slopes", "message"),
+    [((), (1.0,), "at least one"), ((1.0, 1.0), (0.0, 1.0, 2.0), "increasing"), ((1.0,), (0.0,), "1 knots need 2")],
+)
+def test_lines_that_are_none(knots: tuple[float, ...], slopes: tuple[float, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PiecewiseLinear(knots, slopes)
+    with pytest.raises(InputError, match="finite"):
+        PiecewiseLinear((0.0,), (1.0, math.nan))
 
 
 @pytest.mark.parametrize("module", QUADRATURE_MODULES, ids=str)
@@ -365,8 +384,8 @@ def test_functions(function: object, options: dict[str, object], expected: Abstr
 def test_arguments_by_place() -> None:
     assert activation_of(functional.leaky_relu, 0.2) == ABReLU(0.2, 1.0)
     hard = activation_of(functional.hardtanh, -2, 2)
-    assert isinstance(hard, Quadrature)
-    assert hard.kinks == (-2.0, 2.0)
+    assert hard == PiecewiseLinear((-2.0, 2.0), (0.0, 1.0, 0.0), -2.0)
+    assert activation_of(torch.clamp, 1, -1) == Polynomial((-1.0,))
 
 
 class Renamed(nn.ReLU):

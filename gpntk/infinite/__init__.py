@@ -23,6 +23,7 @@ from gpntk.infinite.layers import Parametrization, Weights
 from gpntk.infinite.locally_connected import LocallyConnected
 from gpntk.infinite.moments import LayerMoments
 from gpntk.infinite.monte_carlo import SampledKernels, monte_carlo
+from gpntk.infinite.piecewise_linear import PiecewiseLinear
 from gpntk.infinite.quadrature import Quadrature
 from gpntk.infinite.trace import Program, trace
 
@@ -38,6 +39,7 @@ __all__ = [
     "LayerMoments",
     "LocallyConnected",
     "Parametrization",
+    "PiecewiseLinear",
     "Polynomial",
     "Program",
     "Quadrature",

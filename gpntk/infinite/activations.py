@@ -5,6 +5,7 @@ Closed forms where there are any, else `Quadrature` with the kinks that torch's 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -17,6 +18,7 @@ from torch.nn import functional
 from gpntk.errors import InputError
 from gpntk.infinite.closed_forms import GELU, ABReLU, Erf, Exponential, Polynomial, Sign, Sine, cosine, monomial
 from gpntk.infinite.gaussian import AbstractActivation
+from gpntk.infinite.piecewise_linear import PiecewiseLinear
 from gpntk.infinite.quadrature import Quadrature
 
 Make = Callable[..., AbstractActivation | None]
@@ -57,23 +59,24 @@ def _selu() -> Quadrature:
     return Quadrature(functional.selu, _AT_ZERO)
 
 
-def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Quadrature:
-    return Quadrature(partial(functional.hardtanh, min_val=min_val, max_val=max_val), (float(min_val), float(max_val)))
-
-
 def _clamp(min: float | None = None, max: float | None = None) -> AbstractActivation:
-    if min == 0 and max is None:
-        return ABReLU(0.0, 1.0)
-    kinks = tuple(float(bound) for bound in (min, max) if bound is not None)
-    return Quadrature(partial(torch.clamp, min=min, max=max), kinks)
+    low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
+    knots = tuple(end for end in (low, high) if math.isfinite(end))
+    slopes = (*[0.0] * math.isfinite(low), 1.0, *[0.0] * math.isfinite(high))
+    if low >= high:
+        return Polynomial((high,))
+    if not low <= 0 <= high:
+        # Flat around zero: see `PiecewiseLinear`.
+        return Quadrature(partial(torch.clamp, min=low, max=high), knots)
+    return ABReLU(slopes[0], slopes[-1]) if knots in ((), (0.0,)) else PiecewiseLinear(knots, slopes, knots[0])
 
 
-def _hardsigmoid_of(x: Tensor) -> Tensor:
-    # torch's own cannot be differentiated twice.
-    return (x / 6 + 0.5).clamp(0, 1)
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> AbstractActivation:
+    return _clamp(min_val, max_val)
 
 
 def _softshrink(lambd: float = 0.5) -> Quadrature:
+    # Flat around zero: see `PiecewiseLinear`.
     return Quadrature(partial(functional.softshrink, lambd=lambd), (-float(lambd), float(lambd)))
 
 
@@ -100,7 +103,7 @@ _FUNCTIONS: dict[str, Make] = {
     "erf": _constant(Erf()),
     "exp": _constant(Exponential()),
     "gelu": _gelu,
-    "hardsigmoid": _plain(_hardsigmoid_of, (-3.0, 3.0)),
+    "hardsigmoid": _constant(PiecewiseLinear((-3.0, 3.0), (0.0, 1 / 6, 0.0))),
     "hardswish": _plain(functional.hardswish, (-3.0, 3.0)),
     "hardtanh": _hardtanh,
     "leaky_relu": _leaky_relu,
@@ -109,7 +112,7 @@ _FUNCTIONS: dict[str, Make] = {
     "neg": _constant(Polynomial((0.0, -1.0))),
     "pow": _power,
     "relu": _relu,
-    "relu6": _plain(functional.relu6, (0.0, 6.0)),
+    "relu6": _constant(_clamp(0.0, 6.0)),
     "selu": _selu,
     "sigmoid": _plain(torch.sigmoid),
     "sign": _constant(Sign()),
@@ -251,7 +254,8 @@ ACTIVATIONS: dict[str, str] = {
     "pow, square, Polynomial, hermite": "Mehler's formula, a finite sum",
     "tanh, Sigmoid, SiLU, Softplus, Mish, LogSigmoid, Tanhshrink, GELU (tanh)": _SERIES,
     "ELU, SELU, CELU, Softsign": f"{_SERIES}; kink at 0",
-    "Hardtanh, ReLU6, Hardswish, Hardsigmoid, Softshrink, clamp": f"{_SERIES}; kinks off zero",
+    "Hardtanh, ReLU6, Hardsigmoid, clamp, PiecewiseLinear": "Rosenbaum 1961; Owen 1956",
+    "Hardswish, Softshrink": f"{_SERIES}; kinks off zero",
     "Activation(Quadrature(any continuous function))": f"{_SERIES}; kinks to be declared",
 }
 """Where the formulas come from, for the activations that are known."""

@@ -1,0 +1,157 @@
+"""Functions made of straight lines, whose Gaussian moments are probabilities of quadrants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gpntk.errors import InputError
+from gpntk.infinite.bivariate_normal import quadrant, tail
+from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, tracked, with_derivatives
+from gpntk.infinite.panels import density
+
+
+class _Hinge(NamedTuple):
+    """jump (side x - knot)₊, with side ±1 and knot >= 0: φ is a line through zero and hinges on either side of it."""
+
+    jump: float
+    side: float
+    knot: float
+
+
+@final
+@dataclass(frozen=True)
+class PiecewiseLinear(AbstractClosedForm):
+    """A continuous φ with slopes s_0, ..., s_m between knots t_1 < ... < t_m, and φ(t_1) = start.
+
+    With one hinge for every knot, φ(x) = φ(0) + s x + Σ_j J_j (ε_j x - |t_j|)₊, moments are sums over pairs of hinges,
+    and those follow from bivariate normal probabilities. These are good to 1e-15, not to digits of what is smaller: of
+    a φ that is flat around zero take `Quadrature` where variances are so small that next to nothing leaves that range.
+
+    Args:
+        knots: t_1, ..., t_m, at least one.
+        slopes: s_0, ..., s_m.
+        start: φ(t_1).
+
+    Raises:
+        InputError: Knots do not increase, numbers are not finite, or there is not one slope more than knots.
+
+    Example:
+        >>> import torch
+        >>> from gpntk.infinite import PiecewiseLinear
+        >>> hardtanh = PiecewiseLinear((-1.0, 1.0), (0.0, 1.0, 0.0), -1.0)
+        >>> hardtanh(torch.tensor([-3.0, 0.5, 2.0]))
+        tensor([-1.0000,  0.5000,  1.0000])
+
+    References:
+        Rosenbaum (1961), Moments of a Truncated Bivariate Normal Distribution.
+    """
+
+    knots: tuple[float, ...]
+    slopes: tuple[float, ...]
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*self.knots, *self.slopes, self.start))):
+            raise InputError(f"knots={self.knots}, slopes={self.slopes} and start={self.start} must be finite.")
+        if not self.knots or any(one >= two for one, two in pairwise(self.knots)):
+            raise InputError(f"knots={self.knots}: give at least one, in increasing order.")
+        if len(self.slopes) != len(self.knots) + 1:
+            raise InputError(f"slopes={self.slopes}: {len(self.knots)} knots need {len(self.knots) + 1} slopes.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self._value + self._slope * x
+        for jump, side, knot in self._hinges():
+            result = result + jump * (side * x - knot).clamp(min=0)
+        return result
+
+    def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, hinges = self._value, self._slope, list(self._hinges())
+        first, second = value**2 + slope**2 * k, torch.full_like(k, slope**2)
+        curvature = torch.zeros_like(k)
+        for jump, side, knot in hinges:
+            for q in (q1, q2):
+                beyond, height = tail(q, knot)
+                first = first + value * jump * (q * height - knot * beyond) + slope * jump * side * k * beyond
+                second = second + slope * jump * side * beyond
+        for one, two in product(hinges, hinges):
+            jumps, sides = one.jump * two.jump, one.side * two.side
+            both = quadrant(q1, q2, sides * k, one.knot, two.knot)
+            first = first + jumps * both.mean
+            second = second + jumps * sides * both.probability
+            curvature = curvature + jumps * both.density
+        if not tracked(q1, q2, k):
+            return first, second
+        by_q = [self._by_variance(*pair, k) for pair in ((q1, q2), (q2, q1))]
+        second = with_derivatives(second, (q1, by_q[0][1]), (q2, by_q[1][1]), (k, curvature))
+        return with_derivatives(first, (q1, by_q[0][0]), (q2, by_q[1][0]), (k, second)), second
+
+    def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        first, _ = self._moments(*(q.detach(),) * 3)
+        second, bends = torch.full_like(q, self._slope**2), torch.zeros_like(q)
+        slopes = zip(self.knots, pairwise(self.slopes), strict=True)
+        for knot, (left, right) in slopes:
+            beyond, height = tail(q, abs(knot))
+            second = second + (right**2 - left**2) * (1.0 if self._is_right(knot) else -1.0) * beyond
+            bends = bends + (right - left) * float(self(torch.tensor(knot, dtype=torch.float64))) * height
+        # d E[φ²] / dq = E[φ'²] + E[φ φ''].
+        return with_derivatives(first, (q, second + bends)), second
+
+    def _by_variance(self, q: Tensor, other: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of both moments in the variance of u, E[φ''(u) φ(v)] / 2 and E[φ'''(u) φ'(v)] / 2."""
+        first, second = torch.zeros_like(k), torch.zeros_like(k)
+        # v given u at a knot.
+        factor, deviation = divide(k, q), root(divide(determinant(q, other, k), q))
+        for jump, side, knot in self._hinges():
+            at = side * knot
+            height = tail(q, knot)[1]
+            value, slope, bend = self._smoothed(factor * at, deviation)
+            first = first + 0.5 * jump * height * value
+            second = second + 0.5 * jump * height * (divide(at * slope, q) - factor * bend)
+        return first, second
+
+    def _smoothed(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[φ(v)], E[φ'(v)] and E[φ''(v)] for v ~ N(mean, deviation²); the last is left out where that is zero."""
+        value, slope, bend = (
+            self._value + self._slope * mean,
+            torch.full_like(mean, self._slope),
+            torch.zeros_like(mean),
+        )
+        for jump, side, knot in self._hinges():
+            gap = side * mean - knot
+            z = divide(gap, deviation)
+            sharp = deviation == 0
+            beyond = torch.where(sharp, (gap > 0).to(gap), torch.special.ndtr(z))
+            height = torch.where(sharp, 0.0, divide(density(z), deviation))
+            value = value + jump * (gap * beyond + deviation**2 * height)
+            slope, bend = slope + jump * side * beyond, bend + jump * height
+        return value, slope, bend
+
+    @staticmethod
+    def _is_right(knot: float) -> bool:
+        return knot >= 0
+
+    def _hinges(self) -> Iterator[_Hinge]:
+        for knot, (left, right) in zip(self.knots, pairwise(self.slopes), strict=True):
+            yield _Hinge(right - left, 1.0 if self._is_right(knot) else -1.0, abs(knot))
+
+    @property
+    def _slope(self) -> float:
+        """That of the line through zero, to the left of a knot there."""
+        return self.slopes[sum(knot < 0 for knot in self.knots)]
+
+    @property
+    def _value(self) -> float:
+        """φ(0)."""
+        value, ends = self.start, [knot for knot in self.knots if knot < 0]
+        if not ends:
+            return value - self.slopes[0] * self.knots[0]
+        for left, right, slope in zip(ends, [*ends[1:], 0.0], self.slopes[1:], strict=False):
+            value += slope * (right - left)
+        return value
