@@ -73,8 +73,8 @@ def _hashes(x: Tensor) -> Tensor:
     """Of the bits of every row `[N]`, by arithmetic modulo 2**64, which does not round."""
     exact = torch.promote_types(x.dtype, torch.float32)
     words = x.shape[1] * exact.itemsize // 4
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator).to(x.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device="cpu").to(x.device)
     # A negative zero becomes a positive one.
     parts = [((part.to(exact) + 0.0).view(torch.int32) * factors).sum(1) for part in x.split(_rows_at_once(x))]
     return torch.cat(parts)

@@ -88,7 +88,8 @@ class _Mean:
     """The mean of tensors that come one by one, and its standard error, without keeping them (Welford's recursion)."""
 
     def __init__(self) -> None:
-        self.value, self._squares, self._count = torch.zeros(()), torch.zeros(()), 0
+        self.value = self._squares = torch.zeros((), device="cpu")
+        self._count = 0
 
     def add(self, sample: Tensor) -> None:
         self._count += 1

@@ -121,7 +121,7 @@ class NearParallel:
         affordable = [sizes for sizes, values in zip(_SIZES, count, strict=True) if values <= len(k)]
         if not kept and not affordable:
             return None
-        chosen = torch.linspace(0, len(k) - 1, min(len(k), _SAMPLE), dtype=torch.float64).round().long().to(k.device)
+        chosen = torch.linspace(0, len(k) - 1, min(len(k), _SAMPLE), dtype=k.dtype, device=k.device).round().long()
         sample = q1[chosen], q2[chosen], k[chosen]
         expected = self.direct(*sample)
         squares = [self.direct(q, q, q) for q in sample[:2]]
@@ -156,7 +156,7 @@ class _Range(NamedTuple):
 
     def nodes(self, count: int) -> Tensor:
         """Chebyshev nodes of the first kind `[count]`."""
-        at = torch.cos((torch.arange(count, dtype=torch.float64) + 0.5) * math.pi / count)
+        at = torch.cos((torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) * math.pi / count)
         return self.low + (self.high - self.low) * (at + 1) / 2
 
     def basis(self, x: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
     References:
         Golub and Welsch (1969), Calculation of Gauss Quadrature Rules.
     """
-    n = torch.arange(1, nodes, dtype=torch.float64)
+    n = torch.arange(1, nodes, dtype=torch.float64, device="cpu")
     beside = n / (4 * n**2 - 1).sqrt()
     values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     return values, 2 * vectors[0] ** 2

@@ -82,7 +82,8 @@ def phase(activation: AbstractActivation, weight_variance: float, bias_variance:
 
     q = _variance(step)
     if q is None:
-        slope = weight_variance * float(activation.diagonal(torch.tensor(_DIVERGED, dtype=torch.float64))[1])
+        diverged = torch.tensor(_DIVERGED, dtype=torch.float64, device="cpu")
+        slope = weight_variance * float(activation.diagonal(diverged)[1])
         return Phase(math.inf, math.nan, slope, math.nan, math.nan)
     # At q = 0 itself a kink of φ at zero is not seen.
     slope = weight_variance * float(activation.diagonal(q.clamp_min(_VANISHED))[1])
@@ -168,6 +169,10 @@ def phase_diagram(
     """The fields of `Phase` on a grid: each `[len(bias_variances), len(weight_variances)]`, by name."""
     phases = [[phase(activation, float(w), float(b)) for w in weight_variances] for b in bias_variances]
     return {
-        name: torch.tensor([[getattr(entry, name) for entry in row] for row in phases], dtype=torch.float64)
+        name: torch.tensor(
+            [[getattr(entry, name) for entry in row] for row in phases],
+            dtype=torch.float64,
+            device=weight_variances.device,
+        )
         for name in Phase._fields
     }

@@ -99,7 +99,7 @@ class PiecewiseLinear(AbstractClosedForm):
         for knot, (left, right) in slopes:
             beyond, height = tail(q, abs(knot))
             second = second + (right**2 - left**2) * (1.0 if self._is_right(knot) else -1.0) * beyond
-            bends = bends + (right - left) * float(self(torch.tensor(knot, dtype=torch.float64))) * height
+            bends = bends + (right - left) * self(torch.tensor(knot, dtype=torch.float64, device="cpu")).item() * height
         # d E[φ²] / dq = E[φ'²] + E[φ φ''].
         return with_derivatives(first, (q, second + bends)), second
 
