@@ -58,8 +58,9 @@ class Body(nn.Module):
         self.training = network.training
         directions = None
         if num_directions is not None:
-            generator = torch.Generator().manual_seed(seed)
-            signs = torch.randint(2, (readout.in_features, num_directions), generator=generator) * 2 - 1
+            generator = torch.Generator("cpu").manual_seed(seed)
+            shape = readout.in_features, num_directions
+            signs = torch.randint(2, shape, generator=generator, device="cpu") * 2 - 1
             directions = signs.to(readout.weight) / readout.in_features**0.5
         self.register_buffer("directions", directions)
 

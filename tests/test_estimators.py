@@ -441,3 +441,19 @@ def test_one_example_is_enough() -> None:
     mean, std = gpntk.TransferRegressor(SINGLE).fit(x, y).predict(data(3, seed=1)[0], return_std=True)
     assert np.isfinite(mean).all()
     assert (std > 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "ntk+stationary", "nngp"])
+def test_no_tensor_of_the_default_device(kernel: str) -> None:
+    """Every fresh tensor of torch's factories on meta: one that is used without a device of its own would show."""
+    (x, y), z = data(20), data(3, seed=1)[0]
+    labels = (y.reshape(len(y), -1)[:, 0] > 0).astype(int)
+    regressor, classifier = (
+        gpntk.TransferRegressor(SINGLE, kernel=kernel),
+        gpntk.TransferClassifier(MODULE, kernel=kernel, new_head=True),
+    )
+    expected = regressor.fit(x, y).predict(z), classifier.fit(x, labels).predict_proba(z)
+    with torch.device("meta"):
+        found = regressor.fit(x, y).predict(z), classifier.fit(x, labels).predict_proba(z)
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)

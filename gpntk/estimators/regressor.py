@@ -243,8 +243,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self, X: NDArray[Any], y: NDArray[Any], yvar: NDArray[Any] | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x = self._tensor(X)
-        targets = torch.tensor(y.reshape(len(y), -1)).to(x)
-        return x, targets, None if yvar is None else torch.tensor(yvar.reshape(len(y), -1)).to(x)
+        targets = torch.tensor(y.reshape(len(y), -1), device="cpu").to(x)
+        return x, targets, None if yvar is None else torch.tensor(yvar.reshape(len(y), -1), device="cpu").to(x)
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
         outputs = y.shape[1] if self.num_outputs is None else self.num_outputs

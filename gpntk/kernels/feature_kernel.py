@@ -154,7 +154,7 @@ class AbstractFeatureKernel(Kernel, ABC):
         finally:
             self._buffers["active_dims"] = active_dims
         assert isinstance(selected, AbstractFeatureKernel)
-        selected.batch_shape = torch.empty(self.batch_shape)[index].shape
+        selected.batch_shape = torch.empty(self.batch_shape, device="cpu")[index].shape
         selected._buffers["active_dims"] = active_dims
         return selected
 

@@ -86,7 +86,9 @@ class FeaturePredictionStrategy(DefaultPredictionStrategy):
         if policy != "ignore" and bool(residuals.isnan().any()):
             noise = torch.where(residuals.isnan(), torch.inf, noise)
         shared = places if noise.dim() <= len(places) + 1 else batch
-        numbers = torch.arange(len(posteriors)).reshape(self.train_labels.shape[:-1]).expand(shared).flatten()
+        numbers = (
+            torch.arange(len(posteriors), device="cpu").reshape(self.train_labels.shape[:-1]).expand(shared).flatten()
+        )
         columns = residuals.reshape(-1, len(numbers), residuals.shape[-1]).transpose(0, 1)
         x = x.expand(*shared, *x.shape[-2:]).reshape(len(numbers), *x.shape[-2:])
         noise = noise.expand(*shared, noise.shape[-1]).reshape(len(numbers), -1)

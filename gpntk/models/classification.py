@@ -98,7 +98,8 @@ def dirichlet_targets(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     # The host counts classes by the largest label: one of that class is added, and left out again.
     padded = functional.pad(labels.long(), (0, 1), value=classes - 1)
-    likelihood = DirichletClassificationLikelihood(padded, alpha_epsilon, dtype=dtype)
+    with padded.device:  # where the host makes an index
+        likelihood = DirichletClassificationLikelihood(padded, alpha_epsilon, dtype=dtype)
     noise = likelihood.noise
     assert isinstance(noise, Tensor)
     return DirichletTargets(likelihood.transformed_targets.mT[:-1], noise.mT[:-1])

@@ -123,7 +123,7 @@ class VariationalGP(gpytorch.models.ApproximateGP):
         check_labels(labels, max(2, self._outputs))
         if x.dim() != 2 or x.shape[0] != labels.shape[0] or not x.isfinite().all():
             raise InputError(f"x must be finite [N, D] with N = {labels.shape[0]} labels, got shape {tuple(x.shape)}.")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         natural = list(self.variational_parameters())
         hyper = [parameter for parameter in self.hyperparameters() if parameter.requires_grad]
         optimizers: list[torch.optim.Optimizer] = [NGD(natural, num_data=1, lr=natural_lr)]
@@ -132,8 +132,10 @@ class VariationalGP(gpytorch.models.ApproximateGP):
         value = 0.0
         for _ in (bar := tqdm(range(epochs), "evidence lower bound", delay=2, leave=False)):
             value = 0.0
-            for rows in torch.randperm(len(x), generator=generator).split(batch_size):
-                noise = torch.randn(num_samples // 2, len(rows), self._outputs, generator=generator, dtype=x.dtype)
+            for rows in torch.randperm(len(x), generator=generator, device="cpu").split(batch_size):
+                noise = torch.randn(
+                    num_samples // 2, len(rows), self._outputs, generator=generator, dtype=x.dtype, device="cpu"
+                )
                 bound = self._bound(x[rows], labels[rows].long(), noise.to(x.device), len(x))
                 for optimizer in optimizers:
                     optimizer.zero_grad()

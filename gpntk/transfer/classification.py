@@ -253,7 +253,7 @@ class TransferClassification:
     def residual_and_tangent_kernel(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Labels less the probabilities of the prior mean `[N, K]`, and the tangent kernel there, up to a factor."""
         prior = self._builder.build(self._builder.widest, shared=True)
-        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
+        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64, device="cpu")
         kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
         latent = self._offset(self.x[rows])
         expected = probabilities(latent, torch.zeros_like(latent).diag_embed())
@@ -266,12 +266,12 @@ class TransferClassification:
         if isinstance(self._engine, Variational):
             return {name: tensor.detach().clone() for name, tensor in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
-        return self._engine.draws.state() | {"reference": torch.tensor(self._reference)}
+        return self._engine.draws.state() | {"reference": torch.tensor(self._reference, device="cpu")}
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferClassification` with the same arguments has learned."""
         self.comparison = Comparison(chosen, {})
-        self._reference = int(state.get("reference", torch.tensor(len(self.x))))
+        self._reference = int(state.get("reference", torch.tensor(len(self.x), device="cpu")))
         vars(self).pop("_builder", None)
         self._engine = self._make_engine()
         if isinstance(self._engine, Variational):
@@ -305,7 +305,7 @@ class TransferClassification:
         return RESIDUAL_LOGITS if self.mean == "network" else LOGITS
 
     def _make_engine(self) -> DenseLaplace | DenseDirichlet | Variational:
-        everything = torch.arange(len(self.x))
+        everything = torch.arange(len(self.x), device="cpu")
         if self.method == "laplace":
             return self._laplace(self.chosen, everything)
         if self.method == "dirichlet":

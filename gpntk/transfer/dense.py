@@ -92,7 +92,7 @@ class DenseGP:
         pivots = cholesky.detach().diagonal(dim1=-2, dim2=-1)
         rounding = pivots.shape[-1] * torch.finfo(pivots.dtype).eps
         if info.any() or (pivots.amin(-1) < math.sqrt(rounding) * pivots.amax(-1)).any():
-            return torch.tensor(-math.inf, dtype=torch.float64)
+            return torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
         targets = self._targets()
         white = torch.linalg.solve_triangular(cholesky, targets.unsqueeze(-1), upper=False)
         logdet = 2 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum() * (len(targets) / len(cholesky))

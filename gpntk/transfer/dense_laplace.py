@@ -66,7 +66,9 @@ class DenseLaplace:
         if not average:
             self.set_draws(draws)
             return draws
-        variances = torch.tensor([h.variance and h.name not in (fixed or {}) for h in self.hyperparameters])
+        variances = torch.tensor(
+            [h.variance and h.name not in (fixed or {}) for h in self.hyperparameters], device="cpu"
+        )
         logs = draws.best + _FACTORS.log().unsqueeze(-1) * variances
         priors = [log_prior(point, self.hyperparameters).item() for point in logs]
         densities: list[float] = []
@@ -79,7 +81,7 @@ class DenseLaplace:
             for other in sorted(kept, key=densities.__getitem__):
                 if densities[other] < best + math.log(NEGLIGIBLE) or len(kept) > self._most_posteriors():
                     del kept[other]
-        weights = torch.tensor([densities[index] for index in kept], dtype=logs.dtype).softmax(0)
+        weights = torch.tensor([densities[index] for index in kept], dtype=logs.dtype, device="cpu").softmax(0)
         chosen = logs[list(kept)]
         self.draws = draws._replace(logs=chosen, weights=weights, best=chosen[weights.argmax()])
         self._posteriors = list(kept.values())
@@ -99,7 +101,7 @@ class DenseLaplace:
         try:
             posterior = self._posterior(logs, self._start)
         except SolveError:
-            return torch.tensor(-math.inf, dtype=torch.float64)
+            return torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
         self._start = posterior.dual.detach()
         return posterior.log_evidence.double().cpu()
 

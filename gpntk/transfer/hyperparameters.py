@@ -111,7 +111,7 @@ def infer(
         return log_likelihood(logs) + log_prior(logs, hyperparameters)
 
     if not hyperparameters:
-        empty = torch.zeros(1, 0, dtype=torch.float64)
+        empty = torch.zeros(1, 0, dtype=torch.float64, device="cpu")
         return Draws(empty, empty.new_ones(1), density(empty[0]).item(), empty[0])
     mode = _maximum(density, hyperparameters, start)
     precision = _curvature(density, mode)
@@ -147,7 +147,7 @@ def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]
             raise InputError(f"hyperparameters has {name!r}, but those of this model are {', '.join(names)}.")
         if not value > 0:
             raise InputError(f"hyperparameters[{name!r}] = {value}: give a positive number.")
-    return torch.tensor([fixed.get(name, math.nan) for name in names], dtype=torch.float64).log()
+    return torch.tensor([fixed.get(name, math.nan) for name in names], dtype=torch.float64, device="cpu").log()
 
 
 def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> Tensor:
@@ -160,7 +160,7 @@ def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], sta
             minimize(loss, loss.best, jac=True, method="L-BFGS-B", bounds=bounds, options=loss.tolerances)
     if not found:
         raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
-    return torch.tensor(min(found, key=lambda loss: loss.lowest).best, dtype=torch.float64)
+    return torch.tensor(min(found, key=lambda loss: loss.lowest).best, dtype=torch.float64, device="cpu")
 
 
 @final
@@ -192,7 +192,7 @@ class _Loss:
 
     def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         self._bar.update()
-        value, gradient = _value_and_gradient(self._density, torch.tensor(point, dtype=torch.float64))
+        value, gradient = _value_and_gradient(self._density, torch.tensor(point, dtype=torch.float64, device="cpu"))
         if math.isfinite(value) and -value.item() < self.lowest:
             self.best, self.lowest = point.copy(), -value.item()
         return -value.item(), -gradient.numpy()
@@ -202,8 +202,8 @@ def _starting_points(hyperparameters: Sequence[Hyperparameter], start: Tensor | 
     if start is not None:
         return [start.numpy()]
     centre, spread = _priors(hyperparameters)
-    generator = torch.Generator().manual_seed(0)
-    shifts = torch.randn(_STARTS - 1, len(centre), generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shifts = torch.randn(_STARTS - 1, len(centre), generator=generator, dtype=torch.float64, device="cpu")
     return [centre.numpy(), *(centre + shifts * spread).numpy()]
 
 
@@ -214,7 +214,7 @@ def _curvature(density: LogDensity, mode: Tensor) -> Tensor:
     def gradient(logs: Tensor) -> Tensor:
         return -_value_and_gradient(density, logs)[1]
 
-    shifts = step * torch.eye(len(mode), dtype=torch.float64)
+    shifts = step * torch.eye(len(mode), dtype=torch.float64, device="cpu")
     curvature = torch.stack([(gradient(mode + shift) - gradient(mode - shift)) / (2 * step) for shift in shifts])
     curvature = torch.nan_to_num(curvature, nan=0.0, posinf=0.0, neginf=0.0)
     return (curvature + curvature.mT) / 2
@@ -231,10 +231,10 @@ def _value_and_gradient(density: LogDensity, logs: Tensor) -> tuple[Tensor, Tens
 
 
 def _priors(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
-    centre = torch.tensor([math.log(h.median) for h in hyperparameters], dtype=torch.float64)
-    return centre, torch.tensor([h.spread for h in hyperparameters], dtype=torch.float64)
+    centre = torch.tensor([math.log(h.median) for h in hyperparameters], dtype=torch.float64, device="cpu")
+    return centre, torch.tensor([h.spread for h in hyperparameters], dtype=torch.float64, device="cpu")
 
 
 def _bounds(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
-    low, high = torch.tensor([h.bounds for h in hyperparameters], dtype=torch.float64).log().mT
+    low, high = torch.tensor([h.bounds for h in hyperparameters], dtype=torch.float64, device="cpu").log().mT
     return low, high

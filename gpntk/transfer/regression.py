@@ -263,7 +263,7 @@ class TransferGP:
         """What the prior mean leaves unexplained, in units, and the tangent kernel there, up to a factor."""
         residual = (self._residual() / self.units)[rows].nan_to_num(0.0)
         prior = self._builder.build(self._builder.widest)
-        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64)
+        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64, device="cpu")
         kernel = prior.covariance(logs, prior.parts(self.x[rows], self.x[rows]))
         return (residual if prior.shared else residual.reshape(-1)), kernel
 
@@ -271,7 +271,7 @@ class TransferGP:
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` has learned, by name, for `load_state`."""
-        own = {"units": self.units, "centre": self.centre, "reference": torch.tensor(self._reference)}
+        own = {"units": self.units, "centre": self.centre, "reference": torch.tensor(self._reference, device="cpu")}
         if isinstance(self._engine, TangentRegression):
             return own | {f"gp.{name}": t.detach().clone() for name, t in self._engine.gp.state_dict().items()}
         assert self._engine.draws is not None
@@ -349,7 +349,7 @@ class TransferGP:
         )
 
     def _dense(self, candidate: Candidate, rows: Tensor | None = None) -> DenseGP:
-        rows = torch.arange(len(self.x)) if rows is None else rows
+        rows = torch.arange(len(self.x), device="cpu") if rows is None else rows
         rows = rows.to(self.x.device)
         x = self.x[rows]
         prior = self._builder.build(candidate)

@@ -209,4 +209,4 @@ def _some_rows(rows: int, outputs: int) -> Tensor:
 
 def _quantile(level: float) -> float:
     """z with P(|standard normal| <= z) = level."""
-    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64, device="cpu")).item()
