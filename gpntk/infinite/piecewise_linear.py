@@ -30,9 +30,10 @@ class _Hinge(NamedTuple):
 class PiecewiseLinear(AbstractClosedForm):
     """A continuous φ with slopes s_0, ..., s_m between knots t_1 < ... < t_m, and φ(t_1) = start.
 
-    With one hinge for every knot, `φ(x) = φ(0) + s x + Σ_j J_j (ε_j x - |t_j|)₊`, moments are sums over pairs of hinges,
-    and those follow from bivariate normal probabilities. These are good to 1e-15, not to digits of what is smaller: of
-    a φ that is flat around zero take `Quadrature` where variances are so small that next to nothing leaves that range.
+    With one hinge for every knot, `φ(x) = φ(0) + s x + Σ_j J_j (ε_j x - |t_j|)₊`, moments are sums over pairs of
+    hinges, and those follow from bivariate normal probabilities. These are good to 1e-15, not to digits of what is
+    smaller: of a φ that is flat around zero take `Quadrature` where variances are so small that next to nothing leaves
+    that range.
 
     Args:
         knots: t_1, ..., t_m, at least one.
