@@ -14,6 +14,7 @@ from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite import ABReLU, Activation, Erf, Gaussian, Quadrature, RectifiedMonomial, Step, rbf
 
 W, B = 1.3, 0.4
+KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]
 WIDTH = 6
 
 
@@ -357,3 +358,76 @@ def test_kernels_can_be_pickled() -> None:
     x = torch.randn(3, 32, dtype=torch.float64)
     copy = pickle.loads(pickle.dumps(kernel))
     assert torch.equal(copy(x).to_dense(), kernel(x).to_dense())
+
+
+# --- the same network in other words ---------------------------------------------------------------------------------
+
+
+def hidden(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), *modules, nn.Linear(6, 1))
+
+
+POOLED = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1))
+PLAIN = {"a": nn.Linear(5, 6), "b": nn.Linear(6, 1)}
+CONVOLUTION = {"a": nn.Conv2d(3, 6, 3), "b": nn.Linear(6, 1)}
+SPELLINGS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...], tuple[int, ...] | None]] = {
+    "abs": (Net(lambda s, x: s.b(abs(s.a(x))), **PLAIN), hidden(Activation(ABReLU(-1.0, 1.0))), (5,), None),
+    "erf": (Net(lambda s, x: s.b(torch.special.erf(s.a(x))), **PLAIN), hidden(Activation(Erf())), (5,), None),
+    "one layer": (nn.Linear(5, 1), nn.Sequential(nn.Linear(5, 1)), (5,), None),
+    "sum from zero": (Net(lambda s, x: s.b(sum([torch.relu(s.a(x))])), **PLAIN), hidden(nn.ReLU()), (5,), None),
+    "keepdim": (
+        Net(lambda s, x: s.b(torch.relu(s.a(x)).mean((2, 3), keepdim=True).flatten(1)), **CONVOLUTION),
+        POOLED,
+        (3, 5, 5),
+        None,
+    ),
+    "sum, keepdim": (
+        Net(lambda s, x: s.b(torch.relu(s.a(x)).sum((2, 3), keepdim=True).flatten(1) / 9), **CONVOLUTION),
+        POOLED,
+        (3, 5, 5),
+        None,
+    ),
+    "squeeze": (
+        Net(
+            lambda s, x: s.b(functional.adaptive_avg_pool2d(torch.relu(s.a(x)), 1).squeeze(-1).squeeze(2)).squeeze(-1),
+            **CONVOLUTION,
+        ),
+        POOLED,
+        (3, 5, 5),
+        None,
+    ),
+    "squeeze of nothing": (
+        Net(lambda s, x: s.b(torch.relu(s.a(x)).squeeze(2).mean((2, 3))), **CONVOLUTION),
+        POOLED,
+        (3, 5, 5),
+        None,
+    ),
+    "channels last": (
+        Net(lambda s, x: s.b(torch.relu(s.a(x.permute(0, 3, 1, 2))).mean((2, 3))), **CONVOLUTION),
+        POOLED,
+        (3, 5, 5),
+        (5, 5, 3),
+    ),
+    "mean of the input": (
+        Net(lambda s, x: s.b(x.mean((2, 3))), b=nn.Linear(3, 1)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1)),
+        (3, 5, 5),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_spellings(name: str, kernel_class: Callable[..., gpntk.InfiniteNTKKernel]) -> None:
+    spelled, plain, shape, other = SPELLINGS[name]
+    x = torch.randn(3, *shape).double()
+    moved = x if other is None else x.movedim(1, -1)
+    kernel = kernel_class(spelled, 1.3, 0.2, input_shape=other or shape).double()
+    expected = kernel_class(plain, 1.3, 0.2, input_shape=shape).double()(x.flatten(1)).to_dense()
+    torch.testing.assert_close(kernel(moved.flatten(1)).to_dense(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_unknown_functions_may_be_wrapped() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"atan .*gpntk\.infinite\.Activation"):
+        gpntk.InfiniteNTKKernel(Net(lambda s, x: s.b(torch.atan(s.a(x))), **PLAIN))

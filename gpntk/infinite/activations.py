@@ -126,12 +126,19 @@ _FUNCTIONS: dict[str, Make] = {
     "tanhshrink": _plain(functional.tanhshrink),
 }
 
-_SYNONYMS = {"absolute": "abs", "clip": "clamp", "negative": "neg", "sgn": "sign", "special_expit": "sigmoid"}
+_SYNONYMS = {
+    "absolute": "abs",
+    "clip": "clamp",
+    "negative": "neg",
+    "sgn": "sign",
+    "special_expit": "sigmoid",
+}
 
 
 def _callables() -> dict[Any, Make]:
     """Every name above in torch, torch.nn.functional and among the methods of tensors, in-place forms included."""
-    found: dict[Any, Make] = {operator.neg: _FUNCTIONS["neg"], operator.pow: _power, abs: _FUNCTIONS["abs"]}
+    found: dict[Any, Make] = {operator.neg: _FUNCTIONS["neg"], operator.pow: _power}
+    found |= {operator.abs: _FUNCTIONS["abs"], abs: _FUNCTIONS["abs"], torch.special.erf: _FUNCTIONS["erf"]}
     for name, make in {**_FUNCTIONS, **{name: _FUNCTIONS[to] for name, to in _SYNONYMS.items()}}.items():
         for variant in (name, name + "_"):
             homes = (vars(torch), vars(functional), vars(torch._C.TensorBase))

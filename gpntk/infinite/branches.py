@@ -28,6 +28,9 @@ def add(call: Call) -> Rule:
     """A sum or difference of branches that are uncorrelated: the sign is nothing to second moments."""
     factor = call.arguments(other=None, alpha=1)["alpha"]
     if len(call.roles) != 2:
+        if any(isinstance(value, (int, float)) and value == 0 for value in call.args[:2]):
+            # Where Python's sum begins.
+            return identity(call)
         raise call.refuse("adding a constant gives units a mean, for which there is no rule")
     if not isinstance(factor, (int, float)):
         raise call.refuse(f"alpha={factor} is not a number")
@@ -135,17 +138,29 @@ def reduce(call: Call, total: bool) -> Rule:
     chosen = [roles[dim] for dim in dims]
     if not all(role.startswith("s") for role in chosen):
         raise call.refuse("means and sums are over positions only")
-    if settings["keepdim"]:
-        raise call.refuse("keepdim=True has no rule")
-    axes = tuple(call.positions.index(role) for role in chosen)
+    axes, keep = tuple(call.positions.index(role) for role in chosen), bool(settings["keepdim"])
+    rest = tuple(role for role in roles if keep or role not in chosen)
+    return Rule(partial(_reduced, axes=axes, total=total, keep=keep), rest, call.units[0], mixes=True)
+
+
+def squeeze(call: Call) -> Rule:
+    """Without axes of one position, or an output's axis of one channel."""
+    roles, dims = call.roles[0], call.arguments(dim=None)["dim"]
+    dims = range(len(roles)) if dims is None else [dims] if isinstance(dims, int) else dims
+    chosen = [roles[dim] for dim in dims if call.shapes[0][dim] == 1]
+    axes = tuple(call.positions.index(role) for role in chosen if role != "c")
     rest = tuple(role for role in roles if role not in chosen)
-    return Rule(partial(_reduced, axes=axes, total=total), rest, call.units[0], mixes=True)
+    return Rule(partial(_reduced, axes=axes), rest, call.units[0])
 
 
 def _reduced(
-    states: Sequence[LayerMoments], _weights: Weights | None, axes: Sequence[int], total: bool
+    states: Sequence[LayerMoments],
+    _weights: Weights | None,
+    axes: Sequence[int],
+    total: bool = False,
+    keep: bool = False,
 ) -> LayerMoments:
-    return layers.reduce_axes(states[0], axes, total)
+    return layers.reduce_axes(states[0], axes, total, keep)
 
 
 def pad(call: Call) -> Rule:

@@ -103,13 +103,20 @@ def _counts(length: int, windows: Windows, axis: int, count_padding: bool) -> Te
     return torch.full_like(sums, windows.sizes[axis]) if count_padding else sums
 
 
-def reduce_axes(state: LayerMoments, axes: Sequence[int], total: bool) -> LayerMoments:
-    """The mean (or ``total``) over whole spatial axes, of both positions of a pair; needs pairs."""
+def reduce_axes(state: LayerMoments, axes: Sequence[int], total: bool, keep: bool = False) -> LayerMoments:
+    """The mean (or ``total``) over whole spatial axes, of both positions of a pair; needs pairs of several positions.
+
+    ``keep``: what is left of an axis is one position.
+    """
+    if not axes:
+        return state
     dims = [dim for axis in axes for dim in state.position_dims(axis)]
 
     def reduce(tensor: Tensor) -> Tensor:
-        return tensor.sum(dims) if total else tensor.mean(dims)
+        return tensor.sum(dims, keepdim=keep) if total else tensor.mean(dims, keepdim=keep)
 
+    if keep:
+        return state.map(reduce)
     return state.map(reduce, axes=state.axes - len(axes), pairs=state.pairs and len(axes) < state.axes)
 
 

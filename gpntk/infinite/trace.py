@@ -7,6 +7,7 @@ units are distributed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,14 +34,27 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
     shape = tuple(int(size) for size in input_shape)
     if not 1 <= len(shape) <= 3:
         raise InputError(f"input_shape={shape} must be of features, or of channels and one or two axes of positions.")
-    traced = run_forward(module, shape)
+    # torch.fx looks into the one layer that a network may be.
+    traced = run_forward(nn.Sequential(module) if isinstance(module, tuple(MODULES)) else module, shape)
     modules = dict(traced.module.named_modules())
     start, *nodes, end = [node for node in traced.module.graph.nodes if node in traced.seen or node.op == "output"]
-    compiler = _Compiler(traced, modules, _channels_last(nodes, modules, shape))
-    compiler.place(start)
-    for node in nodes:
-        compiler.add(node)
-    return compiler.program(end.args[0], shape)
+
+    def compiled(channels_last: bool) -> Program:
+        compiler = _Compiler(traced, modules, channels_last)
+        compiler.place(start)
+        for node in nodes:
+            compiler.add(node)
+        return compiler.program(end.args[0], shape)
+
+    likely = _channels_last(nodes, modules, shape)
+    try:
+        return compiled(likely)
+    except UnsupportedLayerError as error:
+        # A network that begins with a permutation, say. Which axis the first weights act on is all that matters.
+        with contextlib.suppress(UnsupportedLayerError):
+            if len(shape) > 1:
+                return compiled(not likely)
+        raise error from None
 
 
 def _channels_last(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], shape: tuple[int, ...]) -> bool:
@@ -116,7 +130,10 @@ class _Compiler:
         rule = activation_rule(target, call)
         if rule is None:
             kind = type(call.module).__name__ if call.module is not None else getattr(target, "__name__", str(target))
-            raise UnsupportedLayerError(f"{call.name} ({kind}) has no known limit. {WAY_OUT}")
+            raise UnsupportedLayerError(
+                f"{call.name} ({kind}) has no known limit. An elementwise function has one as the layer "
+                f"gpntk.infinite.Activation. {WAY_OUT}"
+            )
         return rule
 
     def program(self, end: Any, shape: tuple[int, ...]) -> Program:
