@@ -331,6 +331,42 @@ def test_modules_made_of_lines(module: nn.Module) -> None:
     torch.testing.assert_close(activation(x), module(x), rtol=1e-14, atol=1e-15)
 
 
+def test_lines_far_from_their_knots() -> None:
+    """Nearly a step, where terms as large as the variance would cancel."""
+    hard = PiecewiseLinear((-1.0, 1.0), (0.0, 1.0, 0.0), -1.0)
+    for exponent in (2, 6, 10, 14):
+        q = torch.tensor(10.0**exponent, dtype=D)
+        # E[φ²] = 1 - E[1 - u², |u| < 1], and the density is all but constant there.
+        expected = 1 - 4 / 3 / (2 * math.pi * q).sqrt()
+        torch.testing.assert_close(hard.diagonal(q)[0], expected, rtol=0.1 / 10 ** (1.5 * exponent) + 1e-10, atol=0)
+        torch.testing.assert_close(
+            hard.moments(q, q, q)[0], expected, rtol=0.1 / 10 ** (1.5 * exponent) + 1e-10, atol=0
+        )
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([-math.inf, -1e30, -0.5, 0.5, 1e30, math.inf], dtype=dtype)
+        assert torch.equal(hard(x), functional.hardtanh(x))
+
+
+@pytest.mark.parametrize("name", ["hardtanh", "relu6", "zigzag"])
+def test_derivatives_of_lines_at_equal_units(name: str) -> None:
+    """Not marked as equal: the infinite derivatives of E[φ'(u) φ'(v)] cancel, what is left is that of E[φ'(u)²]."""
+    activation = CASES[name].activation
+    q = torch.tensor([0.3, 1.5, 7.0], dtype=D, requires_grad=True)
+    for both, own in zip(activation.moments(q, q, q), activation.diagonal(q), strict=True):
+        (one,), (two,) = (torch.autograd.grad(value.sum(), q, retain_graph=True) for value in (both, own))
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tanh", "elu", "hardswish", "hardtanh", "relu"])
+def test_inference_mode(name: str) -> None:
+    activation, rows = CASES[name].activation, covariances()
+    expected = activation.moments(*rows)
+    with torch.inference_mode():
+        found = activation.moments(*rows)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("knots", "slopes", "message"),
     [((), (1.0,), "at least one"), ((1.0, 1.0), (0.0, 1.0, 2.0), "increasing"), ((1.0,), (0.0,), "1 knots need 2")],

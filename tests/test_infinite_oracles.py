@@ -226,10 +226,15 @@ def test_unshared_filters_name_what_is_wrong() -> None:
         ("input_size", (4, 4, 4), 3, 1),
         ("kernel_size", (4, 4), (3, 3, 3), 1),
         ("stride", (4, 4), 3, (1,)),
+        (r"stride=\(0, 0\): give one number of at least 1", (4, 4), 3, 0),
         ("larger than the padded input", (4, 4), 5, 1),
     ):
         with pytest.raises(InputError, match=message):
             LocallyConnected(3, 6, input_size, kernel_size, stride=stride)
+    layer = LocallyConnected(3, 6, (4, 6), 3)
+    assert layer(torch.zeros(0, 3, 4, 6)).shape == (0, 6, 2, 4)
+    with pytest.raises(InputError, match=r"rows of shape \(3, 6, 4\), not \(3, 4, 6\)"):
+        layer(torch.zeros(1, 3, 6, 4))
 
 
 class Tokens(nn.Module):

@@ -301,3 +301,22 @@ def test_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def direct_moments(phi: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     rule = near_parallel.NearParallel(Elementwise(phi), (0.0,), 1e-10, (phi,))
     return rule.direct(q1, q2, k).unbind(-1)
+
+
+def test_kept_tables_do_not_disturb_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are computed again must take the path that they took before, whatever tables there are by then."""
+    monkeypatch.setattr(near_parallel, "_tables", [])
+    elu = Quadrature(functional.elu, (0.0,))
+    elu.moments(*nearly_parallel(1000))
+    assert near_parallel._tables
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a kept table is used")
+
+    monkeypatch.setattr(near_parallel.Table, "__call__", refuse)
+    entries = nearly_parallel(100, 1)
+    with pytest.raises(AssertionError, match="is used"):
+        elu.moments(*entries)
+    k = entries[2].clone().requires_grad_()
+    first, second = elu.moments(*entries[:2], k)
+    torch.testing.assert_close(*torch.autograd.grad(first.sum(), k), second, rtol=1e-12, atol=0)

@@ -62,9 +62,11 @@ def quadrant(q1: Tensor, q2: Tensor, k: Tensor, a: float, b: float) -> Quadrant:
     sign = torch.where(rho < 0, -1.0, 1.0)
     # (h - ρg)/r = (h ∓ g)/r ± g r/(1 + |ρ|), and so on.
     apart = (h - sign * g) / r.clamp_min(_SMALLEST)
-    bend = sign * r / (1 + rho.abs())
+    # With a derivative in ρ at zero, where |ρ| has none.
+    size = 1 + sign * rho
+    bend = sign * r / size
     of_g, of_h = apart + g * bend, -sign * apart + h * bend
-    e = (-0.5 * (apart**2 + 2 * sign * g * h / (1 + rho.abs()))).exp()
+    e = (-0.5 * (apart**2 + 2 * sign * g * h / size)).exp()
     if a == b == 0:
         probability = 0.25 + torch.atan2(rho, r) / (2 * math.pi)
     else:

@@ -30,8 +30,8 @@ class LocallyConnected(nn.Module):
         bias: Whether there are biases.
 
     Raises:
-        InputError: ``input_size`` has neither one axis nor two, another argument not one entry for each, or the filter
-            is larger than the padded input.
+        InputError: ``input_size`` has neither one axis nor two, another argument not one entry for each, a number is
+            too small, or the filter is larger than the padded input; in ``forward``, x has another shape.
 
     Example:
         >>> import torch, gpntk
@@ -60,19 +60,25 @@ class LocallyConnected(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        axes = len(input_size)
+        self.input_size = tuple(input_size)
+        axes = len(self.input_size)
         if axes not in (1, 2):
-            raise InputError(f"input_size={tuple(input_size)}: give the sizes of one axis of positions, or of two.")
-        self.in_channels = in_channels
-        self.kernel_size = _by_axis(kernel_size, axes, "kernel_size")
-        self.stride = _by_axis(stride, axes, "stride")
-        self.padding = _by_axis(padding, axes, "padding")
+            raise InputError(f"input_size={self.input_size}: give the sizes of one axis of positions, or of two.")
+        for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if count < 1:
+                raise InputError(f"{name}={count}: must be at least 1.")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = _by_axis(kernel_size, axes, "kernel_size", 1)
+        self.stride = _by_axis(stride, axes, "stride", 1)
+        self.padding = _by_axis(padding, axes, "padding", 0)
         self.output_size = tuple(
             (size + 2 * pad - kernel) // step + 1
-            for size, kernel, step, pad in zip(input_size, self.kernel_size, self.stride, self.padding, strict=True)
+            for size, kernel, step, pad in zip(
+                self.input_size, self.kernel_size, self.stride, self.padding, strict=True
+            )
         )
         if min(self.output_size) < 1:
-            raise InputError(f"kernel_size={self.kernel_size}: larger than the padded input, {tuple(input_size)}.")
+            raise InputError(f"kernel_size={self.kernel_size}: larger than the padded input, {self.input_size}.")
         # One row for every position.
         positions, window = math.prod(self.output_size), math.prod(self.kernel_size)
         self.weight = nn.Parameter(torch.empty(positions, out_channels, in_channels, window))
@@ -83,6 +89,7 @@ class LocallyConnected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, C', *S']` for x `[N, C, *S]`."""
+        _check_rows(x, (self.in_channels, *self.input_size))
         x = functional.pad(x, [pad for pad in reversed(self.padding) for _ in range(2)])
         for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True)):
             x = x.unfold(2 + axis, size, step)
@@ -91,11 +98,25 @@ class LocallyConnected(nn.Module):
         result = torch.einsum("ncpk,pock->npo", windows, self.weight)
         if self.bias is not None:
             result = result + self.bias
-        return result.mT.reshape(len(x), -1, *self.output_size)
+        return result.mT.reshape(len(x), self.out_channels, *self.output_size)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, input_size={self.input_size}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, bias={self.bias is not None}"
+        )
 
 
-def _by_axis(value: int | Sequence[int], axes: int, argument: str) -> tuple[int, ...]:
+def _check_rows(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        raise InputError(f"x has rows of shape {tuple(x.shape[1:])}, not {shape}.")
+
+
+def _by_axis(value: int | Sequence[int], axes: int, argument: str, least: int) -> tuple[int, ...]:
     values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes:
-        raise InputError(f"{argument}={values}: give one number, or one for each of the {axes} axes of input_size.")
+    if len(values) != axes or min(values) < least:
+        raise InputError(
+            f"{argument}={values}: give one number of at least {least}, or one for each of the {axes} axes."
+        )
     return values

@@ -7,7 +7,7 @@ a kink of φ(v). That takes some ten thousand evaluations of φ per entry.
 Many entries share a `Table`: for a φ that is analytic but for a kink at zero, the moments are analytic in log q1,
 log q2 and the angle θ = arccos |c| up to θ = 0 itself (unlike in c: a kink makes odd powers of θ), so that a few
 hundred or thousand direct values interpolate them all. Its error is measured at entries of every batch it is used for,
-and it is kept for the next: the blocks of a matrix, and the steps of an optimizer, ask for much the same.
+and it is kept for the next where no gradients are asked for: the blocks of a matrix ask for much the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpntk.infinite.chunks import by_chunks
-from gpntk.infinite.gaussian import arc_moments, determinant, divide, root, with_derivatives
+from gpntk.infinite.gaussian import arc_moments, determinant, divide, root, tracked, with_derivatives
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
 REACH = 9.0
@@ -64,7 +64,9 @@ class NearParallel:
         return result
 
     def _one_sign(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
-        table = self._table(q1, q2, k) if self._smooth else None
+        # What is computed again in a backward pass must be what was computed before, whatever has been kept since.
+        kept = [] if tracked(q1, q2, k) else _tables
+        table = self._table(q1, q2, k, kept) if self._smooth else None
         if table is None:
             return self.direct(q1, q2, k)
         return by_chunks(table, (q1, q2, k), _BUDGET // 2**8)
@@ -112,12 +114,13 @@ class NearParallel:
         return torch.stack([with_derivatives(first, (q1, by_q1), (q2, by_q2), (k, second)), second], -1)
 
     @torch.no_grad()
-    def _table(self, q1: Tensor, q2: Tensor, k: Tensor) -> Table | None:
+    def _table(self, q1: Tensor, q2: Tensor, k: Tensor, tables: list[tuple[Any, Table]]) -> Table | None:
         """The smallest table that is accurate enough for entries of one sign of k; None if direct values cost less."""
         count = [p * (p + 1) // 2 * r for p, r in _SIZES]
-        if not bool((torch.minimum(q1, q2) > 0).all()):
+        # A sample costs as much as few entries do.
+        if len(k) <= 3 * _SAMPLE or not bool((torch.minimum(q1, q2) > 0).all()):
             return None
-        kept = [table for source, table in _tables if source == self._source and table.holds(q1, q2, k)]
+        kept = [table for source, table in tables if source == self._source and table.holds(q1, q2, k)]
         affordable = [sizes for sizes, values in zip(_SIZES, count, strict=True) if values <= len(k)]
         if not kept and not affordable:
             return None
@@ -138,7 +141,7 @@ class NearParallel:
             if any(table.box == box and table.sizes == sizes for table in kept):
                 continue
             table = Table.of(self.direct, box, sizes, k.device)
-            _tables[:] = [*_tables[1 - _KEPT :], (self._source, table)]
+            tables[:] = [*tables[1 - _KEPT :], (self._source, table)]
             if enough(table):
                 return table
         return None

@@ -76,6 +76,9 @@ class Elementwise:
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """φ(u) and φ'(u), each in the shape of u; differentiable if u is."""
+        if torch.is_inference_mode_enabled() or u.is_inference():
+            with torch.inference_mode(False):
+                return self(u.clone())
         differentiable = torch.is_grad_enabled() and u.requires_grad
         with torch.enable_grad():
             u = u if differentiable else u.detach().requires_grad_()

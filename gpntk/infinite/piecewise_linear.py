@@ -13,8 +13,16 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.infinite.bivariate_normal import quadrant, tail
+from gpntk.infinite.chunks import by_chunks
 from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, tracked, with_derivatives
 from gpntk.infinite.panels import density
+from gpntk.infinite.quadrature import Quadrature
+
+# Entries that are computed together where the backward pass needs them again.
+_ENTRIES = 2**12
+# Units that are wider than knots by more than the root of this: terms as large cancel, and with them so many digits.
+_STEEP = 1e4
+_ROUNDING = 1e-12
 
 
 class _Hinge(NamedTuple):
@@ -67,12 +75,23 @@ class PiecewiseLinear(AbstractClosedForm):
             raise InputError(f"slopes={self.slopes}: {len(self.knots)} knots need {len(self.knots) + 1} slopes.")
 
     def __call__(self, x: Tensor) -> Tensor:
-        result = self._value + self._slope * x
-        for jump, side, knot in self._hinges():
-            result = result + jump * (side * x - knot).clamp(min=0)
+        result = torch.full_like(x, self.start)
+        ends = [None, *self.knots], [*self.knots, None]
+        for slope, low, high in zip(self.slopes, *ends, strict=True):
+            if slope:
+                # The part of the way from the first knot to x that is on this line.
+                origin = self.knots[0] if low is None else low
+                result = result + slope * (x.clamp(low, high) - origin)
         return result
 
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_steep(q1) or self._is_steep(q2):
+            return self._by_quadrature._moments(q1, q2, k)
+        # What the backward pass needs of an entry is much: it is computed again.
+        both = by_chunks(lambda *entries: torch.stack(self._by_hinges(*entries), -1), (q1, q2, k), _ENTRIES)
+        return both[..., 0], both[..., 1]
+
+    def _by_hinges(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         value, slope, hinges = self._value, self._slope, list(self._hinges())
         first, second = value**2 + slope**2 * k, torch.full_like(k, slope**2)
         curvature = torch.zeros_like(k)
@@ -94,7 +113,9 @@ class PiecewiseLinear(AbstractClosedForm):
         return with_derivatives(first, (q1, by_q[0][0]), (q2, by_q[1][0]), (k, second)), second
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        first, _ = self._moments(*(q.detach(),) * 3)
+        if self._is_steep(q):
+            return self._by_quadrature._diagonal(q)
+        first, _ = self._by_hinges(*(q.detach(),) * 3)
         second, bends = torch.full_like(q, self._slope**2), torch.zeros_like(q)
         slopes = zip(self.knots, pairwise(self.slopes), strict=True)
         for knot, (left, right) in slopes:
@@ -128,11 +149,22 @@ class PiecewiseLinear(AbstractClosedForm):
             gap = side * mean - knot
             z = divide(gap, deviation)
             sharp = deviation == 0
-            beyond = torch.where(sharp, (gap > 0).to(gap), torch.special.ndtr(z))
+            # Of a unit that is at the knot, but for rounding, the mean of both slopes.
+            beside = torch.where(gap.abs() <= _ROUNDING * knot, 0.5, (gap > 0).to(gap))
+            beyond = torch.where(sharp, beside, torch.special.ndtr(z))
             height = torch.where(sharp, 0.0, divide(density(z), deviation))
             value = value + jump * (gap * beyond + deviation**2 * height)
             slope, bend = slope + jump * side * beyond, bend + jump * height
         return value, slope, bend
+
+    def _is_steep(self, q: Tensor) -> bool:
+        """Whether knots are so near zero that φ is all but a step, as far as it is not a line."""
+        farthest = max(map(abs, self.knots))
+        return bool(farthest) and q.numel() > 0 and bool(q.detach().amax() > _STEEP * farthest**2)
+
+    @property
+    def _by_quadrature(self) -> Quadrature:
+        return Quadrature(self, self.knots, scale=min(1.0, max(map(abs, self.knots))))
 
     @staticmethod
     def _is_right(knot: float) -> bool:
