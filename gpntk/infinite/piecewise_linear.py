@@ -87,6 +87,8 @@ class PiecewiseLinear(AbstractClosedForm):
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_steep(q1) or self._is_steep(q2):
             return self._by_quadrature._moments(q1, q2, k)
+        if not tracked(q1, q2, k):
+            return self._by_hinges(q1, q2, k)
         # What the backward pass needs of an entry is much: it is computed again.
         both = by_chunks(lambda *entries: torch.stack(self._by_hinges(*entries), -1), (q1, q2, k), _ENTRIES)
         return both[..., 0], both[..., 1]
