@@ -93,6 +93,12 @@ CASES: dict[str, tuple[nn.Module, Stds, Stds]] = {
     "attention_lin_softmax": (Attention("softmax"), ATTENTION, 0.1),
     "attention_lin_abs": (Attention("abs"), ATTENTION, 0.1),
     "convtranspose_gap": (Upsampled(), ROOT2, 0.1),
+    "conv2_b0_same_gap": (nn.Sequential(conv(3), nn.ReLU(), conv(), nn.ReLU(), Mean(), readout()), ROOT2, 0.0),
+    "conv2_erf_same_flatten": (
+        nn.Sequential(conv(3), Erf(), conv(), Erf(), nn.Flatten(), readout(384)),
+        ROOT2,
+        0.1,
+    ),
     "convlocal_gap": (
         nn.Sequential(LocallyConnected(3, 6, (8, 8), 3, padding=1), nn.ReLU(), Mean(), readout()),
         ROOT2,
