@@ -6,20 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.infinite.bivariate_normal import quadrant, tail
-from gpntk.infinite.chunks import by_chunks
-from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, tracked, with_derivatives
+from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import density
 from gpntk.infinite.quadrature import Quadrature
 
-# Entries that are computed together where the backward pass needs them again.
-_ENTRIES = 2**12
 # Units that are wider than knots by more than the root of this: terms as large cancel, and with them so many digits.
 _STEEP = 1e4
 _ROUNDING = 1e-12
@@ -87,16 +84,25 @@ class PiecewiseLinear(AbstractClosedForm):
     def _moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_steep(q1) or self._is_steep(q2):
             return self._by_quadrature._moments(q1, q2, k)
-        if not tracked(q1, q2, k):
-            return self._by_hinges(q1, q2, k)
-        # What the backward pass needs of an entry is much: it is computed again.
-        both = by_chunks(lambda *entries: torch.stack(self._by_hinges(*entries), -1), (q1, q2, k), _ENTRIES)
-        return both[..., 0], both[..., 1]
+        first, second = cast("tuple[Tensor, Tensor]", _Lines.apply(q1, q2, k, self))
+        return first, second
 
-    def _by_hinges(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_steep(q):
+            return self._by_quadrature._diagonal(q)
+        first, _ = self.by_hinges(*(q.detach(),) * 3)
+        second, bends = torch.full_like(q, self._slope**2), torch.zeros_like(q)
+        for (jump, side, knot), (left, right) in zip(self._hinges(), pairwise(self.slopes), strict=True):
+            beyond, height = tail(q, knot)
+            second = second + (right**2 - left**2) * side * beyond
+            bends = bends + jump * self(torch.tensor(side * knot, dtype=torch.float64, device="cpu")).item() * height
+        # d E[φ²] / dq = E[φ'²] + E[φ φ''].
+        return with_derivatives(first, (q, second + bends)), second
+
+    def by_hinges(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments `[*k]`, of any variances."""
         value, slope, hinges = self._value, self._slope, list(self._hinges())
         first, second = value**2 + slope**2 * k, torch.full_like(k, slope**2)
-        curvature = torch.zeros_like(k)
         for jump, side, knot in hinges:
             for q in (q1, q2):
                 beyond, height = tail(q, knot)
@@ -107,27 +113,17 @@ class PiecewiseLinear(AbstractClosedForm):
             both = quadrant(q1, q2, sides * k, one.knot, two.knot)
             first = first + jumps * both.mean
             second = second + jumps * sides * both.probability
-            curvature = curvature + jumps * both.density
-        if not tracked(q1, q2, k):
-            return first, second
-        by_q = [self._by_variance(*pair, k) for pair in ((q1, q2), (q2, q1))]
-        second = with_derivatives(second, (q1, by_q[0][1]), (q2, by_q[1][1]), (k, curvature))
-        return with_derivatives(first, (q1, by_q[0][0]), (q2, by_q[1][0]), (k, second)), second
+        return first, second
 
-    def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        if self._is_steep(q):
-            return self._by_quadrature._diagonal(q)
-        first, _ = self._by_hinges(*(q.detach(),) * 3)
-        second, bends = torch.full_like(q, self._slope**2), torch.zeros_like(q)
-        slopes = zip(self.knots, pairwise(self.slopes), strict=True)
-        for knot, (left, right) in slopes:
-            beyond, height = tail(q, abs(knot))
-            second = second + (right**2 - left**2) * (1.0 if self._is_right(knot) else -1.0) * beyond
-            bends = bends + (right - left) * self(torch.tensor(knot, dtype=torch.float64, device="cpu")).item() * height
-        # d E[φ²] / dq = E[φ'²] + E[φ φ''].
-        return with_derivatives(first, (q, second + bends)), second
+    def curvature(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
+        """E[φ''(u) φ''(v)] `[*k]`, zero where u and v are parallel."""
+        total = torch.zeros_like(k)
+        for one, two in product(self._hinges(), self._hinges()):
+            both = quadrant(q1, q2, one.side * two.side * k, one.knot, two.knot)
+            total = total + one.jump * two.jump * both.density
+        return total
 
-    def _by_variance(self, q: Tensor, other: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def by_variance(self, q: Tensor, other: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of both moments in the variance of u, E[φ''(u) φ(v)] / 2 and E[φ'''(u) φ'(v)] / 2."""
         first, second = torch.zeros_like(k), torch.zeros_like(k)
         # v given u at a knot.
@@ -168,13 +164,9 @@ class PiecewiseLinear(AbstractClosedForm):
     def _by_quadrature(self) -> Quadrature:
         return Quadrature(self, self.knots, scale=min(1.0, max(map(abs, self.knots))))
 
-    @staticmethod
-    def _is_right(knot: float) -> bool:
-        return knot >= 0
-
     def _hinges(self) -> Iterator[_Hinge]:
         for knot, (left, right) in zip(self.knots, pairwise(self.slopes), strict=True):
-            yield _Hinge(right - left, 1.0 if self._is_right(knot) else -1.0, abs(knot))
+            yield _Hinge(right - left, 1.0 if knot >= 0 else -1.0, abs(knot))
 
     @property
     def _slope(self) -> float:
@@ -190,3 +182,28 @@ class PiecewiseLinear(AbstractClosedForm):
         for left, right, slope in zip(ends, [*ends[1:], 0.0], self.slopes[1:], strict=False):
             value += slope * (right - left)
         return value
+
+
+@final
+class _Lines(torch.autograd.Function):
+    """Both moments; what their derivatives need is computed in the backward pass, from the arguments alone."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q1: Tensor, q2: Tensor, k: Tensor, activation: PiecewiseLinear
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q1, q2, k)
+        ctx.activation = activation
+        return activation.by_hinges(q1, q2, k)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, first: Tensor, second: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (q1, q2, k), activation = ctx.saved_tensors, ctx.activation
+        sides = []
+        for q, other in ((q1, q2), (q2, q1)):
+            by_first, by_second = activation.by_variance(q, other, k)
+            sides.append((first * by_first + second * by_second).sum_to_size(q.shape))
+        slope = cast("tuple[Tensor, Tensor]", _Lines.apply(q1, q2, k, activation))[1]
+        return *sides, first * slope + second * activation.curvature(q1, q2, k), None
