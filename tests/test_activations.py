@@ -29,6 +29,7 @@ from gpntk.infinite import (
     hermite,
     monomial,
     rbf,
+    rules,
 )
 from tests.gaussian_moments import (
     BY_QUADRATURE,
@@ -347,6 +348,23 @@ def test_lines_far_from_their_knots() -> None:
         assert torch.equal(hard(x), functional.hardtanh(x))
 
 
+@pytest.mark.parametrize("name", ["relu", "hardtanh", "zigzag"])
+def test_little_is_kept_for_the_backward_pass(name: str) -> None:
+    k = torch.linspace(-0.9, 0.9, 1000, dtype=D).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    q = torch.ones((), dtype=D)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        first, second = CASES[name].activation.moments(q, q, k)
+    assert sum(kept.values()) <= 4 * len(k)
+    (slope,) = torch.autograd.grad(first.sum(), k, retain_graph=True)
+    torch.testing.assert_close(slope, second)
+
+
 @pytest.mark.parametrize("name", ["hardtanh", "relu6", "zigzag"])
 def test_derivatives_of_lines_at_equal_units(name: str) -> None:
     """Not marked as equal: the infinite derivatives of E[φ'(u) φ'(v)] cancel, what is left is that of E[φ'(u)²]."""
@@ -456,10 +474,16 @@ def test_unknown_arguments() -> None:
     assert activation_of(torch.pow, "n") is None
 
 
-def test_itself_and_sources() -> None:
+def test_the_docs_name_every_layer_and_every_source() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "infinite.md").read_text()
+    missing = [row for row in (f"| {phi} | {source} |" for phi, source in ACTIVATIONS.items()) if row not in page]
+    assert missing == []
+    assert [kind.__name__ for kind in rules.MODULES if kind.__name__ not in page] == []
+
+
+def test_itself() -> None:
     activation = Sine(2.0)
     assert activation_of(activation) is activation
-    assert all(isinstance(source, str) for source in ACTIVATIONS.values())
 
 
 def test_softplus_that_is_turned_around() -> None:

@@ -48,7 +48,8 @@ class LayerMoments(NamedTuple):
 
     Attributes:
         block: What the next layer needs to know.
-        first: Variance of a unit at every position of the first inputs, `[*rows, *S]` up to broadcasting.
+        first: Variance of a unit at every position of the first inputs, `[*rows, *S]` up to broadcasting; as of the
+            last value that a step asks about (`Program.asked`).
         second: The same of the second inputs.
         equal: The pairs that are of one input with itself: their indices, `[E]` for each dimension of rows; or a bool
             for all.
