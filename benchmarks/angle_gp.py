@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import gpntk
-from gpntk.models import one_hot_targets
+from gpntk.likelihoods import one_hot_targets
 
 # Rows of a matrix worked on at once.
 _BLOCK = 1024

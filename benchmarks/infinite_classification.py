@@ -15,7 +15,7 @@ import gpntk
 from benchmarks import images
 from benchmarks.angle_gp import AngleKernel, OneHotRegression
 from benchmarks.inference_suites import data_folder, peak_gib
-from gpntk.models import one_hot_targets
+from gpntk.likelihoods import one_hot_targets
 
 _CLASSES = 10
 

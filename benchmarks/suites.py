@@ -24,8 +24,8 @@ from benchmarks import (
     transfer_speed,
 )
 from benchmarks.measure import gemm_rate, relative_error, seconds, seconds_on
+from gpntk.cost import Machine
 from gpntk.jacobians import AbstractJacobianBackend
-from gpntk.jacobians.cost import Machine
 from tests.architectures import GPT, Recurrent, ResNet, lenet
 
 Suite = Callable[[torch.device, torch.dtype], list[dict[str, Any]]]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 import gpntk
 from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
-from gpntk.primitives import differentiable_operations
+from gpntk.network.primitives import differentiable_operations
 from gpntk.testing import check_backend
 from tests.cases import CASES, Case, reference_jacobian
 

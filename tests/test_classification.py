@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError
-from gpntk.models import TangentGP, dirichlet_targets, one_hot_targets, probabilities
+from gpntk.likelihoods import dirichlet_targets, one_hot_targets, probabilities
+from gpntk.models import TangentGP
 
 
 def blobs(count: int = 40, classes: int = 3) -> tuple[Tensor, Tensor]:

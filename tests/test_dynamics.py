@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gpntk
+from gpntk.dynamics.filters import GradientFilter
+from gpntk.dynamics.matrix_functions import KrylovMatrix, SpectralMatrix
 from gpntk.errors import InputError, SolveError
-from gpntk.inference.filters import GradientFilter
-from gpntk.inference.matrix_functions import KrylovMatrix, SpectralMatrix
 
 ORACLES = sorted((Path(__file__).parent / "oracles" / "nt").glob("predict_*.npz"))
 TIMES = [0.0, 0.3, 1.0, 10.0, 1e3]
@@ -542,7 +542,7 @@ def test_lanczos_takes_products_with_a_lazy_kernel_only(monkeypatch: pytest.Monk
 def test_many_rows_are_left_to_lanczos(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, x_test = data(30)
     few = gpntk.GradientFlow(rbf(0.3), x, y, noise=0.01).predict(x_test, 50.0)
-    monkeypatch.setattr("gpntk.kernels.training._DENSE_ROWS", 29)
+    monkeypatch.setattr("gpntk.dynamics.training_kernel._DENSE_ROWS", 29)
     many = gpntk.GradientFlow(rbf(0.3), x, y, noise=0.01).predict(x_test, 50.0)
     assert few.error is None
     assert many.error is not None
@@ -564,7 +564,7 @@ def test_a_krylov_space_serves_later_times() -> None:
 def test_lanczos_takes_as_many_columns_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, x_test = data(50, 2, tests=5)
     make = {method: gpntk.GradientFlow(rbf(0.2), x, y, nngp=rbf(0.4), method=method) for method in ("dense", "lanczos")}
-    monkeypatch.setattr("gpntk.inference.matrix_functions._BYTES", 2 * 50 * 50 * 8)
+    monkeypatch.setattr("gpntk.dynamics.matrix_functions._BYTES", 2 * 50 * 50 * 8)
     expected, result = (make[method].predict(x_test, [5.0, 100.0]) for method in ("dense", "lanczos"))
     assert expected.covariance is not None
     assert result.covariance is not None

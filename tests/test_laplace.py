@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError, SolveError
-from gpntk.models import LaplacePosterior, probabilities
+from gpntk.likelihoods import probabilities
+from gpntk.models import LaplacePosterior
 
 ORACLES = Path(__file__).parent / "oracles" / "laplace"
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.jacobians.layers import positions
-from gpntk.jacobians.layers.positions import Positions
+from gpntk.jacobians.rules import weight_sharing
+from gpntk.jacobians.rules.weight_sharing import Positions
 from tests.cases import reference_jacobian
 from tests.test_architectures import assert_products
 
@@ -108,7 +108,7 @@ def test_a_late_convolution_goes_by_patches() -> None:
 )
 def test_every_way_of_a_shared_weight(sizes: tuple[int, int, int, int], way: str) -> None:
     c, t, i, o = sizes
-    assert positions.cheapest(*sizes)[0] == way
+    assert weight_sharing.cheapest(*sizes)[0] == way
     generator = torch.Generator().manual_seed(0)
     left, right = (
         Positions(
@@ -124,11 +124,11 @@ def test_every_way_of_a_shared_weight(sizes: tuple[int, int, int, int], way: str
 
     for limit in (2**27, 1):
         gram, square = torch.zeros(2, 5, c, 3, c).double(), torch.zeros(2, 5, c, 5, c).double()
-        positions.add_gram(gram, rows(left), rows(right), symmetric=False, limit=limit)
+        weight_sharing.add_gram(gram, rows(left), rows(right), symmetric=False, limit=limit)
         torch.testing.assert_close(gram, torch.einsum("bncp,bmdp->bncmd", one, two))
-        positions.add_gram(square, rows(left), rows(left), symmetric=True, limit=limit)
+        weight_sharing.add_gram(square, rows(left), rows(left), symmetric=True, limit=limit)
         torch.testing.assert_close(square, torch.einsum("bncp,bmdp->bncmd", one, one))
-    torch.testing.assert_close(positions.diagonal(left), one.square().sum(-1))
+    torch.testing.assert_close(weight_sharing.diagonal(left), one.square().sum(-1))
 
 
 @settings(max_examples=25, deadline=None)

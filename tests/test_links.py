@@ -11,7 +11,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from gpntk.errors import InputError
-from gpntk.models import LINKS, Link, probabilities
+from gpntk.likelihoods import LINKS, Link, probabilities
 
 
 def latent(rows: int, outputs: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def test_draws_are_reproducible_and_leave_the_global_generator_alone(monkeypatch
     state = torch.get_rng_state()
     one = probabilities(mean, covariance, "monte_carlo", seed=3)
     assert torch.equal(state, torch.get_rng_state())
-    monkeypatch.setattr("gpntk.models.links._CHUNK", 512 * 3 * 7)
+    monkeypatch.setattr("gpntk.likelihoods.links._CHUNK", 512 * 3 * 7)
     np.testing.assert_allclose(probabilities(mean, covariance, "monte_carlo", seed=3), one, atol=1e-14)
     assert (one - probabilities(mean, covariance, "monte_carlo", seed=4)).abs().max() > 1e-6
 

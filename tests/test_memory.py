@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpntk
-from gpntk.jacobians import memory
+from gpntk import memory
 from tests.cases import mlp, reference_jacobian
 
 

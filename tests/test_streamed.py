@@ -26,7 +26,7 @@ from gpntk.inference import (
     targets,
 )
 from gpntk.inference.features import draw
-from gpntk.jacobians.memory import TensorCache, passing
+from gpntk.memory import TensorCache, passing
 
 ROWS, WIDTH, OUTPUTS = 50, 3, 2
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import gpntk
 from gpntk.errors import InputError, NetworkError
-from gpntk.heads import Body, Rescaled
+from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
 from gpntk.transfer.classification import TransferClassification
 from gpntk.transfer.components import Constant, Hyperparameter, Readout, Stationary, SumOfComponents, Tangent

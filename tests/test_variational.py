@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError
-from gpntk.models import LaplacePosterior, VariationalGP, greedy_inducing_points, probabilities
+from gpntk.likelihoods import probabilities
+from gpntk.models import LaplacePosterior, VariationalGP, greedy_inducing_points
 from tests.test_classification import blobs
 
 

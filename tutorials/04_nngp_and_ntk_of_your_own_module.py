@@ -33,7 +33,7 @@ from tqdm import tqdm
 import gpntk
 from gpntk.infinite import activation_of, monte_carlo
 from gpntk.infinite.phases import phase, phase_diagram
-from gpntk.models import one_hot_targets
+from gpntk.likelihoods import one_hot_targets
 from gpntk.plotting import accuracy_map
 from gpntk.plotting import phase_diagram as draw_phase_diagram
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator
-from gpntk.models import LINKS, Link
+from gpntk.likelihoods import LINKS, Link
 from gpntk.transfer.classification import Method, TransferClassification
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.hyperparameters import Treatment

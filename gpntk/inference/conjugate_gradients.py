@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpntk.inference.result import Outcome
+from gpntk.inference.outcome import Outcome
 
 # Iterations without a new smallest residual after which a column is given up; residuals of ill-conditioned systems
 # oscillate for long.

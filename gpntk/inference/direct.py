@@ -12,14 +12,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Cost, Work
 from gpntk.errors import SolveError
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
-from gpntk.inference.result import Outcome
+from gpntk.inference.outcome import Outcome
 from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
 from gpntk.inference.system import NoisySystem, Space
-from gpntk.jacobians.cost import Cost, Work
 
 # Error of the smallest eigenvalue, one, at which a factorisation is refused.
 _LARGEST_ROUNDING = 0.1

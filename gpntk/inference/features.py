@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians import AbstractJacobianBackend
-from gpntk.jacobians.memory import chunks, passing
+from gpntk.memory import chunks, passing
 
 # Columns of a block of the second moment: large enough for a GEMM at full speed.
 _BLOCK = 1024

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gpntk.inference.features import exact_dtype
+from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import nystrom
-from gpntk.inference.result import Outcome, SolveResult
 from gpntk.inference.system import NoisySystem
 
 

@@ -22,17 +22,17 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Cost, Work
 from gpntk.inference.checkpoint import SolveCheckpoint
 from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
 from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
+from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
-from gpntk.inference.result import Outcome, SolveResult
 from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
 from gpntk.inference.system import NoisySystem, Space
-from gpntk.jacobians.cost import Cost, Work
-from gpntk.jacobians.memory import chunks
+from gpntk.memory import chunks
 
 # What one run of iterations is asked to reduce the residual by: float32 can, and float64 has no need for less.
 _REDUCTION = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import InputError
+from gpntk.inference.auto import AutoSolver
 from gpntk.inference.direct import cholesky
 from gpntk.inference.factors import CholeskyFactor
 from gpntk.inference.features import Features
 from gpntk.inference.inverse import AbstractInverse
-from gpntk.inference.result import SolveResult
-from gpntk.inference.select import AutoSolver
+from gpntk.inference.outcome import SolveResult
 from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.system import NoisySystem
-from gpntk.jacobians.memory import chunks
+from gpntk.memory import chunks
 
 # Test rows predicted at once, at most.
 _ROWS = 512

@@ -22,7 +22,7 @@ from torch import Tensor
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, Features, add_second_moment, exact_dtype, mirror
-from gpntk.inference.result import Outcome
+from gpntk.inference.outcome import Outcome
 from gpntk.inference.system import NoisySystem, Space
 from gpntk.io import checksum
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from gpntk.cost import Cost, Work
 from gpntk.errors import InputError
 from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.system import NoisySystem
-from gpntk.jacobians.cost import Cost, Work
 
 
 class Sizes(NamedTuple):

@@ -14,7 +14,7 @@ from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures
 from gpntk.inference.sources import AbstractSource, as_source
 from gpntk.jacobians import AbstractJacobianBackend
-from gpntk.jacobians.memory import chunks, passing
+from gpntk.memory import chunks, passing
 
 # Share of the memory budget that a piece of x may take, with the copy in the source's own dtype.
 _SHARE = 8

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpntk.errors import DistributedError, InputError
 from gpntk.inference.features import AbstractFeatures, exact_dtype
-from gpntk.jacobians.memory import chunks
+from gpntk.memory import chunks
 
 Space = Literal["function", "weight"]
 

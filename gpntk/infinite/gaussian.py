@@ -19,7 +19,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.memory import tracks_gradient
+from gpntk.memory import tracks_gradient
 
 # Bytes of a temporary of elementary formulas: so many stay in a core's cache, or in a device.
 _CACHED = 2**18

@@ -8,10 +8,10 @@ from typing import NamedTuple, final
 
 from torch import Tensor, nn
 
+from gpntk.cost import Cost, Machine, table
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.cost import Cost, Machine, table
 from gpntk.jacobians.dense import DenseBackend
 from gpntk.jacobians.precision import Precision
 from gpntk.jacobians.split import SplitBackend
@@ -52,7 +52,7 @@ class AutoBackend(AbstractJacobianBackend):
     4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
        then, if J fits a quarter of the budget.
 
-    Counted are 50 products with 10 columns each; see `gpntk.jacobians.cost`.
+    Counted are 50 products with 10 columns each; see `gpntk.cost`.
 
     Example:
         >>> import torch

@@ -12,8 +12,8 @@ from torch.func import jvp, vjp, vmap
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.contraction import contracted_diagonal, contracted_gram
-from gpntk.jacobians.memory import chunks, frozen, tracks_gradient
 from gpntk.jacobians.tape import row_values
+from gpntk.memory import chunks, frozen, tracks_gradient
 from gpntk.network import FrozenNetwork
 
 

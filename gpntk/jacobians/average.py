@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.memory import TensorCache
+from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.cost import Cost
-from gpntk.jacobians.memory import TensorCache, chunks, default_budget
+from gpntk.cost import Cost
+from gpntk.memory import TensorCache, chunks, default_budget
 from gpntk.network import FrozenNetwork
 
 _SKETCH_BLOCK = 32

@@ -15,10 +15,10 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.layers import AbstractLayerRule, Factors
 from gpntk.jacobians.plan import Plan
+from gpntk.jacobians.rules import AbstractLayerRule, Factors
 from gpntk.jacobians.sites import Operand, Use
-from gpntk.selection import layer_name
+from gpntk.network.selection import layer_name
 
 
 @final

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.memory import chunks
+from gpntk.memory import chunks
 
 # Features summed at once by a matrix product: of few rows, each sum is one after another, and its rounding grows.
 _FEATURES = 2**16

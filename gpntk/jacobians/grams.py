@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gpntk.jacobians.bundles import Bundle, parameter_images
 from gpntk.jacobians.contraction import inner_products
-from gpntk.jacobians.layers import AbstractLayerRule, Factors, sketched
-from gpntk.jacobians.memory import chunks, workspace
 from gpntk.jacobians.passes import Parts
-from gpntk.selection import layer_name
+from gpntk.jacobians.rules import AbstractLayerRule, Factors, sketched
+from gpntk.memory import chunks, workspace
+from gpntk.network.selection import layer_name
 
 # Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations, where N is large enough.
 _SYMMETRIC_BLOCKS = 8

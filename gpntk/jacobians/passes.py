@@ -11,10 +11,10 @@ from torch.autograd.graph import GradientEdge
 
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.bundles import Bundle, Derived, Part, make_bundles
-from gpntk.jacobians.layers import Factors, LinearRule
-from gpntk.jacobians.memory import frozen, tracks_gradient
 from gpntk.jacobians.plan import Plan, make_plan
 from gpntk.jacobians.replay import Replay, Tap
+from gpntk.jacobians.rules import Factors, LinearRule
+from gpntk.memory import frozen, tracks_gradient
 from gpntk.network import FrozenNetwork
 
 Parts = dict[int, Part]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import InputError, NetworkError
-from gpntk.jacobians.layers import ElementwiseRule, LinearRule, bind
-from gpntk.jacobians.layers.elementwise import COPY
+from gpntk.jacobians.rules import ElementwiseRule, LinearRule, bind
+from gpntk.jacobians.rules.elementwise import COPY
 from gpntk.jacobians.sites import Operand, RowAxis, Site, Use
 from gpntk.jacobians.tape import Call, Tape, storages
 from gpntk.network import FrozenNetwork

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.layers import AbstractLayerRule
+from gpntk.jacobians.rules import AbstractLayerRule
 
 
 class RowAxis(NamedTuple):

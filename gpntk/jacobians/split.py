@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.memory import TensorCache
+from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
 
 

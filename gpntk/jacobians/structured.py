@@ -5,7 +5,7 @@ The identity behind every method, for a layer with input a and output s, and g =
     df_nc/dW = sum_t g_nct a_ntᵀ
 
 so J v and Jᵀ u cost one GEMM per layer and column block, 2*N*P flops per column each way, without another forward or
-backward pass; and a block of J Jᵀ is a product of small inner products (`gpntk.jacobians.layers`).
+backward pass; and a block of J Jᵀ is a product of small inner products (`gpntk.jacobians.rules`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Cost, Sizes, count
 from gpntk.errors import InputError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.bundles import operand_tangents, parameter_images
-from gpntk.jacobians.cost import Cost, Sizes, count
 from gpntk.jacobians.grams import Grams, num_rows
-from gpntk.jacobians.layers import AbstractLayerRule, Factors, Operations
-from gpntk.jacobians.memory import chunks, frozen, halving, workspace
 from gpntk.jacobians.passes import FactorPasses, Parts, joined
 from gpntk.jacobians.plan import sample_rows
 from gpntk.jacobians.precision import PRECISIONS, Precision, arithmetic, rounded
+from gpntk.jacobians.rules import AbstractLayerRule, Factors, Operations
+from gpntk.memory import chunks, frozen, halving, workspace
 from gpntk.network import FrozenNetwork
 
 _CHECKED_ROWS = 32

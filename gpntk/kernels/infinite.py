@@ -22,8 +22,8 @@ from gpntk.infinite.equal_rows import EqualRows
 from gpntk.infinite.gaussian import tracked
 from gpntk.infinite.moments import Block
 from gpntk.infinite.recursion import Variances, moments, variances
-from gpntk.jacobians.memory import default_budget, tracks_gradient, workspace
 from gpntk.kernels.feature_kernel import log_scale_constraint
+from gpntk.memory import default_budget, tracks_gradient, workspace
 from gpntk.operators.batching import collapse
 
 Std = float | Mapping[str, float]

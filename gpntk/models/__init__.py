@@ -1,21 +1,7 @@
-"""GP models on feature kernels, and what turns them into classifiers."""
+"""GP models on feature kernels."""
 
-from gpntk.models.classification import DirichletTargets, dirichlet_targets, one_hot_targets
 from gpntk.models.laplace import LaplacePosterior
-from gpntk.models.links import LINKS, Latent, Link, probabilities
 from gpntk.models.regression import TangentGP
 from gpntk.models.variational import VariationalGP, greedy_inducing_points
 
-__all__ = [
-    "LINKS",
-    "DirichletTargets",
-    "LaplacePosterior",
-    "Latent",
-    "Link",
-    "TangentGP",
-    "VariationalGP",
-    "dirichlet_targets",
-    "greedy_inducing_points",
-    "one_hot_targets",
-    "probabilities",
-]
+__all__ = ["LaplacePosterior", "TangentGP", "VariationalGP", "greedy_inducing_points"]

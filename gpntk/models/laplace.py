@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpntk.errors import InputError, SolveError
-from gpntk.models.categorical import Categorical, categorical, log_likelihood
-from gpntk.models.classification import check_labels
-from gpntk.models.links import Latent
+from gpntk.likelihoods.categorical import Categorical, categorical, log_likelihood
+from gpntk.likelihoods.links import Latent
+from gpntk.likelihoods.targets import check_labels
 from gpntk.models.pseudo_precision import AbstractPseudoPrecision, pseudo_precision
 
 _MAX_STEPS = 200

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
-from gpntk.models.classification import check_labels
-from gpntk.models.links import Latent, with_reference
+from gpntk.likelihoods.links import Latent, with_reference
+from gpntk.likelihoods.targets import check_labels
 
 # Candidates for one inducing point.
 _CANDIDATES = 10

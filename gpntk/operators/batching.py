@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.memory import tracks_gradient
+from gpntk.memory import tracks_gradient
 
 Index = slice | Tensor | int
 

@@ -10,10 +10,10 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
+from gpntk.cost import Machine
 from gpntk.inference import AbstractSolver, AutoSolver, Features
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.cost import Machine
-from gpntk.jacobians.memory import chunks, tracks_gradient
+from gpntk.memory import chunks, tracks_gradient
 from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample, zero_product
 from gpntk.operators.noisy_gram import AbstractGramLinearOperator, NoisyGramLinearOperator, noisy_gram
 

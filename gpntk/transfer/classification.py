@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
-from gpntk.models import Link, probabilities
-from gpntk.models.classification import check_labels
+from gpntk.likelihoods import Link, probabilities
+from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense_dirichlet import DenseDirichlet

@@ -66,7 +66,7 @@ class Tangent(AbstractComponent):
     """Σ_l s_l J_l(x) J_l(x')ᵀ, one variance in all or one per layer; in units where its mean variance at x is Σ_l s_l.
 
     Args:
-        network: The frozen network, or a `gpntk.heads.Body`.
+        network: The frozen network, or a `gpntk.network.heads.Body`.
         x: Inputs that set the units.
         name: Of the variance.
         median: Of its prior.

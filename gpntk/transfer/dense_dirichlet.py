@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk.models import Link, dirichlet_targets, probabilities
-from gpntk.models.links import with_reference
+from gpntk.likelihoods import Link, dirichlet_targets, probabilities
+from gpntk.likelihoods.links import with_reference
 from gpntk.transfer.components import SumOfComponents
 from gpntk.transfer.dense import DenseGP, Prediction
 from gpntk.transfer.hyperparameters import Draws

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
-from gpntk.models import LaplacePosterior, Link, probabilities
+from gpntk.likelihoods import Link, probabilities
+from gpntk.models import LaplacePosterior
 from gpntk.models.laplace import Latent
 from gpntk.transfer.components import SumOfComponents
 from gpntk.transfer.hyperparameters import NEGLIGIBLE, Draws, infer, log_prior

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpntk.errors import InputError, NetworkError, SelectionError
-from gpntk.heads import Body
 from gpntk.network import FrozenNetwork
+from gpntk.network.heads import Body
 from gpntk.transfer.components import (
     AbstractComponent,
     Constant,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gpntk.errors import InputError
-from gpntk.heads import Rescaled
 from gpntk.inference.features import draw
 from gpntk.network import FrozenNetwork
+from gpntk.network.heads import Rescaled
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense import DenseGP, Prediction
 from gpntk.transfer.hyperparameters import Draws, Treatment, named

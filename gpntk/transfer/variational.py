@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.kernels import NTKKernel
+from gpntk.likelihoods import Link, probabilities
 from gpntk.means import NetworkMean
-from gpntk.models import Link, VariationalGP, greedy_inducing_points, probabilities
+from gpntk.models import VariationalGP, greedy_inducing_points
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.prior import Candidate, Medians

@@ -3,7 +3,7 @@
 J(x) is a first derivative; its gradient in x a second one, and acquisition optimisers take it through `vmap`. The fused
 layer and instance norms treat their saved statistics as constants there: torch 2.13 returns wrong numbers without a
 word (pytorch issues #175754, #186256). So it does for `cdist` under vmap. The fused attention and recurrent kernels
-raise. All are exact in primitives, and consist of calls that `gpntk.jacobians.layers` knows: linear maps, and sums and
+raise. All are exact in primitives, and consist of calls that `gpntk.jacobians.rules` knows: linear maps, and sums and
 products with a parameter.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, final
 
 from torch.overrides import TorchFunctionMode
 
-from gpntk.primitives import activations, attention, distances, lookups, norms, recurrent
+from gpntk.network.primitives import activations, attention, distances, lookups, norms, recurrent
 
 __all__ = ["differentiable_operations"]
 

@@ -7,13 +7,13 @@ from typing import NamedTuple, final
 
 import torch
 
+from gpntk.cost import Cost, Machine, Work, table
 from gpntk.inference.direct import FunctionSpace, WeightSpace
 from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.preconditioners import Nystrom, SampledGram
 from gpntk.inference.solver import AbstractSolver, Sizes
 from gpntk.inference.system import NoisySystem
-from gpntk.jacobians.cost import Cost, Machine, Work, table
 
 # Right-hand sides that the choice is made for: a mean, the probes of a log-determinant, some variances.
 _COLUMNS = 32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.models.links import with_reference
+from gpntk.likelihoods.links import with_reference
 
 
 class Categorical(NamedTuple):

@@ -1,6 +1,6 @@
 """A frozen network: the pure function (parameters, x) -> f(x; parameters) behind an ``nn.Module``.
 
-This file, with `gpntk.freezing` and `gpntk.selection` below it, is the only one that touches the inside of an
+This file, with `freezing` and `selection` beside it, is the only one that touches the inside of an
 ``nn.Module``. It splits the user's module into
 
 * a *skeleton*: the module's structure with its tensors replaced by empty ones on the meta device, called through
@@ -28,9 +28,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, NetworkError, SelectionError
-from gpntk.freezing import Skeleton, check_module
-from gpntk.primitives import differentiable_operations
-from gpntk.selection import layer_name, readout_name, select_parameters
+from gpntk.network.freezing import Skeleton, check_module
+from gpntk.network.primitives import differentiable_operations
+from gpntk.network.selection import layer_name, readout_name, select_parameters
 
 
 @final

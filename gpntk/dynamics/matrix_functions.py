@@ -19,8 +19,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.dynamics.filters import GradientFilter
 from gpntk.errors import SolveError
-from gpntk.inference.filters import GradientFilter
 
 # Iterations between two looks at the error.
 _STRIDE = 8

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.memory import chunks
+from gpntk.memory import chunks
 
 _TILE_BYTES = 2**27
 

@@ -7,7 +7,7 @@ training. It lies in the span of the features of the data, so that all there is 
 
 which for the squared loss are c_t = P_t (y - f_0(X)) with P_t = p_t(Θ) a function of one matrix, and for the
 cross-entropy the solution of an ordinary differential equation. Over random initializations, f_0 is a Gaussian process
-with kernel K, and so is f_t. The parts: `gpntk.inference.filters` has p_t, `matrix_functions` applies it,
+with kernel K, and so is f_t. The parts: `gpntk.dynamics.filters` has p_t, `matrix_functions` applies it,
 `cross_entropy` integrates; here they meet kernels and data.
 """
 
@@ -22,14 +22,14 @@ import torch
 from gpytorch.kernels import Kernel, ScaleKernel
 from torch import Tensor
 
+from gpntk.dynamics.cross_entropy import cross_entropy_coefficients
+from gpntk.dynamics.filters import GradientFilter
+from gpntk.dynamics.matrix_functions import Filtered
+from gpntk.dynamics.training_kernel import FilterSettings, Method, TrainingKernel
 from gpntk.errors import InputError
-from gpntk.inference.cross_entropy import cross_entropy_coefficients
 from gpntk.inference.features import exact_dtype
-from gpntk.inference.filters import GradientFilter
-from gpntk.inference.matrix_functions import Filtered
 from gpntk.inference.training_data import OutputLayout, as_outputs, check_test_inputs, check_training_data
 from gpntk.kernels import AbstractFeatureKernel
-from gpntk.kernels.training import FilterSettings, Method, TrainingKernel
 
 Loss = Literal["mse", "cross_entropy"]
 # Largest curvature of a loss in an output, by loss and whether there is but one output.

@@ -19,8 +19,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from gpntk.dynamics.filters import GradientFilter
 from gpntk.errors import SolveError
-from gpntk.inference.filters import GradientFilter
 
 # Finer, the integrator gains nothing.
 _FINEST = 1e-10

@@ -12,10 +12,10 @@ from linear_operator import to_linear_operator
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from gpntk.dynamics.filters import GradientFilter
+from gpntk.dynamics.matrix_functions import AbstractFilteredMatrix, KrylovMatrix, SpectralMatrix
 from gpntk.errors import InputError
 from gpntk.inference.features import exact_dtype
-from gpntk.inference.filters import GradientFilter
-from gpntk.inference.matrix_functions import AbstractFilteredMatrix, KrylovMatrix, SpectralMatrix
 
 Method = Literal["auto", "dense", "lanczos"]
 

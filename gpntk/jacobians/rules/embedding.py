@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.jacobians.layers import positions
-from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules import weight_sharing
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
 
 
 @final
@@ -59,7 +59,7 @@ class EmbeddingRule(AbstractLayerRule):
             return torch.einsum("bncto,bnmdto->bncmd", g[:, rows], halfway)
 
         bytes_each = 32 * g.element_size() * g.shape[0] * t * max(t, c * o)
-        positions.add_blockwise(out, bytes_each, block, right is left, limit)
+        weight_sharing.add_blockwise(out, bytes_each, block, right is left, limit)
 
     def diagonal(self, factors: Factors) -> Tensor:
         index, g = _pair(factors)
@@ -75,8 +75,8 @@ class EmbeddingRule(AbstractLayerRule):
 
     def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
         index, g = _pair(factors)
-        first = positions.normal((features, self.vocabulary), g, generator)
-        second = positions.normal((features, g.shape[-1]), g, generator)
+        first = weight_sharing.normal((features, self.vocabulary), g, generator)
+        second = weight_sharing.normal((features, g.shape[-1]), g, generator)
         return torch.einsum("bntf,bnctf->bncf", first.mT[index], g @ second.mT) / features**0.5
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.jacobians.layers import positions
-from gpntk.jacobians.layers.positions import Positions
-from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, register, weighted
-from gpntk.jacobians.memory import chunks, workspace
+from gpntk.jacobians.rules import weight_sharing
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register, weighted
+from gpntk.jacobians.rules.weight_sharing import Positions
+from gpntk.memory import chunks, workspace
 
 Sizes = tuple[int, ...]
 
@@ -86,15 +86,15 @@ class ConvRule(AbstractLayerRule):
     def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
         for group in range(self.groups) if "weight" in self.own else ():
             one, two = (_selector(self, factors, group) for factors in (left, right))
-            positions.add_gram(out, one, two, right is left, limit)
+            weight_sharing.add_gram(out, one, two, right is left, limit)
         if "bias" in self.own:
             one, two = (_over_positions(_pair(factors)[1]) for factors in (left, right))
-            positions.add_outer(out, one, two, limit)
+            weight_sharing.add_outer(out, one, two, limit)
 
     def gradients(self, factors: Factors) -> dict[str, Tensor]:
         result = {}
         if "weight" in self.own:
-            parts = [positions.gradients(self.positions(factors, group)) for group in range(self.groups)]
+            parts = [weight_sharing.gradients(self.positions(factors, group)) for group in range(self.groups)]
             weight = torch.stack(parts, 3)  # [B, N, C, groups, O', I'], with the kernel in O' if transposed, else in I'
             if self.transposed:
                 weight = weight.transpose(-2, -1)
@@ -106,7 +106,7 @@ class ConvRule(AbstractLayerRule):
     def diagonal(self, factors: Factors) -> Tensor:
         terms = []
         if "weight" in self.own:
-            terms = [positions.diagonal(self.positions(factors, group)) for group in range(self.groups)]
+            terms = [weight_sharing.diagonal(self.positions(factors, group)) for group in range(self.groups)]
         if "bias" in self.own:
             terms.append(_over_positions(_pair(factors)[1]).square().sum(-1))
         return torch.stack(terms).sum(0)
@@ -115,16 +115,17 @@ class ConvRule(AbstractLayerRule):
         example = self.positions(Factors(*(tensor[:1, :1] for tensor in _pair(factors))), 0)
         c, t, i, o = example.sizes
         i = i if "weight" in self.own else 0
-        return Operations(self.groups * t * o * (i + c), self.groups * positions.cheapest(c, t, i, o)[1])
+        return Operations(self.groups * t * o * (i + c), self.groups * weight_sharing.cheapest(c, t, i, o)[1])
 
     def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
         total: list[Tensor] = []
         if "weight" in self.own:
             total += [
-                positions.sketch(self.positions(factors, group), features, generator) for group in range(self.groups)
+                weight_sharing.sketch(self.positions(factors, group), features, generator)
+                for group in range(self.groups)
             ]
         if "bias" in self.own:
-            total.append(positions.sketched(_over_positions(_pair(factors)[1]), features, generator))
+            total.append(weight_sharing.sketched(_over_positions(_pair(factors)[1]), features, generator))
         return torch.stack(total).sum(0)
 
     def takes_rows(self, axis: int, dims: int) -> bool:

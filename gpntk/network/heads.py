@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract
 from gpntk.errors import NetworkError
-from gpntk.selection import readout_name
+from gpntk.network.selection import readout_name
 
 
 @final

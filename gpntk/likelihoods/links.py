@@ -56,7 +56,7 @@ def probabilities(
 
     Example:
         >>> import torch
-        >>> from gpntk.models import probabilities
+        >>> from gpntk.likelihoods import probabilities
         >>> mean, covariance = torch.tensor([[2.0, 0.0, 0.0]]), 4 * torch.eye(3).unsqueeze(0)
         >>> probabilities(mean, covariance, "monte_carlo").argmax().item()
         0

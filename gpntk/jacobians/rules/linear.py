@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.jacobians.layers import positions
-from gpntk.jacobians.layers.positions import Positions
-from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules import weight_sharing
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules.weight_sharing import Positions
 
 
 @final
@@ -96,11 +96,11 @@ class LinearRule(AbstractLayerRule):
             return
         one, two = _pair(left)[1], _pair(right)[1]
         if "weight" in self.own:
-            positions.add_gram(
+            weight_sharing.add_gram(
                 out, lambda rows: _positions(left, rows), lambda rows: _positions(right, rows), right is left, limit
             )
         if "bias" in self.own:
-            positions.add_outer(out, one.sum(3), two.sum(3), limit)
+            weight_sharing.add_outer(out, one.sum(3), two.sum(3), limit)
 
     def diagonal(self, factors: Factors) -> Tensor:
         a, g = factors
@@ -109,7 +109,7 @@ class LinearRule(AbstractLayerRule):
             backward = 1.0 if g is None else g[:, :, :, 0].square().sum(-1)
             forward = a[:, :, 0].square().sum(-1, keepdim=True) * ("weight" in self.own) + ("bias" in self.own)
             return (forward * backward).expand(-1, -1, self._outputs(factors))
-        total = positions.diagonal(_positions(factors, slice(None))) if "weight" in self.own else None
+        total = weight_sharing.diagonal(_positions(factors, slice(None))) if "weight" in self.own else None
         if "bias" in self.own:
             term = g.sum(3).square().sum(-1)
             total = term if total is None else total + term
@@ -122,7 +122,9 @@ class LinearRule(AbstractLayerRule):
         outputs, positions_, size = (1, 1, self.outputs) if g is None else g.shape[2:]
         inputs = a.shape[3] if "weight" in self.own else 0
         pair = (
-            inputs + outputs**2 * size if positions_ == 1 else positions.cheapest(outputs, positions_, inputs, size)[1]
+            inputs + outputs**2 * size
+            if positions_ == 1
+            else weight_sharing.cheapest(outputs, positions_, inputs, size)[1]
         )
         return Operations(positions_ * size * (inputs + outputs), pair)
 
@@ -139,7 +141,7 @@ class LinearRule(AbstractLayerRule):
         # The bias is the weight of an input that is one.
         parts = [a] if "weight" in self.own else []
         parts += [a.new_ones(*a.shape[:3], 1)] if "bias" in self.own else []
-        return positions.sketch(Positions(torch.cat(parts, -1), g), features, generator)
+        return weight_sharing.sketch(Positions(torch.cat(parts, -1), g), features, generator)
 
     def _forward(self, left: Factors, right: Factors) -> Tensor:
         """a·a' [weight] + 1 [bias], `[B, N, M]`."""

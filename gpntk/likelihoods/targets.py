@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from gpytorch.likelihoods import DirichletClassificationLikelihood
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,7 +35,7 @@ def one_hot_targets(labels: Tensor, num_classes: int | None = None, dtype: torch
 
     Example:
         >>> import torch
-        >>> from gpntk.models import one_hot_targets
+        >>> from gpntk.likelihoods import one_hot_targets
         >>> one_hot_targets(torch.tensor([0, 2, 1, 0]), num_classes=4)
         tensor([[ 0.7500, -0.2500, -0.2500, -0.2500],
                 [-0.2500, -0.2500,  0.7500, -0.2500],
@@ -81,7 +80,7 @@ def dirichlet_targets(
 
     Example:
         >>> import torch
-        >>> from gpntk.models import dirichlet_targets
+        >>> from gpntk.likelihoods import dirichlet_targets
         >>> dirichlet_targets(torch.tensor([0, 2, 1]), num_classes=3).targets
         tensor([[-0.3341, -6.9127, -6.9127],
                 [-6.9127, -6.9127, -0.3341],
@@ -96,13 +95,10 @@ def dirichlet_targets(
         raise InputError(f"alpha_epsilon={alpha_epsilon} must be positive.")
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    # The host counts classes by the largest label: one of that class is added, and left out again.
-    padded = functional.pad(labels.long(), (0, 1), value=classes - 1)
-    with padded.device:  # where the host makes an index
-        likelihood = DirichletClassificationLikelihood(padded, alpha_epsilon, dtype=dtype)
-    noise = likelihood.noise
-    assert isinstance(noise, Tensor)
-    return DirichletTargets(likelihood.transformed_targets.mT[:-1], noise.mT[:-1])
+    # As GPyTorch's DirichletClassificationLikelihood, which counts classes by the largest label that occurs.
+    alpha = alpha_epsilon + functional.one_hot(labels.long(), classes).to(dtype)
+    noise = alpha.reciprocal().log1p()
+    return DirichletTargets(alpha.log() - noise / 2, noise)
 
 
 def check_labels(labels: Tensor, num_classes: int | None = None) -> None:

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.layers.positions import sketched
-from gpntk.jacobians.layers.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules.weight_sharing import sketched
 
 COPY = "copy"
 
