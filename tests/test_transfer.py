@@ -17,12 +17,12 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import gpntk
 from gpntk.errors import InputError, NetworkError
+from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, log_prior
 from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
 from gpntk.transfer.classification import TransferClassification
-from gpntk.transfer.components import Constant, Hyperparameter, Readout, Stationary, SumOfComponents, Tangent
+from gpntk.transfer.components import Constant, Readout, Stationary, SumOfComponents, Tangent
 from gpntk.transfer.dense import DenseGP
-from gpntk.transfer.hyperparameters import Draws, infer, log_prior
 from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
 from gpntk.transfer.remembered import Outputs, Remembered
 from gpntk.transfer.report import report_classification, report_regression

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import FileFormatError, GpntkError, InputError, NetworkError, SelectionError
+from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import FrozenNetwork, freeze
 from gpntk.network.freezing import with_weights
 from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.hyperparameters import Treatment
 from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.report import Report
 

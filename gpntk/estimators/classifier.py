@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator
+from gpntk.inference.hyperposterior import Treatment
 from gpntk.likelihoods import LINKS, Link
 from gpntk.transfer.classification import Method, TransferClassification
 from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.hyperparameters import Treatment
 from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.report import Report, report_classification
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator
+from gpntk.inference.hyperposterior import Treatment
 from gpntk.transfer import TransferGP
 from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.hyperparameters import Treatment
 from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.report import Report, report_regression
 

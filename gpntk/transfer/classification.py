@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
+from gpntk.inference.hyperposterior import Draws, Treatment, named
 from gpntk.likelihoods import Link, probabilities
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense_dirichlet import DenseDirichlet
 from gpntk.transfer.dense_laplace import DenseLaplace
-from gpntk.transfer.hyperparameters import Draws, Treatment, named
 from gpntk.transfer.prior import (
     LOGITS,
     RESIDUAL_LOGITS,

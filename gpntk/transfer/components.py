@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from gpntk.inference.features import draw
+from gpntk.inference.hyperposterior import Hyperparameter
 from gpntk.jacobians import AutoBackend, AverageBackend
 from gpntk.network import FrozenNetwork
 from gpntk.transfer.remembered import Outputs, Remembered
@@ -28,18 +29,6 @@ StationaryForm = Literal["rbf", "matern"]
 # More columns than this share one lengthscale: a handful of labels cannot tell many.
 _MOST_LENGTHSCALES = 20
 _TYPICAL_ROWS = 1000
-
-
-class Hyperparameter(NamedTuple):
-    """The logarithm of a positive number, with the centre and width of its prior."""
-
-    name: str
-    median: float
-    spread: float
-    """In powers of e."""
-    bounds: tuple[float, float] = (1e-8, 1e6)
-    variance: bool = True
-    """Whether it is the variance of a term."""
 
 
 class AbstractComponent(ABC):

@@ -10,8 +10,8 @@ import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
-from gpntk.transfer.components import Hyperparameter, SumOfComponents
-from gpntk.transfer.hyperparameters import Draws, infer
+from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer
+from gpntk.transfer.components import SumOfComponents
 
 _LARGEST_NOISE = 1e4
 # Relative to the targets' variance; below it a covariance of order one cannot be factorised.
@@ -76,7 +76,7 @@ class DenseGP:
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
     def fit(self, average: bool, fixed: Mapping[str, float] | None = None, start: Tensor | None = None) -> Draws:
-        """Infer the hyperparameters; see `gpntk.transfer.hyperparameters.infer`."""
+        """Infer the hyperparameters; see `gpntk.inference.hyperposterior.infer`."""
         draws = infer(self.log_likelihood, self.hyperparameters, average, start, fixed)
         self.set_draws(draws)
         return draws

@@ -8,11 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk.inference.hyperposterior import Draws
 from gpntk.likelihoods import Link, dirichlet_targets, probabilities
 from gpntk.likelihoods.links import with_reference
 from gpntk.transfer.components import SumOfComponents
 from gpntk.transfer.dense import DenseGP, Prediction
-from gpntk.transfer.hyperparameters import Draws
 
 # The targets' noise is known; a learned one only has to be too small to matter.
 _NEGLIGIBLE_NOISE = 1e-6
@@ -49,7 +49,7 @@ class DenseDirichlet:
         return self._gp.draws
 
     def fit(self, average: bool, fixed: Mapping[str, float] | None = None, start: Tensor | None = None) -> Draws:
-        """Infer the hyperparameters; see `gpntk.transfer.hyperparameters.infer`."""
+        """Infer the hyperparameters; see `gpntk.inference.hyperposterior.infer`."""
         return self._gp.fit(average, {**(fixed or {}), "noise": _NEGLIGIBLE_NOISE}, start)
 
     def set_draws(self, draws: Draws) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
+from gpntk.inference.hyperposterior import NEGLIGIBLE, Draws, infer, log_prior
 from gpntk.likelihoods import Link, probabilities
 from gpntk.models import LaplacePosterior
 from gpntk.models.laplace import Latent
 from gpntk.transfer.components import SumOfComponents
-from gpntk.transfer.hyperparameters import NEGLIGIBLE, Draws, infer, log_prior
 
 # From a fiftieth of the variances of largest evidence to three times these.
 _FACTORS = torch.logspace(-1.75, 0.5, 7, dtype=torch.float64)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
+from gpntk.inference.hyperposterior import Draws, Treatment, named
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import Rescaled
 from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.dense import DenseGP, Prediction
-from gpntk.transfer.hyperparameters import Draws, Treatment, named
 from gpntk.transfer.noise import relative_noise
 from gpntk.transfer.prior import (
     RESIDUAL,

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpntk.errors import InputError, SolveError
-from gpntk.transfer.components import Hyperparameter
 
 Treatment = Literal["auto", "average", "maximum"]
 """What is done with hyperparameters: averaged over, put at their maximum, or the first up to 300 labels."""
@@ -33,6 +32,18 @@ NEGLIGIBLE = 1e-3
 # Effective number of draws below which they do not stand for the posterior, whose maximum then does.
 _FEWEST = 4
 _STARTS = 2
+
+
+class Hyperparameter(NamedTuple):
+    """The logarithm of a positive number, with the centre and width of its prior."""
+
+    name: str
+    median: float
+    spread: float
+    """In powers of e."""
+    bounds: tuple[float, float] = (1e-8, 1e6)
+    variance: bool = True
+    """Whether it is the variance of a term."""
 
 
 class Draws(NamedTuple):
