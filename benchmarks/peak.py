@@ -32,7 +32,9 @@ def main() -> None:
     rows = min(rows, 500) if work == "gram" and name != "mlp" else min(rows, 3000) if work == "gram" else rows
     rows = 30 if work == "gram" and name == "resnet" else rows
     options = {"device": torch.device(device), "dtype": getattr(torch, dtype)}
-    backend = gpntk.StructuredBackend(gpntk.freeze(module.eval().to(**options), input_shape=shape), int(limit))
+    backend = gpntk.jacobians.StructuredBackend(
+        gpntk.freeze(module.eval().to(**options), input_shape=shape), int(limit)
+    )
     x = torch.randn(1, rows, torch.Size(shape).numel(), **options)
     backend.vjp(x[:, :4], torch.ones(1, 2, 4 * backend.num_outputs(x), **options))
     u = torch.randn(1, 4, rows * backend.num_outputs(x), **options)

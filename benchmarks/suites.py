@@ -65,7 +65,7 @@ def products(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """K V for an MLP 784-512-512-1 and N = 2000, beside torch.func and the machine's GEMM rate."""
     module, x = _mlp(device, dtype)
     network = gpntk.freeze(module)
-    backend = gpntk.StructuredBackend(network)
+    backend = gpntk.jacobians.StructuredBackend(network)
     gram = gpntk.NTKKernel(module)(x).evaluate_kernel()  # pyright: ignore[reportAttributeAccessIssue]
     seconds(lambda: gram @ torch.ones(ROWS, 32, device=device, dtype=dtype))
     rate = gemm_rate(device, dtype, _layer_shapes())
@@ -108,10 +108,10 @@ def convolutions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any
         )
         network = gpntk.freeze(module, input_shape=shape)
         # A budget that holds the factors of all rows, 1.6 GB for the ResNet, in its quarter.
-        backend, flat = gpntk.StructuredBackend(network, memory_budget=2**33), x.flatten(1)
+        backend, flat = gpntk.jacobians.StructuredBackend(network, memory_budget=2**33), x.flatten(1)
         kept = seconds(lambda b=backend, x=flat, v=v: _product(b, x, v), 2)
         cost = next(cost for cost in backend.costs(flat[None], 8) if cost.strategy == "factors, kept")
-        tight = gpntk.StructuredBackend(network, memory_budget=int(cost.kept))
+        tight = gpntk.jacobians.StructuredBackend(network, memory_budget=int(cost.kept))
         whole = seconds(lambda m=module, x=x, v=v: torch_func_product(m, x, v), 1)
         chunked = min(
             seconds(lambda m=module, x=x, v=v, n=size: torch_func_by_chunks(m, x, v, n), 1) for size in (4, 16)
@@ -153,7 +153,7 @@ def gram(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     Its own GEMMs are A Aᵀ and G Gᵀ of every layer, in full; ours computes little more than half of each, by symmetry.
     """
     module, x = _mlp(device, dtype)
-    kernel = gpntk.NTKKernel(module, backend=gpntk.StructuredBackend)
+    kernel = gpntk.NTKKernel(module, backend=gpntk.jacobians.StructuredBackend)
     kernel(x).to_dense()
     ours = seconds_on(lambda new: kernel(new).to_dense(), lambda: torch.randn_like(x))
     factors = [torch.randn(ROWS, width, device=device, dtype=dtype) for width in (*WIDTHS[:-1], *WIDTHS[1:])]
@@ -174,11 +174,11 @@ def strategies(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]
         module = made.eval().to(device, dtype)
         network = gpntk.freeze(module, input_shape=shape)
         x = torch.randn(count, *shape, device=device, dtype=dtype).flatten(1)
-        backend = gpntk.StructuredBackend(network)
+        backend = gpntk.jacobians.StructuredBackend(network)
         v = torch.randn(count * backend.num_outputs(x), 8, device=device, dtype=dtype)
         costs = {cost.strategy: cost for cost in backend.costs(x[None], 8)}
-        tight = gpntk.StructuredBackend(network, memory_budget=int(costs["factors, kept"].kept))
-        dense, passes = gpntk.DenseBackend(network, 2**33), gpntk.AutodiffBackend(network)
+        tight = gpntk.jacobians.StructuredBackend(network, memory_budget=int(costs["factors, kept"].kept))
+        dense, passes = gpntk.jacobians.DenseBackend(network, 2**33), gpntk.jacobians.AutodiffBackend(network)
         gram = backend.gram(x[None], x[None])[0, 0]
         ways = {
             "factors, kept": lambda b=backend, x=x, v=v: _product(b, x, v),

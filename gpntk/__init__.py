@@ -1,25 +1,67 @@
-"""Turn a trained PyTorch network into a Gaussian process: f(x; w + d) = f(x; w) + J(x) d, d ~ N(0, S)."""
+"""Turn a trained PyTorch network into a Gaussian process: f(x; w + d) = f(x; w) + J(x) d, d ~ N(0, S).
 
-from gpntk import errors as errors
-from gpntk.dynamics import GradientFlow as GradientFlow
-from gpntk.estimators import TransferClassifier as TransferClassifier
-from gpntk.estimators import TransferRegressor as TransferRegressor
-from gpntk.jacobians import AutoBackend as AutoBackend
-from gpntk.jacobians import AutodiffBackend as AutodiffBackend
-from gpntk.jacobians import Choice as Choice
-from gpntk.jacobians import DenseBackend as DenseBackend
-from gpntk.jacobians import StructuredBackend as StructuredBackend
-from gpntk.kernels import InfiniteNNGPKernel as InfiniteNNGPKernel
-from gpntk.kernels import InfiniteNTKKernel as InfiniteNTKKernel
-from gpntk.kernels import NNGPKernel as NNGPKernel
-from gpntk.kernels import NTKKernel as NTKKernel
-from gpntk.kernels import SketchedNTKKernel as SketchedNTKKernel
-from gpntk.means import NetworkMean as NetworkMean
-from gpntk.network import FrozenNetwork as FrozenNetwork
-from gpntk.network import freeze as freeze
-from gpntk.operators import FeatureGramLinearOperator as FeatureGramLinearOperator
-from gpntk.operators import JacobianLinearOperator as JacobianLinearOperator
-from gpntk.operators import NoisyGramLinearOperator as NoisyGramLinearOperator
-from gpntk.transfer import TransferGP as TransferGP
+The names that most programs need stand here. Everything else has a room: `gpntk.jacobians`, `gpntk.inference`,
+`gpntk.infinite`, `gpntk.operators`, `gpntk.models`, `gpntk.likelihoods`, `gpntk.plotting`, `gpntk.testing`. A room that
+is not loaded yet is loaded when it is first used.
+"""
+
+import importlib
+from types import ModuleType
+
+from gpntk import errors
+from gpntk.dynamics import GradientFlow
+from gpntk.estimators import TransferClassifier, TransferRegressor
+from gpntk.jacobians import AutoBackend
+from gpntk.kernels import InfiniteNNGPKernel, InfiniteNTKKernel, NNGPKernel, NTKKernel, SketchedNTKKernel
+from gpntk.means import NetworkMean
+from gpntk.network import FrozenNetwork, freeze
+from gpntk.transfer import TransferGP
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AutoBackend",
+    "FrozenNetwork",
+    "GradientFlow",
+    "InfiniteNNGPKernel",
+    "InfiniteNTKKernel",
+    "NNGPKernel",
+    "NTKKernel",
+    "NetworkMean",
+    "SketchedNTKKernel",
+    "TransferClassifier",
+    "TransferGP",
+    "TransferRegressor",
+    "errors",
+    "freeze",
+]
+
+_ROOMS = (
+    "inference",
+    "infinite",
+    "jacobians",
+    "kernels",
+    "likelihoods",
+    "models",
+    "network",
+    "operators",
+    "plotting",
+    "testing",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A room that is not loaded yet; for any other name an error that says in which room the name is."""
+    if name in _ROOMS:
+        return importlib.import_module(f"gpntk.{name}")
+    message = f"module 'gpntk' has no attribute {name!r}"
+    if not name.startswith("_"):
+        homes = [
+            room for room in _ROOMS if room != "plotting" and hasattr(importlib.import_module(f"gpntk.{room}"), name)
+        ]
+        message += "".join(f"; gpntk.{room}.{name} exists" for room in homes)
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure, SubFigure
 from numpy.typing import ArrayLike, NDArray
+
+try:
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure, SubFigure
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "gpntk.plotting draws with matplotlib, which is not installed: pip install matplotlib."
+    ) from error
 
 
 class ReportLike(Protocol):

@@ -21,7 +21,7 @@ def check_backend(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, tole
     Example:
         >>> import torch, gpntk
         >>> network = gpntk.freeze(torch.nn.Linear(3, 2).double())
-        >>> check_backend(gpntk.AutodiffBackend(network), *torch.randn(2, 1, 4, 3, dtype=torch.float64))
+        >>> check_backend(gpntk.jacobians.AutodiffBackend(network), *torch.randn(2, 1, 4, 3, dtype=torch.float64))
     """
     outputs = backend.num_outputs(x1)
     generator = torch.Generator("cpu").manual_seed(0)

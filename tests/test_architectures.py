@@ -42,16 +42,19 @@ def test_products_equal_the_reference_jacobian(case: Case) -> None:
     xs = [case.x(max(outputs, 3)), case.x(4)]
     js = [reference_jacobian(module, x.view(-1, *case.input_shape)) for x in xs]
     network = gpntk.freeze(module, input_shape=case.input_shape)
-    backends = [gpntk.AutodiffBackend(network), gpntk.AutoBackend(network)]
+    backends = [gpntk.jacobians.AutodiffBackend(network), gpntk.AutoBackend(network)]
     if case.structured:
-        backends += [gpntk.StructuredBackend(network), gpntk.StructuredBackend(network, memory_budget=100_000)]
+        backends += [
+            gpntk.jacobians.StructuredBackend(network),
+            gpntk.jacobians.StructuredBackend(network, memory_budget=100_000),
+        ]
     for backend in backends:
         assert_products(backend, xs, js, 1e-9)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 def test_every_use_has_a_rule_but_those_that_have_none(case: Case) -> None:
-    backend = gpntk.StructuredBackend(gpntk.freeze(case.module(), input_shape=case.input_shape))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(case.module(), input_shape=case.input_shape))
     if case.structured:
         backend.check(case.x(5).unsqueeze(0))
         return
@@ -73,7 +76,9 @@ class Partly(nn.Module):
         return self.head(torch.tanh(self.second(h + torch.einsum("nti,tio->nt", h, self.mixed).unsqueeze(-1)).mean(1)))
 
 
-@pytest.mark.parametrize(("budget", "rest"), [(None, gpntk.DenseBackend), (2_000_000, gpntk.AutodiffBackend)])
+@pytest.mark.parametrize(
+    ("budget", "rest"), [(None, gpntk.jacobians.DenseBackend), (2_000_000, gpntk.jacobians.AutodiffBackend)]
+)
 def test_only_the_parameters_without_a_rule_go_by_autodiff(budget: int | None, rest: type) -> None:
     torch.manual_seed(0)
     module = Partly().double()
@@ -81,7 +86,7 @@ def test_only_the_parameters_without_a_rule_go_by_autodiff(budget: int | None, r
     choice = gpntk.AutoBackend.select(gpntk.freeze(module), x, budget)
     assert isinstance(choice.backend, SplitBackend)
     ruled, other = choice.backend.backends
-    assert isinstance(ruled, gpntk.StructuredBackend)
+    assert isinstance(ruled, gpntk.jacobians.StructuredBackend)
     assert isinstance(other, rest)
     assert other.network.names == ("mixed",)
     assert "'mixed', because it is used by einsum" in choice.reason
@@ -101,7 +106,7 @@ def test_parameters_combined_with_one_without_a_rule_have_none_either() -> None:
             return self.other(h) + torch.einsum("ni,oi->n", x, self.scale).unsqueeze(-1)
 
     with pytest.raises(UnruledError) as caught:
-        gpntk.StructuredBackend(gpntk.freeze(Combined())).check(torch.randn(1, 5, 3))
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(Combined())).check(torch.randn(1, 5, 3))
     assert caught.value.reasons.keys() == {"scale", "layer.weight"}
     assert caught.value.reasons["layer.weight"] == "it is combined with 'scale', which has no rule"
 
@@ -109,7 +114,7 @@ def test_parameters_combined_with_one_without_a_rule_have_none_either() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_few_rows(rows: int) -> None:
     case = next(case for case in ARCHITECTURES if case.name == "lenet")
-    kernel = gpntk.NTKKernel(case.module(), input_shape=case.input_shape, backend=gpntk.StructuredBackend)
+    kernel = gpntk.NTKKernel(case.module(), input_shape=case.input_shape, backend=gpntk.jacobians.StructuredBackend)
     kernel(case.x(3)).to_dense()
     x = case.x(3)[:rows]
     gram = kernel(x)
@@ -133,5 +138,7 @@ def test_a_torchvision_model() -> None:
     from torchvision.models import resnet18  # noqa: PLC0415
 
     torch.manual_seed(0)
-    backend = gpntk.StructuredBackend(gpntk.freeze(resnet18(num_classes=2).double().eval(), input_shape=(3, 32, 32)))
+    backend = gpntk.jacobians.StructuredBackend(
+        gpntk.freeze(resnet18(num_classes=2).double().eval(), input_shape=(3, 32, 32))
+    )
     backend.check(torch.randn(1, 4, 3 * 32 * 32, dtype=torch.float64))

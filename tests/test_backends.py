@@ -19,7 +19,7 @@ from gpntk.network.primitives import differentiable_operations
 from gpntk.testing import check_backend
 from tests.cases import CASES, Case, reference_jacobian
 
-BACKENDS = [gpntk.DenseBackend, gpntk.AutodiffBackend, gpntk.StructuredBackend]
+BACKENDS = [gpntk.jacobians.DenseBackend, gpntk.jacobians.AutodiffBackend, gpntk.jacobians.StructuredBackend]
 PAIRS = [(case, backend) for case in CASES for backend in BACKENDS]
 IDS = [f"{case.name}-{backend.__name__}" for case, backend in PAIRS]
 
@@ -127,19 +127,19 @@ def test_structured_products_on_random_networks(
         reference_jacobian(copy.deepcopy(module).double(), x.double().view(-1, positions, 3), list(network.names))
         for x in xs
     ]
-    assert_products(gpntk.StructuredBackend(network), xs, exact, 1e-10 if dtype == torch.float64 else 1e-5)
+    assert_products(gpntk.jacobians.StructuredBackend(network), xs, exact, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
 def test_small_networks_take_the_dense_jacobian() -> None:
     network = gpntk.freeze(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
     choice = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1))
-    assert isinstance(choice.backend, gpntk.DenseBackend)
+    assert isinstance(choice.backend, gpntk.jacobians.DenseBackend)
     assert "J is small, 200 x 91, and products with all of it cost less" in choice.reason
     tight = gpntk.AutoBackend.select(network, torch.randn(1, 200, 1), memory_budget=10_000)
-    assert isinstance(tight.backend, gpntk.StructuredBackend)
+    assert isinstance(tight.backend, gpntk.jacobians.StructuredBackend)
 
 
-@pytest.mark.parametrize("make", [gpntk.AutodiffBackend, gpntk.DenseBackend, gpntk.AutoBackend])
+@pytest.mark.parametrize("make", [gpntk.jacobians.AutodiffBackend, gpntk.jacobians.DenseBackend, gpntk.AutoBackend])
 def test_more_outputs_than_parameters_take_forward_mode(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
@@ -158,7 +158,7 @@ def test_more_outputs_than_parameters_take_forward_mode(make: type, monkeypatch:
 
     network, x = Filter(), torch.randn(2, 4, 6, dtype=torch.float64)
     backend = make(gpntk.freeze(network))
-    monkeypatch.setattr(gpntk.AutodiffBackend, "vjp", None)
+    monkeypatch.setattr(gpntk.jacobians.AutodiffBackend, "vjp", None)
     expected = torch.stack([reference_jacobian(network, rows) for rows in x])
     torch.testing.assert_close(backend.jacobian(x), expected)
     torch.testing.assert_close(backend.gram(x, x)[:, 0], expected @ expected.mT)
@@ -216,7 +216,7 @@ def test_average_is_the_mean_of_the_outputs_kernels() -> None:
     case = next(case for case in CASES if case.name == "mlp-c3")
     module, x1, x2 = case.module(), case.x(4), case.x(3)
     network = gpntk.freeze(module)
-    backend = AverageBackend(network, gpntk.StructuredBackend)
+    backend = AverageBackend(network, gpntk.jacobians.StructuredBackend)
     check_backend(backend, x1.unsqueeze(0), x2.unsqueeze(0))
     j1, j2 = (j.unflatten(0, (-1, 3)) for j in references(case, module, x1, x2))
     torch.testing.assert_close(backend.gram(x1[None], x2[None])[0, 0], torch.einsum("ncp,mcp->nm", j1, j2) / 3)
@@ -235,10 +235,10 @@ def test_cached_factors_follow_in_place_changes_of_x(make: type) -> None:
 
 
 def test_cache_is_not_fooled_by_reused_memory() -> None:
-    backend = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(CASES[0].module()))
     diagonals = [backend.diagonal(torch.full((1, 3, 5), float(value), dtype=torch.float64)) for value in range(20)]
     fresh = [
-        gpntk.StructuredBackend(gpntk.freeze(CASES[0].module())).diagonal(
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(CASES[0].module())).diagonal(
             torch.full((1, 3, 5), float(value), dtype=torch.float64)
         )
         for value in range(20)
@@ -247,11 +247,11 @@ def test_cache_is_not_fooled_by_reused_memory() -> None:
 
 
 def test_cache_stays_within_its_budget() -> None:
-    backend = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=20_000)
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=20_000)
     for rows in range(1, 12):
         backend.diagonal(CASES[0].x(rows).unsqueeze(0))
     assert sum(size for *_, size in backend.cache._entries.values()) <= 20_000
-    roomy = gpntk.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=10**9)
+    roomy = gpntk.jacobians.StructuredBackend(gpntk.freeze(CASES[0].module()), memory_budget=10**9)
     for rows in range(1, 30):
         roomy.diagonal(CASES[0].x(rows).unsqueeze(0))
     assert len(roomy.cache._entries) <= 16
@@ -299,7 +299,7 @@ def test_reduced_precision_keeps_to_its_stated_error(name: str, precision, toler
     exact = references(case, copy.deepcopy(module).double(), *(x.double() for x in xs))
     before = torch.get_float32_matmul_precision()
     network = gpntk.freeze(module, input_shape=case.input_shape)
-    backend = gpntk.StructuredBackend(network, precision=precision)
+    backend = gpntk.jacobians.StructuredBackend(network, precision=precision)
     x1, x2 = (x.unsqueeze(0) for x in xs)
     gram = backend.gram(x1, x2)
     assert gram.dtype == torch.float32
@@ -316,7 +316,7 @@ def test_reduced_precision_keeps_to_its_stated_error(name: str, precision, toler
 
 def test_an_unknown_precision() -> None:
     with pytest.raises(InputError, match="precision='half': choose one of 'exact', 'tf32', 'bfloat16'"):
-        gpntk.StructuredBackend(gpntk.freeze(nn.Linear(2, 1)), precision="half")  # pyright: ignore[reportArgumentType]
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(nn.Linear(2, 1)), precision="half")  # pyright: ignore[reportArgumentType]
 
 
 def test_float32_sums_over_many_parameters() -> None:
@@ -325,9 +325,9 @@ def test_float32_sums_over_many_parameters() -> None:
     module = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 2048), nn.Tanh(), nn.Linear(2048, 1))
     x, budget = torch.randn(1, 3, 4), 2**30
     v = torch.randn(1, 1, gpntk.freeze(module).num_params)
-    explicit = gpntk.DenseBackend(gpntk.freeze(module), memory_budget=budget)
+    explicit = gpntk.jacobians.DenseBackend(gpntk.freeze(module), memory_budget=budget)
     gram, image = explicit.gram(x, x), explicit.jvp(x, v)
-    exact = gpntk.StructuredBackend(gpntk.freeze(module.double()), memory_budget=budget)
+    exact = gpntk.jacobians.StructuredBackend(gpntk.freeze(module.double()), memory_budget=budget)
     expected = exact.gram(x.double(), x.double())
     assert (gram - expected).norm() < 3e-6 * expected.norm()
     expected = exact.jvp(x.double(), v.double())

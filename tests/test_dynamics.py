@@ -449,7 +449,7 @@ def test_wide_networks_approach_the_prediction() -> None:
         network = WideNetwork(width, seed)
         flows = [
             gpntk.GradientFlow(kernel, x, y, None, 0.5, initial=gpntk.NetworkMean(network), discrete=True)
-            for kernel in (gpntk.NTKKernel(network, backend=gpntk.StructuredBackend), limit)
+            for kernel in (gpntk.NTKKernel(network, backend=gpntk.jacobians.StructuredBackend), limit)
         ]
         predicted = [flow.predict(x_test, 40).mean for flow in flows]
         optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
@@ -533,8 +533,8 @@ def test_lanczos_takes_products_with_a_lazy_kernel_only(monkeypatch: pytest.Monk
     def refuse(*_args: Any, **_kwargs: Any) -> Tensor:
         raise AssertionError("a Gram matrix was formed")
 
-    monkeypatch.setattr(gpntk.FeatureGramLinearOperator, "to_dense", refuse)
-    monkeypatch.setattr(gpntk.FeatureGramLinearOperator, "_gram_pays", lambda *_args: False)
+    monkeypatch.setattr(gpntk.operators.FeatureGramLinearOperator, "to_dense", refuse)
+    monkeypatch.setattr(gpntk.operators.FeatureGramLinearOperator, "_gram_pays", lambda *_args: False)
     flow = gpntk.GradientFlow(kernel, x, y, noise=0.01, method="lanczos")
     close(flow.predict(x_test, [1.0, 50.0]).mean, expected, 1e-9)
 

@@ -104,7 +104,7 @@ def test_composition() -> None:
     scaled = gpytorch.kernels.ScaleKernel(ntk).double()
     scaled.outputscale = 3.0
     torch.testing.assert_close(to_dense(scaled(x, z)), 3 * plain)
-    assert isinstance(scaled(x, z).evaluate_kernel(), gpntk.FeatureGramLinearOperator)
+    assert isinstance(scaled(x, z).evaluate_kernel(), gpntk.operators.FeatureGramLinearOperator)
     torch.testing.assert_close(to_dense((ntk + rbf)(x, z)), plain + other)
     torch.testing.assert_close(to_dense((ntk * rbf)(x, z)), plain * other)
     torch.testing.assert_close(to_dense((ntk * rbf)(x)), to_dense(ntk(x)) * to_dense(rbf(x)))

@@ -43,7 +43,7 @@ def check(module: nn.Module, shape: tuple[int, ...], tolerance: float = 1e-10) -
     generator = torch.Generator().manual_seed(1)
     xs = [torch.randn(rows, *shape, dtype=torch.float64, generator=generator) for rows in (4, 3)]
     js = [reference_jacobian(module, x) for x in xs]
-    backend = gpntk.StructuredBackend(gpntk.freeze(module, input_shape=shape))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module, input_shape=shape))
     assert_products(backend, [x.flatten(1) for x in xs], js, tolerance)
     torch.testing.assert_close(backend.jacobian(xs[0].flatten(1)[None])[0], js[0])
 
@@ -86,7 +86,9 @@ def test_paddings(padding: str, kernel: int, mode: str) -> None:
         with pytest.raises(
             gpntk.errors.UnruledError, match=r"'layer.weight' has no structured rule: it is used by conv2d"
         ):
-            gpntk.StructuredBackend(gpntk.freeze(Pooled(layer, 2), input_shape=(2, 5, 5))).check(torch.randn(1, 3, 50))
+            gpntk.jacobians.StructuredBackend(gpntk.freeze(Pooled(layer, 2), input_shape=(2, 5, 5))).check(
+                torch.randn(1, 3, 50)
+            )
         return
     check(Pooled(layer, 2), (2, 5, 5))
 
@@ -247,7 +249,7 @@ def test_second_derivatives_in_x(name: str) -> None:
         ),
         "embedding": nn.Sequential(nn.Linear(6, 3), nn.GELU(), nn.PReLU(3), nn.Linear(3, 1)),
     }
-    backend = gpntk.StructuredBackend(gpntk.freeze(layers[name].double().eval()))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(layers[name].double().eval()))
     x = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
     u = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
     v = torch.randn(1, 1, backend.num_features, dtype=torch.float64, requires_grad=True)

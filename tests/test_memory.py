@@ -32,7 +32,7 @@ class Largest(TorchDispatchMode):
 def test_no_temporary_of_the_size_of_the_parameters() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Linear(300, 300) for _ in range(10)), nn.Linear(300, 1))
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     x, v = torch.randn(1, 3, 300), torch.randn(1, 1, backend.num_features)
     backend.check(x)
     with Largest() as vjp:
@@ -48,7 +48,7 @@ def test_no_temporary_of_the_size_of_the_parameters() -> None:
 def test_products_of_a_convolutional_network_stay_within_the_budget(budget: int) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    backend = gpntk.StructuredBackend(gpntk.freeze(module, input_shape=(1, 8, 8)), budget)
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module, input_shape=(1, 8, 8)), budget)
     x, u = torch.randn(1, 400, 64), torch.randn(1, 2, 1200)
     v = backend.vjp(x, u)
     own = 4 * max(x.numel(), u.numel())
@@ -62,7 +62,7 @@ def test_running_out_of_memory_halves_and_warns_once(monkeypatch: pytest.MonkeyP
     module, limit = mlp(2).double(), 3
     x = torch.randn(1, 13, 5, dtype=torch.float64)
     j = reference_jacobian(module.eval(), x[0])
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     backend.check(x)
     assert backend._passes is not None
     parts = backend._passes.parts
@@ -99,7 +99,7 @@ def _allocate(size: int) -> int:
     return size
 
 
-def count_passes(backend: gpntk.StructuredBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_passes(backend: gpntk.jacobians.StructuredBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     assert backend._passes is not None
     parts = backend._passes.parts
@@ -112,7 +112,7 @@ def test_many_outputs_take_a_pass_per_column_until_factors_have_paid(monkeypatch
     module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 20)).double()
     x = torch.randn(1, 4, 3, dtype=torch.float64)
     j = reference_jacobian(module, x[0])
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     backend.check(x)
     made = count_passes(backend, monkeypatch)
     u, v = torch.randn(1, 3, 80, dtype=torch.float64), torch.randn(1, 3, j.shape[1], dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_many_outputs_take_a_pass_per_column_until_factors_have_paid(monkeypatch
 
 def test_a_readout_takes_no_backward_pass_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 50)).double()
-    backend = gpntk.StructuredBackend(gpntk.freeze(module, "readout"))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module, "readout"))
     x = torch.randn(1, 4, 3, dtype=torch.float64)
     j = reference_jacobian(module, x[0], ["2.weight", "2.bias"])
     backend.check(x)
@@ -138,7 +138,7 @@ def test_a_readout_takes_no_backward_pass_at_all(monkeypatch: pytest.MonkeyPatch
 
 def test_products_go_by_the_gram_once_they_have_cost_as_much() -> None:
     module = nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 20), nn.Tanh(), nn.Linear(20, 1)).double()
-    kernel = gpntk.NTKKernel(module, layer_variances=True, backend=gpntk.StructuredBackend)
+    kernel = gpntk.NTKKernel(module, layer_variances=True, backend=gpntk.jacobians.StructuredBackend)
     kernel.layer_variances = torch.tensor([[0.5], [2.0], [1.0]])
     x, v = torch.randn(1500, 20, dtype=torch.float64), torch.randn(1500, 1, dtype=torch.float64)
     first = kernel(x).evaluate_kernel() @ v

@@ -76,7 +76,7 @@ def test_means_and_errors_are_those_of_explicit_jacobians(name: str) -> None:
     make, (rows, *shape) = WITHOUT_A_FORMULA[name]
     x, z = torch.randn(rows, *shape).double(), torch.randn(3, *shape).double()
     if make is wide:
-        assert isinstance(gpntk.AutoBackend.select(wide().double(), x).backend, gpntk.StructuredBackend)
+        assert isinstance(gpntk.AutoBackend.select(wide().double(), x).backend, gpntk.jacobians.StructuredBackend)
     made: list[nn.Module] = []
 
     def factory() -> nn.Module:

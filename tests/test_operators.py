@@ -10,7 +10,7 @@ from linear_operator.operators import DenseLinearOperator
 from torch import nn
 
 import gpntk
-from gpntk import FeatureGramLinearOperator, JacobianLinearOperator, NoisyGramLinearOperator
+from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator, NoisyGramLinearOperator
 from tests.cases import mlp, reference_jacobian
 
 MODULE = mlp(3).double().eval()
@@ -20,7 +20,7 @@ SINGLE = mlp(1).double().eval()
 def gram(n: int, m: int, module: nn.Module = MODULE, groups: int = 1) -> tuple[FeatureGramLinearOperator, torch.Tensor]:
     """An operator and its dense twin."""
     x1, x2 = torch.randn(n, 5).double(), torch.randn(m, 5).double()
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     variances = torch.linspace(0.5, 2.0, groups).double().unsqueeze(-1)
     sizes = [s.stop - s.start for _, s in backend.network.layers] if groups > 1 else [backend.num_features]
     scale = variances.squeeze(-1).repeat_interleave(torch.tensor(sizes))
@@ -70,7 +70,7 @@ def test_constants_and_diagonals_stay_inside() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
 @pytest.mark.parametrize("variance_shape", [(), (3,), (2, 3)])
 def test_batches_broadcast(shape: tuple[int, ...], variance_shape: tuple[int, ...]) -> None:
-    backend = gpntk.StructuredBackend(gpntk.freeze(MODULE))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(MODULE))
     x1, x2 = torch.randn(*shape, 4, 5).double(), torch.randn(3, 2, 5).double()
     variances = torch.rand(*variance_shape, 1, 1).double()
     operator = FeatureGramLinearOperator(x1, x2, variances, backend=backend)
@@ -157,7 +157,7 @@ def test_cg_reaches_the_tolerance_asked_for() -> None:
 
 
 def test_jacobian_operator() -> None:
-    backend = gpntk.StructuredBackend(gpntk.freeze(MODULE))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(MODULE))
     x = torch.randn(2, 4, 5).double()
     operator = JacobianLinearOperator(x, backend=backend)
     dense = reference_jacobian(MODULE, x.view(8, 5)).view(2, 12, -1)

@@ -75,7 +75,7 @@ def test_network(oracle: Oracle) -> None:
     assert_agrees(frozen(oracle.x_test), oracle["f_test"])
 
 
-@pytest.mark.parametrize("backend", [gpntk.AutoBackend, gpntk.DenseBackend, gpntk.AutodiffBackend])
+@pytest.mark.parametrize("backend", [gpntk.AutoBackend, gpntk.jacobians.DenseBackend, gpntk.jacobians.AutodiffBackend])
 def test_ntk_blocks(oracle: Oracle, backend) -> None:
     kernel = gpntk.NTKKernel(oracle.module, input_shape=oracle.input_shape, backend=backend)
     outputs = oracle["f_train"].shape[1]

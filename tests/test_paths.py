@@ -46,7 +46,7 @@ def test_other_layers_for_other_rows(make, first: int) -> None:
     one, two = torch.randn(30, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     one[:, 0], two[:, 0] = first, 1 - first
     kernel = gpntk.NTKKernel(module, backend=TIGHT)
-    assert isinstance(kernel.backend.choice(one[None]).backend, gpntk.StructuredBackend)
+    assert isinstance(kernel.backend.choice(one[None]).backend, gpntk.jacobians.StructuredBackend)
     kernel(one).to_dense()
     j1, j2 = reference_jacobian(module, one), reference_jacobian(module, two)
     torch.testing.assert_close(kernel(one, two).to_dense(), j1 @ j2.T)
@@ -75,7 +75,7 @@ def test_rows_reordered_by_their_values() -> None:
     j = reference_jacobian(module, x)
     torch.testing.assert_close(kernel(x).to_dense(), j @ j.T)
     with pytest.raises(NetworkError, match="reorders the rows of x by their values"):
-        gpntk.StructuredBackend(gpntk.freeze(module)).check(x[None])
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(module)).check(x[None])
 
 
 class LastToken(nn.Module):
@@ -93,7 +93,7 @@ class LastToken(nn.Module):
 def test_picking_within_a_row_is_no_reordering() -> None:
     torch.manual_seed(0)
     module, x = LastToken().double(), torch.randn(6, 4, dtype=torch.float64)
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     j = reference_jacobian(module, x)
     torch.testing.assert_close(backend.gram(x[None], x[None])[0, 0], j @ j.T)
 
@@ -109,7 +109,9 @@ def test_weights_that_depend_on_the_batch_have_no_rule() -> None:
             return self.head(torch.tanh(functional.linear(x / scale, self.w * scale)))
 
     with pytest.raises(UnruledError, match="'w' has no structured rule: it is used by mul"):
-        gpntk.StructuredBackend(gpntk.freeze(Scaled().double())).check(torch.randn(1, 6, 4, dtype=torch.float64))
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(Scaled().double())).check(
+            torch.randn(1, 6, 4, dtype=torch.float64)
+        )
 
 
 class Doubled(torch.autograd.Function):
@@ -140,7 +142,7 @@ def test_what_torch_does_not_show_is_found_by_the_check(largest: float) -> None:
     x = torch.randn(1, 10, 3)
     x[0, 9] = largest
     with pytest.raises(UnruledError, match="'gain' has no structured rule"):
-        gpntk.StructuredBackend(gpntk.freeze(Hidden())).check(x)
+        gpntk.jacobians.StructuredBackend(gpntk.freeze(Hidden())).check(x)
 
 
 @pytest.mark.parametrize("parameters", ["b.*", "readout"])
@@ -166,7 +168,7 @@ def test_one_convolution_at_two_sizes() -> None:
     conv = nn.Conv1d(2, 2, 2)
     module = nn.Sequential(conv, nn.Tanh(), conv, nn.Flatten(), nn.Linear(8, 2)).double()
     x = torch.randn(5, 2, 6, dtype=torch.float64)
-    backend = gpntk.StructuredBackend(gpntk.freeze(module, input_shape=(2, 6)))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module, input_shape=(2, 6)))
     j, flat = reference_jacobian(module, x), x.flatten(1)[None]
     torch.testing.assert_close(backend.gram(flat, flat)[0, 0], j @ j.T)
     torch.testing.assert_close(backend.diagonal(flat)[0, 0], j.square().sum(-1))
@@ -196,7 +198,7 @@ class Shapes(nn.Module):
 def test_arguments_read_for_their_shape(function) -> None:
     torch.manual_seed(0)
     module, x = Shapes(function).double(), torch.randn(5, 4, dtype=torch.float64)
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     j = reference_jacobian(module, x)
     torch.testing.assert_close(backend.gram(x[None], x[None])[0, 0], j @ j.T)
     v = torch.randn(1, 2, j.shape[1], dtype=torch.float64)
@@ -231,7 +233,7 @@ def test_what_torch_func_cannot_run_goes_by_factors() -> None:
 
     torch.manual_seed(0)
     module, x = Old().double(), torch.randn(5, 3, dtype=torch.float64)
-    backend = gpntk.StructuredBackend(gpntk.freeze(module))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     j, u = reference_jacobian(module, x), torch.randn(1, 1, 15, dtype=torch.float64)
     torch.testing.assert_close(backend.vjp(x[None], u)[0], u[0] @ j)
 
@@ -249,7 +251,7 @@ def test_an_identity_readout_beside_an_entangled_layer() -> None:
     torch.manual_seed(0)
     module, x = Auxiliary().double(), torch.randn(5, 4, dtype=torch.float64)
     network = gpntk.freeze(module, ["head.*", "aux.weight"], extract=lambda returned: returned[0])
-    backend = gpntk.StructuredBackend(network)
+    backend = gpntk.jacobians.StructuredBackend(network)
     j = backend.jacobian(x[None])[0]
     torch.testing.assert_close(backend.gram(x[None], x[None])[0, 0], j @ j.T)
     assert (j[:, 15:] == 0).all()

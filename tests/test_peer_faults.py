@@ -15,7 +15,7 @@ from tests.cases import Unused, mlp, reference_jacobian
 
 # Three outputs and two hidden layers everywhere: with one hidden layer K_cd(x, x') is symmetric in c and d by accident.
 MODULE = mlp(3).double().eval()
-BACKENDS = [gpntk.DenseBackend, gpntk.AutodiffBackend, gpntk.StructuredBackend]
+BACKENDS = [gpntk.jacobians.DenseBackend, gpntk.jacobians.AutodiffBackend, gpntk.jacobians.StructuredBackend]
 
 
 def inputs(rows: int) -> Tensor:

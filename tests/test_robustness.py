@@ -19,7 +19,7 @@ from tests.cases import mlp, reference_jacobian
 
 MODULE = mlp(3).double().eval()
 SINGLE = mlp(1).double().eval()
-BACKENDS = [gpntk.DenseBackend, gpntk.AutodiffBackend, gpntk.StructuredBackend]
+BACKENDS = [gpntk.jacobians.DenseBackend, gpntk.jacobians.AutodiffBackend, gpntk.jacobians.StructuredBackend]
 
 
 def inputs(*shape: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_the_choice_is_revised_when_a_later_input_shows_it_wrong() -> None:
     # A budget that the explicit Jacobian does not fit.
     kernel = gpntk.NTKKernel(module, backend=functools.partial(gpntk.AutoBackend, memory_budget=60_000))
     assert_kernel_is_right(module, x, kernel)
-    assert isinstance(kernel.backend.choice(x).backend, gpntk.StructuredBackend)
+    assert isinstance(kernel.backend.choice(x).backend, gpntk.jacobians.StructuredBackend)
     x = x.clone()
     x[2, 1] = 200.0
     assert_kernel_is_right(module, x, kernel)
@@ -147,7 +147,7 @@ def test_a_row_of_nan_does_not_disarm_the_check() -> None:
 
 @pytest.mark.parametrize(("module", "rows"), [(SINGLE, 300), (MODULE, 260)])
 def test_mirrored_blocks_of_a_symmetric_gram(module: nn.Module, rows: int) -> None:
-    kernel, x = gpntk.NTKKernel(module, backend=gpntk.StructuredBackend, layer_variances=True), inputs(rows)
+    kernel, x = gpntk.NTKKernel(module, backend=gpntk.jacobians.StructuredBackend, layer_variances=True), inputs(rows)
     assert_kernel_is_right(module, x, kernel)
 
 
@@ -188,7 +188,7 @@ def test_many_independent_outputs_keep_their_factors(monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_caller_gets_is_the_callers() -> None:
-    kernel, x = gpntk.NTKKernel(SINGLE, backend=gpntk.DenseBackend), inputs(6)
+    kernel, x = gpntk.NTKKernel(SINGLE, backend=gpntk.jacobians.DenseBackend), inputs(6)
     features = kernel.features(x).to_dense()
     features -= features.mean(0)
     gram = to_dense(kernel(x))
@@ -262,7 +262,7 @@ class TorchNorm(nn.Module):
 @pytest.mark.parametrize("columns", [1, 3])
 def test_layer_norm_by_its_other_name(columns: int) -> None:
     # Several columns go through vmap, where torch's own layer norm has wrong second derivatives.
-    backend = gpntk.AutodiffBackend(gpntk.freeze(TorchNorm().double()))
+    backend = gpntk.jacobians.AutodiffBackend(gpntk.freeze(TorchNorm().double()))
     u = torch.randn(1, columns, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: backend.vjp(x, u), inputs(1, 2).requires_grad_())
 

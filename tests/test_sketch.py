@@ -52,7 +52,7 @@ def test_variance_of_a_linear_layer() -> None:
     layer, x = nn.Linear(5, 4).double(), torch.randn(2, 5, dtype=torch.float64)
     network = gpntk.freeze(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 1).double()), "0.weight")
     features, seeds = 8, 4000
-    backend = gpntk.StructuredBackend(network)
+    backend = gpntk.jacobians.StructuredBackend(network)
     z = torch.stack([backend.sketch(x.unsqueeze(0), features, seed)[0] for seed in range(seeds)])
     value = (z[:, 0] * z[:, 1]).sum(-1)
     g = (1 - layer(x).tanh().square()) * network.tensors(x.dtype, x.device)["2.weight"]

@@ -96,7 +96,7 @@ def test_either_space_gives_the_same_function(
 ) -> None:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double()
-    features = Features(gpntk.StructuredBackend(gpntk.freeze(module)), torch.randn(rows, 2).double())
+    features = Features(gpntk.jacobians.StructuredBackend(gpntk.freeze(module)), torch.randn(rows, 2).double())
     y = torch.randn(rows).double() + 2
     ones = torch.ones(rows, 1).double() if basis else None
     level = torch.tensor([1.5]).double() if basis else None

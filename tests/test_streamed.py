@@ -181,7 +181,7 @@ def test_no_more_is_asked_for_than_the_budget_holds() -> None:
     assert source.longest == 5
 
 
-@pytest.mark.parametrize("kind", [gpntk.AutoBackend, gpntk.StructuredBackend, gpntk.DenseBackend])
+@pytest.mark.parametrize("kind", [gpntk.AutoBackend, gpntk.jacobians.StructuredBackend, gpntk.jacobians.DenseBackend])
 def test_what_passes_through_leaves_nothing_in_the_cache(kind: type) -> None:
     used = backend(kind)
     kept = Features(used, x64()[:20])

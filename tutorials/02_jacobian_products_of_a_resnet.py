@@ -116,7 +116,7 @@ print(f"P = {frozen.num_params} parameters, C = {frozen.num_outputs(x)} outputs;
 # Backends compute them. They take a dimension of batches first and columns second, so that each column is contiguous:
 # x `[B, N, D]`, v `[B, K, P]`, u `[B, K, N C]`.
 
-backend = gpntk.StructuredBackend(frozen, memory_budget=LARGE_BUDGET)
+backend = gpntk.jacobians.StructuredBackend(frozen, memory_budget=LARGE_BUDGET)
 v = torch.randn(1, 12, frozen.num_params)
 u = torch.randn(1, 12, ROWS * CLASSES)
 print("J v      ", tuple(backend.jvp(x[None], v).shape))
@@ -127,9 +127,11 @@ print("diagonal ", tuple(backend.diagonal(x[None]).shape))
 # %%
 # The second size of the Gram is 1 because all layers are taken together; with ``per_layer=True`` each has its own.
 #
-# `gpntk.StructuredBackend` runs the network forwards and backwards once and keeps the *factors*: the input a and the
-# derivative g of the outputs at every layer. The gradient of a layer's weight is a sum of products g aᵀ, over the
-# positions that share the weight, so all four products are then matrix products of factors, without another pass.
+# `gpntk.jacobians.StructuredBackend` runs the network forwards and backwards once and
+# keeps the *factors*: the input a and the derivative g of the outputs at every layer. The
+# gradient of a layer's weight is a sum of products g aᵀ, over the positions that share
+# the weight, so all four products are then matrix products of factors, without another
+# pass.
 #
 # Are they right? On a few rows in float64 torch.func can form J itself.
 
@@ -226,7 +228,7 @@ def seconds(work: Callable[[Tensor], object], prepare: Callable[[], Tensor], rep
     return median(times[1:])
 
 
-explicit = gpntk.DenseBackend(frozen, memory_budget=LARGE_BUDGET)
+explicit = gpntk.jacobians.DenseBackend(frozen, memory_budget=LARGE_BUDGET)
 product_times: dict[str, list[float]] = {
     "torch.func": [],
     "gpntk, new x": [],
@@ -311,7 +313,7 @@ path, way, rows, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.ar
 torch.set_num_threads(1)
 network = torch.load(path, weights_only=False)
 shape, classes = {SHAPE}, {CLASSES}
-backend = gpntk.StructuredBackend(gpntk.freeze(network, input_shape=shape), memory_budget=budget)
+backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(network, input_shape=shape), memory_budget=budget)
 weights = {{name: weight.detach() for name, weight in network.named_parameters()}}
 
 def outputs(weights, row):
@@ -391,7 +393,7 @@ print(f"relative error of K V {error(by_backend(choice.backend, x, u), u @ jacob
 # says no, and names the parameter.
 
 try:
-    gpntk.StructuredBackend(frozen_pooled).check(x[None])
+    gpntk.jacobians.StructuredBackend(frozen_pooled).check(x[None])
 except gpntk.errors.UnruledError as refusal:
     print(refusal)
 
@@ -431,7 +433,7 @@ for features in (128, 512, 2048):
 # **Half the precision.** With ``precision="bfloat16"`` factors are kept in 16 bits, which halves their memory; sums are
 # accumulated in 32. That is for hardware that is fast in bfloat16, and for solves with noise well above this error.
 
-half = gpntk.StructuredBackend(frozen, memory_budget=LARGE_BUDGET, precision="bfloat16")
+half = gpntk.jacobians.StructuredBackend(frozen, memory_budget=LARGE_BUDGET, precision="bfloat16")
 for name, candidate in {"float32": backend, "bfloat16": half}.items():
     product = by_backend(candidate, x, u)
     gram_error = error(candidate.gram(x[None], x[None])[0, 0], gram)

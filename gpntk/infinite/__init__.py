@@ -1,5 +1,6 @@
 """Infinitely wide networks: Gaussian moments of activations, and what layers make of them."""
 
+from gpntk.infinite import phases
 from gpntk.infinite.activations import ACTIVATIONS, Activation, activation_of
 from gpntk.infinite.attention import TiedAttention
 from gpntk.infinite.closed_forms import (
@@ -55,6 +56,7 @@ __all__ = [
     "hermite",
     "monomial",
     "monte_carlo",
+    "phases",
     "rbf",
     "trace",
 ]

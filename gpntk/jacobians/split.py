@@ -27,8 +27,8 @@ class SplitBackend(AbstractJacobianBackend):
         >>> import torch, gpntk
         >>> network = gpntk.freeze(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.PReLU(8), torch.nn.Linear(8, 1)))
         >>> parts = [
-        ...     gpntk.StructuredBackend(network.restrict(["0.weight", "0.bias", "2.weight", "2.bias"])),
-        ...     gpntk.AutodiffBackend(network.restrict(["1.weight"])),
+        ...     gpntk.jacobians.StructuredBackend(network.restrict(["0.weight", "0.bias", "2.weight", "2.bias"])),
+        ...     gpntk.jacobians.AutodiffBackend(network.restrict(["1.weight"])),
         ... ]
         >>> SplitBackend(network, parts).vjp(torch.randn(1, 5, 3), torch.ones(1, 2, 5)).shape
         torch.Size([1, 2, 49])

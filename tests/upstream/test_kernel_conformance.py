@@ -36,13 +36,13 @@ class TestNTKKernelLayerVariances(unittest.TestCase, BaseKernelTestCase):
 class TestNTKKernelAutodiff(unittest.TestCase, BaseKernelTestCase):
     def create_kernel_no_ard(self, **kwargs: object) -> gpytorch.kernels.Kernel:
         torch.manual_seed(1)
-        return gpntk.NTKKernel(AnyWidth(), backend=gpntk.AutodiffBackend, **kwargs)
+        return gpntk.NTKKernel(AnyWidth(), backend=gpntk.jacobians.AutodiffBackend, **kwargs)
 
 
 class TestNTKKernelStructured(unittest.TestCase, BaseKernelTestCase):
     def create_kernel_no_ard(self, **kwargs: object) -> gpytorch.kernels.Kernel:
         torch.manual_seed(1)
-        return gpntk.NTKKernel(AnyWidth(), backend=gpntk.StructuredBackend, **kwargs)
+        return gpntk.NTKKernel(AnyWidth(), backend=gpntk.jacobians.StructuredBackend, **kwargs)
 
 
 class TestNNGPKernel(unittest.TestCase, BaseKernelTestCase):

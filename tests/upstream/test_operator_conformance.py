@@ -7,7 +7,7 @@ from linear_operator.test.linear_operator_test_case import LinearOperatorTestCas
 from torch import Tensor, nn
 
 import gpntk
-from gpntk import FeatureGramLinearOperator, JacobianLinearOperator, NoisyGramLinearOperator
+from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator, NoisyGramLinearOperator
 
 
 def network(outputs: int = 1) -> gpntk.FrozenNetwork:
@@ -32,7 +32,7 @@ def jacobian(net: gpntk.FrozenNetwork, x: Tensor) -> Tensor:
 
 class GramCase(LinearOperatorTestCase):
     seed = 4
-    backend: type = gpntk.StructuredBackend
+    backend: type = gpntk.jacobians.StructuredBackend
     batch: tuple[int, ...] = ()
     groups = 1
     outputs = 1
@@ -57,11 +57,11 @@ class TestGram(GramCase, unittest.TestCase):
 
 
 class TestGramAutodiff(GramCase, unittest.TestCase):
-    backend = gpntk.AutodiffBackend
+    backend = gpntk.jacobians.AutodiffBackend
 
 
 class TestGramDense(GramCase, unittest.TestCase):
-    backend = gpntk.DenseBackend
+    backend = gpntk.jacobians.DenseBackend
 
 
 class TestGramLayerVariances(GramCase, unittest.TestCase):
@@ -95,7 +95,10 @@ class TestNoisyGram(GramCase, unittest.TestCase):
 class TestCrossGram(RectangularLinearOperatorTestCase, unittest.TestCase):
     def create_linear_op(self) -> FeatureGramLinearOperator:
         return FeatureGramLinearOperator(
-            torch.randn(5, 4), torch.randn(3, 4), torch.ones(1, 1), backend=gpntk.StructuredBackend(network(2))
+            torch.randn(5, 4),
+            torch.randn(3, 4),
+            torch.ones(1, 1),
+            backend=gpntk.jacobians.StructuredBackend(network(2)),
         )
 
     def evaluate_linear_op(self, linear_op: FeatureGramLinearOperator) -> Tensor:
@@ -106,7 +109,7 @@ class TestCrossGram(RectangularLinearOperatorTestCase, unittest.TestCase):
 
 class TestJacobian(RectangularLinearOperatorTestCase, unittest.TestCase):
     def create_linear_op(self) -> JacobianLinearOperator:
-        return JacobianLinearOperator(torch.randn(5, 4), backend=gpntk.StructuredBackend(network(2)))
+        return JacobianLinearOperator(torch.randn(5, 4), backend=gpntk.jacobians.StructuredBackend(network(2)))
 
     def evaluate_linear_op(self, linear_op: JacobianLinearOperator) -> Tensor:
         return jacobian(linear_op._backend.network, linear_op._x)
@@ -114,7 +117,9 @@ class TestJacobian(RectangularLinearOperatorTestCase, unittest.TestCase):
 
 class TestJacobianTransposed(RectangularLinearOperatorTestCase, unittest.TestCase):
     def create_linear_op(self) -> JacobianLinearOperator:
-        return JacobianLinearOperator(torch.randn(5, 4), backend=gpntk.StructuredBackend(network(1)), transposed=True)
+        return JacobianLinearOperator(
+            torch.randn(5, 4), backend=gpntk.jacobians.StructuredBackend(network(1)), transposed=True
+        )
 
     def evaluate_linear_op(self, linear_op: JacobianLinearOperator) -> Tensor:
         return jacobian(linear_op._backend.network, linear_op._x).mT

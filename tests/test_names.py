@@ -1,0 +1,59 @@
+"""Public names: every name that the docs print is there after ``import gpntk`` alone, and few stand at the top."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpntk
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted({*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "tutorials").glob("*.py")})
+# A name of the house in text or code; what follows a call is not looked up.
+NAME = re.compile(r"(?<![\w./-])gpntk(?:\.[A-Za-z_]\w*)+")
+
+
+def documented() -> set[str]:
+    names = {name for page in PAGES for name in NAME.findall(page.read_text())}
+    sources = {name for path in (ROOT / "gpntk").rglob("*.py") for name in NAME.findall(path.read_text())}
+    return {name for name in names | sources if not re.search(r"\.(py|git|readthedocs)$", name)}
+
+
+def look_up(name: str) -> None:
+    found: object = gpntk
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+
+
+def test_every_documented_name_is_there_after_one_import() -> None:
+    # One interpreter that has imported nothing but the package.
+    script = (
+        "import functools, sys, gpntk\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: functools.reduce(getattr, name.split('.')[1:], gpntk)\n"
+        "    except AttributeError as error: print(name, error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *sorted(documented())], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    missing = result.stdout
+    assert len(documented()) > 50
+    assert not missing, missing
+
+
+def test_about_twenty_names_stand_at_the_top() -> None:
+    names = [name for name in dir(gpntk) if not name.startswith("_")]
+    assert len(gpntk.__all__) <= 16
+    assert len(names) <= 26
+    assert set(gpntk.__all__) <= set(names)
+    for name in names:
+        getattr(gpntk, name)
+
+
+def test_a_name_of_a_room_is_pointed_to() -> None:
+    with pytest.raises(AttributeError, match=r"gpntk\.jacobians\.StructuredBackend exists"):
+        _ = gpntk.StructuredBackend
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = gpntk.nothing
