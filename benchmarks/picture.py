@@ -1,20 +1,27 @@
-"""Draw ``docs/images/growth.png``, time of inference against N and against P, from results of the suite ``growth``."""
+"""Draw the pictures in ``docs/images`` that show results of suites: ``growth.png`` and ``no-cliff.png``."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 
 
 def main() -> None:
-    """Draw the picture and print the slopes of the last two decades or so of each curve."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "growth-cpu-2.json").read_text())
-    rows = result["rows"]
+    """Draw them all."""
+    growth(json.loads((RESULTS / "growth-cpu-2.json").read_text())["rows"], IMAGES / "growth.png")
+    no_cliff(json.loads((RESULTS / "no-cliff-cpu-1.json").read_text())["rows"], IMAGES / "no-cliff.png")
+
+
+def growth(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Time of inference against N and against P; prints the slopes of the last two decades or so of each curve."""
     split = next(index for index in range(1, len(rows)) if rows[index]["rows"] < rows[index - 1]["rows"])
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, part, size, label in (
@@ -32,7 +39,27 @@ def main() -> None:
         axes.set_title(f"slope at the end: {slope:.2f}")
         axes.legend(fontsize="small")
         print(f"{label}: slope {slope:.2f} over the last three points")
-    figure.savefig(ROOT / "docs" / "images" / "growth.png", dpi=120)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def no_cliff(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Error and coverage against the number of labels, bars of two standard errors over seeds."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        labels = [row["labels"] for row in own]
+        for axes, value in zip(panels, ("rmse", "within"), strict=True):
+            bars = [2 * row[f"± {value}"] for row in own]
+            axes.errorbar(labels, [row[value] for row in own], bars, marker="o", capsize=3, label=name)
+    error, coverage = panels
+    error.axhline(rows[0]["network_rmse"], color="gray", linestyle="--", label="network, not adapted")
+    error.set(xscale="log", yscale="log", xlabel="labels", ylabel="RMSE against the noise-free function")
+    error.legend(fontsize="small")
+    coverage.axhspan(0.9, 0.99, color="gray", alpha=0.2)
+    coverage.set(xscale="log", ylim=(0, 1.02), xlabel="labels", ylabel="truths within 2 standard deviations")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

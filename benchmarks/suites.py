@@ -21,6 +21,7 @@ from benchmarks import (
     infinite_botorch,
     infinite_classification,
     infinite_suites,
+    no_cliff,
     transfer_speed,
 )
 from benchmarks.measure import gemm_rate, relative_error, seconds, seconds_on
@@ -229,6 +230,7 @@ SUITES: dict[str, Suite] = {
     **infinite_classification.SUITES,
     **infinite_botorch.SUITES,
     **transfer_speed.SUITES,
+    **no_cliff.SUITES,
 }
 
 
