@@ -31,6 +31,7 @@ from gpntk.inference import (
 )
 
 _SUBSET = 5000
+_BATCH = 512
 
 
 def protein(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -43,8 +44,8 @@ def protein(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     stored = np.load(data_folder() / "uci_pbp_splits" / "protein-tertiary-structure.npz")
     rows = []
     for split, (train, test) in enumerate(zip(stored["train_idx"], stored["test_idx"], strict=True)):
-        x, y, z, truth = _standardised(stored["X"], stored["y"], (train, test), device, dtype)
-        module = _trained(_mlp(9, 64, 64, 1).to(device, dtype), x, y, epochs=100)
+        x, y, z, truth = standardised(stored["X"], stored["y"], (train, test), device, dtype)
+        module = trained(mlp(9, 64, 64, 1).to(device, dtype), x, y, 100 * (len(x) // _BATCH))
         rows.append({"split": split, **_regression(module, (x, y), (z, truth), residual=False)})
     return rows
 
@@ -57,7 +58,7 @@ def protein_gpytorch(device: torch.device, dtype: torch.dtype) -> list[dict[str,
     ratio of rows.
     """
     stored = np.load(data_folder() / "uci_pbp_splits" / "protein-tertiary-structure.npz")
-    x, y, z, truth = _standardised(
+    x, y, z, truth = standardised(
         stored["X"], stored["y"], (stored["train_idx"][0], stored["test_idx"][0]), device, dtype
     )
     rows = []
@@ -104,8 +105,8 @@ def malaria(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     known = ~np.isnan(stored["z"])
     inputs, targets = np.stack([stored["x"], stored["y"]], -1)[known], stored["z"][known]
     order = np.random.default_rng(0).permutation(len(targets))
-    x, y, z, truth = _standardised(inputs, targets, (order[20_000:], order[:20_000]), device, dtype)
-    module = _trained(_mlp(2, 64, 64, 64, 1).to(device, dtype), x, y, epochs=8)
+    x, y, z, truth = standardised(inputs, targets, (order[20_000:], order[:20_000]), device, dtype)
+    module = trained(mlp(2, 64, 64, 64, 1).to(device, dtype), x, y, 8 * (len(x) // _BATCH))
     with torch.no_grad():
         residual, network_rmse = y - module(x).squeeze(-1), (truth - module(z).squeeze(-1)).square().mean().sqrt()
     backend = gpntk.AutoBackend(gpntk.freeze(module), memory_budget=2**30)
@@ -143,7 +144,7 @@ def millions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     x = torch.randn(2_000_000, 11, generator=generator, device=device, dtype=dtype)
     noise = torch.randn(len(x), generator=generator, device=device, dtype=dtype)
     y = (x[:, :3].sin().sum(-1) + (x[:, 3] * x[:, 4]).tanh() + 0.3 * noise) / 1.5
-    module = _trained(_mlp(11, 32, 32, 1).to(device, dtype), x[:200_000], y[:200_000], epochs=2)
+    module = trained(mlp(11, 32, 32, 1).to(device, dtype), x[:200_000], y[:200_000], 2 * (200_000 // _BATCH))
     z = torch.randn(1000, 11, generator=generator, device=device, dtype=dtype)
     truth = (z[:, :3].sin().sum(-1) + (z[:, 3] * z[:, 4]).tanh()) / 1.5
     return [_regression(module, (x, y), (z, truth), residual=True)]
@@ -152,7 +153,7 @@ def millions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
 def evidence(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """N = 5,000, P = 10⁶: scale and noise by marginal likelihood, beside one eigendecomposition and the Gram."""
     x = torch.randn(5000, 64, device=device, dtype=dtype)
-    module = _mlp(64, 960, 970, 1).to(device, dtype)
+    module = mlp(64, 960, 970, 1).to(device, dtype)
     backend = gpntk.AutoBackend(gpntk.freeze(module))
     y = x[:, 0].sin() + 0.1 * torch.randn(len(x), device=device, dtype=dtype)
     wide = x.double()
@@ -172,9 +173,9 @@ def growth(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Seconds of a mean and 100 variances with `AutoSolver`, against N (P = 1,473) and against P (N = 2,000)."""
     rows = []
     for count in (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000):
-        rows.append(_timed(_mlp(11, 32, 32, 1).to(device, dtype), count, device, dtype))
+        rows.append(_timed(mlp(11, 32, 32, 1).to(device, dtype), count, device, dtype))
     for width in (16, 50, 160, 500, 1600):
-        rows.append(_timed(_mlp(11, width, width, 1).to(device, dtype), 2000, device, dtype))
+        rows.append(_timed(mlp(11, width, width, 1).to(device, dtype), 2000, device, dtype))
     return rows
 
 
@@ -249,21 +250,21 @@ class _RBF(gpytorch.models.ExactGP):
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
-def _mlp(*widths: int) -> nn.Sequential:
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with tanh between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
 
-def _trained(module: nn.Sequential, x: Tensor, y: Tensor, epochs: int) -> nn.Sequential:
+def trained(module: nn.Sequential, x: Tensor, y: Tensor, steps: int) -> nn.Sequential:
     """Adam with a falling step, batches of 512."""
-    steps = epochs * (len(x) // 512)
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(steps):
-        batch = torch.randint(len(x), (512,), generator=generator).to(x.device)
+        batch = torch.randint(len(x), (_BATCH,), generator=generator).to(x.device)
         optimizer.zero_grad()
         (module(x[batch]).squeeze(-1) - y[batch]).square().mean().backward()
         optimizer.step()
@@ -271,7 +272,7 @@ def _trained(module: nn.Sequential, x: Tensor, y: Tensor, epochs: int) -> nn.Seq
     return module
 
 
-def _standardised(
+def standardised(
     inputs: Any, targets: Any, rows: tuple[Any, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test inputs and targets, in units of the training data's standard deviations."""

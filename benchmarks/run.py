@@ -1,9 +1,13 @@
-"""Run suites and store their results: ``python -m benchmarks.run [--suite NAME] [--threads T] [--device D]``."""
+"""Run suites and store their results: ``python -m benchmarks.run [--suite NAME] [--threads T] [--device D]``.
+
+Suites that read real data find them in the folder given by ``--data``, or by GPNTK_DATA.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,11 @@ def main() -> None:
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, help="folder of the real data sets; default: GPNTK_DATA")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.data is not None:
+        os.environ["GPNTK_DATA"] = str(options.data)
     torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), torch.float32
     options.out.mkdir(parents=True, exist_ok=True)

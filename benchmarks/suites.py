@@ -22,6 +22,7 @@ from benchmarks import (
     infinite_classification,
     infinite_suites,
     no_cliff,
+    raster,
     transfer_speed,
 )
 from benchmarks.measure import gemm_rate, relative_error, seconds, seconds_on
@@ -231,6 +232,7 @@ SUITES: dict[str, Suite] = {
     **infinite_botorch.SUITES,
     **transfer_speed.SUITES,
     **no_cliff.SUITES,
+    **raster.SUITES,
 }
 
 
