@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test env lint bench docs
+.PHONY: demo test env lint bench bench-gpu docs
 
 demo: $(STAMP)
 	$(BIN)/python tutorials/01_transfer_regression.py
@@ -22,6 +22,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

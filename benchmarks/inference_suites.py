@@ -135,16 +135,16 @@ def malaria(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     ]
 
 
-def millions(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def millions(device: torch.device, dtype: torch.dtype, count: int = 2_000_000) -> list[dict[str, Any]]:
     """Synthetic, N = 2,000,000 and D = 11 (the size of houseelectric), MLP 11-32-32-1: 1,000 means and variances.
 
     In weight space: `fit_s` is ΦᵀΦ, its eigendecomposition, and scale and noise from all rows; `predict_s` the rest.
     """
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2_000_000, 11, generator=generator, device=device, dtype=dtype)
+    x = torch.randn(count, 11, generator=generator, device=device, dtype=dtype)
     noise = torch.randn(len(x), generator=generator, device=device, dtype=dtype)
     y = (x[:, :3].sin().sum(-1) + (x[:, 3] * x[:, 4]).tanh() + 0.3 * noise) / 1.5
-    module = trained(mlp(11, 32, 32, 1).to(device, dtype), x[:200_000], y[:200_000], 2 * (200_000 // _BATCH))
+    module = trained(mlp(11, 32, 32, 1).to(device, dtype), x[:200_000], y[:200_000], 2 * (count // 10 // _BATCH))
     z = torch.randn(1000, 11, generator=generator, device=device, dtype=dtype)
     truth = (z[:, :3].sin().sum(-1) + (z[:, 3] * z[:, 4]).tanh()) / 1.5
     return [_regression(module, (x, y), (z, truth), residual=True)]

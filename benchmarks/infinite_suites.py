@@ -86,7 +86,7 @@ def infinite(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
         }
         x = torch.randn(case.rows, torch.Size(case.input_shape).numel(), device=device, dtype=dtype)
         for kind in KERNELS:
-            wall, processor = _timed(case.kernel(kind), x)
+            wall, processor = timed(case.kernel(kind), x)
             used = statistics.median(_peak_of(name, kind, device, dtype) for _ in range(5))
             total = sum(floor.values())
             rows.append(
@@ -121,7 +121,7 @@ def _network(name: str) -> nn.Sequential:
     return nn.Sequential(*convolutions, *end, nn.Flatten(), nn.Linear(8 if end else 8 * 32**2, 1))
 
 
-def _timed(function: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 5) -> tuple[float, float]:
+def timed(function: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 5) -> tuple[float, float]:
     """Median wall and processor seconds after one warm-up call."""
     function(x)
     walls, processors = [], []

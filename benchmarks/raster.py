@@ -27,9 +27,9 @@ def malaria_transfer(device: torch.device, _dtype: torch.dtype) -> list[dict[str
     """Malaria raster, 236,579 rows, MLP 2-64-64-64-1 after 1,500 steps of Adam: the estimator by default and by "ntk".
 
     Network and labels are in units of the labels' standard deviation; the network was trained on the same rows. Each
-    row in a process of its own: `fit_s`, `mean_s` and `deviation_s` of 2,000 other rows, one after another; `peak_gib` of
-    the whole process. `ratio`: `rmse` over the network's; `within`: share of labels within two
-    standard deviations of y. Estimators work in float64.
+    row is of a process of its own: `fit_s`, `mean_s` and `deviation_s` of 2,000 other rows, one after another, and
+    `peak_gib` of the whole process. `ratio`: `rmse` over the network's; `within`: share of labels within two standard
+    deviations of y. Estimators work in float64.
     """
     rows = []
     for kernel in KERNELS:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers, sharded
+from benchmarks import gpu, peers, sharded
 from benchmarks.measure import provenance, settle
 from benchmarks.suites import SUITES
 from benchmarks.transfer.classification import CLASSIFICATION
@@ -21,6 +21,8 @@ from benchmarks.transfer.regression import REGRESSION
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
+# Scripts of their own, which a suite's name stands for.
+_MODULES = {"sharded": sharded, "gpu": gpu}
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def write_readme() -> None:
             f"## {result['suite']}: {result['device']}, {result['threads']} thread(s)\n",
             f"{doc}\n",
             f"{result['hardware']}; {result['dtype']}; {versions}; commit {result['commit']}, {result['date']}.\n",
-            _markdown(result["rows"]),
+            *_tables(result),
         ]
     (RESULTS.parent / "README.md").write_text("\n".join(parts))
 
@@ -76,10 +78,22 @@ def _source(suite: str) -> object:
     if experiment in experiments and suite != experiment:
         draw = experiments[experiment].draw
         return getattr(draw, "func", draw)
-    return sharded if suite == "sharded" else SUITES.get(suite, peers)
+    return _MODULES.get(suite) or SUITES.get(suite, peers)
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    """One for a suite; for a run in parts one for each, or why there is none."""
+    if "parts" not in result:
+        return [_markdown(result["rows"])]
+    return [
+        f"**{name}**: {part['outcome']} {part['message'].splitlines()[-1:] or ''}\n\n{_markdown(part['rows'])}"
+        for name, part in result["parts"].items()
+    ]
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
     lines += [" | ".join(_cell(value) for value in row.values()) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n"

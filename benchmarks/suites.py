@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise, product
 from pathlib import Path
@@ -42,6 +42,7 @@ class ProductRow:
     """One kernel-vector product K V with k columns.
 
     Attributes:
+        rows: N.
         columns: k.
         gpntk_s: J (Jᵀ V) by `StructuredBackend`, layer factors of x kept as within a CG solve.
         new_s: The same for an x not seen before: one forward and one backward pass more.
@@ -52,6 +53,7 @@ class ProductRow:
         error: Relative error against the same product in float64.
     """
 
+    rows: int
     columns: int
     gpntk_s: float
     new_s: float
@@ -63,28 +65,31 @@ class ProductRow:
     error: float
 
 
-def products(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def products(
+    device: torch.device, dtype: torch.dtype, count: int = ROWS, columns: Sequence[int] = COLUMNS
+) -> list[dict[str, Any]]:
     """K V for an MLP 784-512-512-1 and N = 2000, beside torch.func and the machine's GEMM rate."""
-    module, x = _mlp(device, dtype)
+    module, x = _mlp(device, dtype, count)
     network = gpntk.freeze(module)
     backend = gpntk.jacobians.StructuredBackend(network)
     gram = gpntk.NTKKernel(module)(x).evaluate_kernel()  # pyright: ignore[reportAttributeAccessIssue]
-    seconds(lambda: gram @ torch.ones(ROWS, 32, device=device, dtype=dtype))
-    rate = gemm_rate(device, dtype, _layer_shapes())
+    seconds(lambda: gram @ torch.ones(count, 32, device=device, dtype=dtype))
+    rate = gemm_rate(device, dtype, _layer_shapes(count))
     rows = []
-    for columns in COLUMNS:
-        v = torch.randn(ROWS, columns, device=device, dtype=dtype)
+    for k in columns:
+        v = torch.randn(count, k, device=device, dtype=dtype)
         exact = gpntk.NTKKernel(module.double())(x.double()).to_dense() @ v.double()
         module.to(dtype)
         kept = seconds(lambda v=v: _product(backend, x, v))
         row = ProductRow(
-            columns=columns,
+            rows=count,
+            columns=k,
             gpntk_s=kept,
             new_s=seconds_on(lambda new, v=v: _product(backend, new, v), lambda: torch.randn_like(x)),
             gram_s=seconds(lambda v=v: gram @ v),
             torch_func_s=seconds(lambda v=v: torch_func_product(module, x, v)),
             gemm_gflops=rate / 1e9,
-            gemm_fraction=4 * ROWS * network.num_params * columns / kept / rate,
+            gemm_fraction=4 * count * network.num_params * k / kept / rate,
             speedup=0.0,
             error=relative_error(_product(backend, x, v), exact),
         )
@@ -149,20 +154,20 @@ def small(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     ]
 
 
-def gram(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def gram(device: torch.device, dtype: torch.dtype, count: int = ROWS) -> list[dict[str, Any]]:
     """The dense Gram of the same network for new x, both passes included, beside the time of its own GEMMs.
 
     Its own GEMMs are A Aᵀ and G Gᵀ of every layer, in full; ours computes little more than half of each, by symmetry.
     """
-    module, x = _mlp(device, dtype)
+    module, x = _mlp(device, dtype, count)
     kernel = gpntk.NTKKernel(module, backend=gpntk.jacobians.StructuredBackend)
     kernel(x).to_dense()
     ours = seconds_on(lambda new: kernel(new).to_dense(), lambda: torch.randn_like(x))
-    factors = [torch.randn(ROWS, width, device=device, dtype=dtype) for width in (*WIDTHS[:-1], *WIDTHS[1:])]
+    factors = [torch.randn(count, width, device=device, dtype=dtype) for width in (*WIDTHS[:-1], *WIDTHS[1:])]
     own = seconds(lambda: [factor @ factor.T for factor in factors])
     exact = gpntk.NTKKernel(module.double())(x.double()).to_dense()
     error = relative_error(kernel(x).to_dense(), exact)
-    return [{"rows": ROWS, "gpntk_s": ours, "own_gemms_s": own, "ratio": ours / own, "error": error}]
+    return [{"rows": count, "gpntk_s": ours, "own_gemms_s": own, "ratio": ours / own, "error": error}]
 
 
 def strategies(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -259,15 +264,15 @@ def _product(backend: AbstractJacobianBackend, x: Tensor, v: Tensor) -> Tensor:
     return backend.jvp(x[None], backend.vjp(x[None], v.mT[None]))[0].mT
 
 
-def _mlp(device: torch.device, dtype: torch.dtype) -> tuple[nn.Sequential, Tensor]:
+def _mlp(device: torch.device, dtype: torch.dtype, count: int = ROWS) -> tuple[nn.Sequential, Tensor]:
     layers = [nn.Linear(i, o) for i, o in pairwise(WIDTHS)]
     module = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]).to(device, dtype)
-    return module, torch.randn(ROWS, WIDTHS[0], device=device, dtype=dtype)
+    return module, torch.randn(count, WIDTHS[0], device=device, dtype=dtype)
 
 
-def _layer_shapes() -> list[tuple[int, int, int]]:
+def _layer_shapes(count: int) -> list[tuple[int, int, int]]:
     """The products that the work itself consists of, and a square one."""
-    return [(ROWS, WIDTHS[0], WIDTHS[1]), (ROWS, WIDTHS[1], WIDTHS[2]), (2048, 2048, 2048)]
+    return [(count, WIDTHS[0], WIDTHS[1]), (count, WIDTHS[1], WIDTHS[2]), (2048, 2048, 2048)]
 
 
 def torch_func_product(module: nn.Module, x: Tensor, v: Tensor) -> Tensor:
