@@ -1,10 +1,10 @@
 """An old commit and this tree in turns on one machine: ``python -m benchmarks.compare COMMIT --suite NAME``.
 
 Machines drift by more than most changes are worth, so that stored figures of another day say little. Here each suite
-runs ``--turns`` times in a checkout of the old commit and as often in this tree, old, new, new, old, ..., each in a process of its
-own. A figure is *worse* if every new run is above every old one and the medians differ by more than a tenth; *better*
-the other way round. Tables of experiments in transfer learning (``python -m benchmarks.transfer NAME --out DIR``) are
-compared seed by seed with the stored ones: ``python -m benchmarks.compare --tables DIR``.
+runs some times in a checkout of the old commit and as often in this tree, old, new, new, old, ..., each in a process of
+its own. A figure is *worse* if every new run is above every old one and the medians differ by more than a tenth;
+*better* the other way round. Tables of experiments in transfer learning (``python -m benchmarks.transfer NAME --out
+DIR``) are compared seed by seed with the stored ones: ``python -m benchmarks.compare --tables DIR``.
 """
 
 from __future__ import annotations

@@ -42,9 +42,11 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.old, found.new) == ([1.0, 4.0, 5.0], [2.0, 3.0, 6.0])
 
 
-def test_a_suite_that_fails_is_told() -> None:
-    with pytest.raises(SystemExit, match="(?s)suite 'no-such' failed.*invalid choice"):
-        compare.rows_of(compare.ROOT, "no-such", 1)
+def test_a_suite_that_fails_is_told(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "run.py").write_text("raise ValueError('as expected')")
+    with pytest.raises(SystemExit, match=r"(?s)suite 'gram' failed.*ValueError: as expected"):
+        compare.rows_of(tmp_path, "gram", 1)
 
 
 def test_seeds_are_compared_one_by_one() -> None:
