@@ -44,6 +44,7 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_suite_that_fails_is_told(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "run.py").write_text("raise ValueError('as expected')")
     with pytest.raises(SystemExit, match=r"(?s)suite 'gram' failed.*ValueError: as expected"):
         compare.rows_of(tmp_path, "gram", 1)
