@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpntk.errors import InputError
 
+# Words at least so similar are taken for misspellings: W_std for weight_std.
+_SIMILAR = 0.5
+
+
+def check_keywords(owner: type, given: Iterable[str], others: Collection[str] = ()) -> None:
+    """Raise `InputError` for a keyword that ``owner`` does not take, with the name that is spelled most like it.
+
+    Args:
+        owner: The class whose constructor collects unknown keywords in ``**kwargs``.
+        given: The names in ``kwargs``.
+        others: Those that are passed on to a host.
+    """
+    unknown = [name for name in given if name not in others]
+    if not unknown:
+        return
+    own = [
+        p.name for p in inspect.signature(owner).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    known = {name.casefold(): name for name in (*own, *others)}
+    near = get_close_matches(unknown[0].casefold(), known, 1, _SIMILAR)
+    advice = f"did you mean {known[near[0]]!r}?" if near else f"it takes {', '.join(known.values())}."
+    raise InputError(f"{owner.__name__} has no argument {unknown[0]!r}: {advice}")
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    """Raise `InputError` unless a number of bytes is positive, or None for the default."""
+    if memory_budget is not None and not memory_budget > 0:
+        raise InputError(f"memory_budget={memory_budget}: must be a positive number of bytes, or None.")
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Raise `InputError` unless every argument, by name, is a tensor or None."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name} is a {type(value).__name__}: pass a tensor, for NumPy torch.from_numpy({name}).")
+
 
 def check_input(x: Tensor, device: torch.device, name: str = "x") -> None:
     """Raise `InputError` unless ``x`` is a real floating `[..., N, D]` tensor on ``device``."""
+    check_tensors(**{name: x})
     if x.dim() < 2:
         raise InputError(f"{name} must be [..., N, D], got shape {tuple(x.shape)}: add the row dimension.")
     if not x.dtype.is_floating_point:

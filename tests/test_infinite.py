@@ -380,3 +380,54 @@ def test_wide_random_networks_approach_the_limit() -> None:
     assert ((sampled.ntk - limits[1]).abs() <= 4 * sampled.ntk_error + 0.02 * limits[1].abs()).all()
     assert ((sampled.nngp - limits[0]).abs() <= 4 * sampled.nngp_error + 0.02 * limits[0].abs()).all()
     assert deviations[1] < deviations[0] / 3
+
+
+def two_outputs(network: nn.Sequential) -> nn.Module:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = network[:2], network[2]
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.body(x)
+            return {"logits": self.head(h), "attention": h.softmax(-1)}
+
+    return Named()
+
+
+@pytest.mark.parametrize("kind", [gpntk.InfiniteNTKKernel, gpntk.InfiniteNNGPKernel])
+def test_one_of_several_results(kind: type[gpntk.InfiniteNTKKernel]) -> None:
+    network, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(4, 3)
+    named = kind(two_outputs(network), input_shape=3, extract=lambda out: out["logits"])
+    assert torch.equal(named(x).to_dense(), kind(network)(x).to_dense())
+    with pytest.raises(UnsupportedLayerError, match="softmax"):
+        kind(two_outputs(network), input_shape=3, extract=lambda out: out["attention"])
+    with pytest.raises(InputError, match="extract cannot take what the network returns"):
+        kind(two_outputs(network), input_shape=3, extract=lambda out: out["values"])
+
+
+@pytest.mark.parametrize("kind", [gpntk.InfiniteNTKKernel, gpntk.InfiniteNNGPKernel])
+def test_wrong_arguments_say_which(kind: type[gpntk.InfiniteNTKKernel]) -> None:
+    network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    for wrong, right in (("W_std", "weight_std"), ("b_std", "bias_std"), ("input_dim", "input_shape")):
+        with pytest.raises(InputError, match=f"has no argument '{wrong}': did you mean '{right}'"):
+            kind(network, **{wrong: 1.5})
+    with pytest.raises(InputError, match="has no argument 'xyz': it takes network, weight_std"):
+        kind(network, xyz=1.5)
+    for budget in (0, -1, math.nan):
+        with pytest.raises(InputError, match=r"memory_budget=.*positive"):
+            kind(network, memory_budget=budget)
+    kernel = kind(network)
+    with pytest.raises(InputError, match="x1 is a ndarray: pass a tensor"):
+        kernel(np.zeros((2, 3)))
+    with pytest.raises(InputError, match="x2 is a list: pass a tensor"):
+        kernel(torch.zeros(2, 3), [1.0])
+    with pytest.raises(InputError, match="x1 has 4 features"):
+        kernel(torch.zeros(2, 4)).to_dense()
+
+
+def test_kernels_say_what_they_are() -> None:
+    network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    kernel = gpntk.InfiniteNTKKernel(network, weight_std={"0": 1.5, "2": 2.0}, bias_std=0.1)
+    layers = "2 layers of inputs (3,), weight_std=1.5 to 2, bias_std=0.1"
+    assert repr(kernel) == f'InfiniteNTKKernel({layers}, "ntk" parametrization)'

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.parameter import is_lazy
 
+from gpntk._types import Extract
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.activations import Activation
 from gpntk.infinite.attention import TiedAttention
@@ -56,7 +57,7 @@ def name_of(node: fx.Node) -> str:
     return str(node.target) if node.op in ("call_module", "call_method") else node.name
 
 
-def run_forward(module: nn.Module, shape: tuple[int, ...]) -> Traced:
+def run_forward(module: nn.Module, shape: tuple[int, ...], extract: Extract | None) -> Traced:
     """The calls of a module on inputs of one shape.
 
     Raises:
@@ -66,7 +67,7 @@ def run_forward(module: nn.Module, shape: tuple[int, ...]) -> Traced:
     """
     if any(map(is_lazy, module.parameters())):
         raise InputError("the network has lazy layers whose sizes are not known yet: run it on an input once.")
-    traced = _trace(module)
+    traced = _trace(module, extract)
     parameter = next(module.parameters(), torch.zeros(0))
     was = {name: child.training for name, child in module.named_modules()}
     traced.eval()
@@ -112,19 +113,37 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-def _trace(module: nn.Module) -> fx.GraphModule:
+def _trace(module: nn.Module, extract: Extract | None) -> fx.GraphModule:
     arguments = list(inspect.signature(module.forward).parameters.values())
     defaults = {entry.name: entry.default for entry in arguments[1:] if entry.default is not entry.empty}
     single = [entry for entry in arguments if entry.name not in defaults]
     if len(single) != 1 or single[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         raise UnsupportedLayerError("forward takes several inputs: a kernel is a function of one.")
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(module, defaults or None)
+        graph = tracer.trace(module, defaults or None)
     except Exception as error:
         raise UnsupportedLayerError(
             f"torch.fx cannot trace the network ({error}): its forward may depend on values. {WAY_OUT}"
         ) from None
+    if extract is not None:
+        _append(tracer, graph, extract)
     return fx.GraphModule(module, graph)
+
+
+def _append(tracer: _Tracer, graph: fx.Graph, extract: Extract) -> None:
+    """Let a graph return what ``extract`` makes of its result."""
+    end = next(node for node in reversed(graph.nodes) if node.op == "output")
+
+    def proxied(entry: Any) -> Any:
+        return tracer.proxy(entry) if isinstance(entry, fx.Node) else entry
+
+    returned = map_aggregate(end.args[0], proxied)
+    with graph.inserting_before(end):
+        try:
+            end.args = (tracer.create_arg(extract(returned)),)
+        except Exception as error:
+            raise InputError(f"extract cannot take what the network returns, {end.args[0]}: {error!r}.") from None
 
 
 class _Run(fx.Interpreter):

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpntk._types import Extract
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.calls import WAY_OUT, Call, Rule
 from gpntk.infinite.graph import Traced, name_of, run_forward, with_constants
@@ -24,8 +25,13 @@ from gpntk.infinite.rules import FUNCTIONS, METHODS, MODULES, SPATIAL, activatio
 from gpntk.infinite.units import INPUT, Units
 
 
-def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
+def trace(module: nn.Module, input_shape: Sequence[int], extract: Extract | None = None) -> Program:
     """The recursion of a module whose inputs have shape ``input_shape``.
+
+    Args:
+        module: The network.
+        input_shape: Of one input, without the axis of rows.
+        extract: Turns what the network returns (a dict, say) into the output that is meant.
 
     Raises:
         UnsupportedLayerError: A call has no limit that is known here; the message names it.
@@ -35,9 +41,12 @@ def trace(module: nn.Module, input_shape: Sequence[int]) -> Program:
     if not 1 <= len(shape) <= 3:
         raise InputError(f"input_shape={shape} must be of features, or of channels and one or two axes of positions.")
     # torch.fx looks into the one layer that a network may be.
-    traced = run_forward(nn.Sequential(module) if isinstance(module, tuple(MODULES)) else module, shape)
+    traced = run_forward(nn.Sequential(module) if isinstance(module, tuple(MODULES)) else module, shape, extract)
     modules = dict(traced.module.named_modules())
     start, *nodes, end = [node for node in traced.module.graph.nodes if node in traced.seen or node.op == "output"]
+    if extract is not None:
+        needed = _ancestors(end)
+        nodes = [node for node in nodes if node in needed]
 
     def compiled(channels_last: bool) -> Program:
         compiler = _Compiler(traced, modules, channels_last)
@@ -157,6 +166,16 @@ def _check_plain(call: Call, module: nn.Module) -> None:
         raise call.refuse("it is parametrized, so that its weights are not independent draws: remove that")
     if module._forward_pre_hooks or module._forward_hooks:
         raise call.refuse("it has hooks, which may change what it computes: remove them")
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes that a value is made of."""
+    found, rest = set[fx.Node](), [node]
+    while rest:
+        new = set(rest.pop().all_input_nodes) - found
+        found |= new
+        rest += new
+    return found
 
 
 def _nodes(node: fx.Node) -> list[fx.Node]:

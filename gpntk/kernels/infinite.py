@@ -15,7 +15,8 @@ from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpntk._checks import check_input
+from gpntk._checks import check_input, check_keywords, check_memory_budget, check_tensors
+from gpntk._types import Extract
 from gpntk.errors import InputError, SelectionError
 from gpntk.infinite import Parametrization, Program, Weights, trace
 from gpntk.infinite.equal_rows import EqualRows
@@ -57,14 +58,17 @@ class _InfiniteKernel(Kernel):
         parametrization: Parametrization = "ntk",
         *,
         input_shape: Sequence[int] | int | None = None,
+        extract: Extract | None = None,
         learn: bool = True,
         memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_keywords(type(self), kwargs, ("active_dims",))
+        check_memory_budget(memory_budget)
         super().__init__(**kwargs)
         if parametrization not in ("ntk", "standard"):
             raise SelectionError(f"parametrization={parametrization!r}: choose 'ntk' or 'standard'.")
-        self.program: Program = trace(network, _input_shape(network, input_shape))
+        self.program: Program = trace(network, _input_shape(network, input_shape), extract)
         self.parametrization: Parametrization = parametrization
         self._memory_budget = memory_budget
         layers = self.program.layers
@@ -117,6 +121,17 @@ class _InfiniteKernel(Kernel):
             for name in kept:
                 getattr(self, name).copy_(self._given[name])
         return self
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        check_tensors(x1=x1, x2=x2)
+        return super().__call__(x1, x2, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        stds = (f"{name}={_range(getattr(self, name).tolist())}" for name in ("weight_std", "bias_std"))
+        return (
+            f"{type(self).__name__}({len(self.program.layers)} layers of inputs {self.program.input_shape}, "
+            f'{", ".join(stds)}, "{self.parametrization}" parametrization)'
+        )
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **_params: Any
@@ -250,6 +265,11 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
 def _equal(x1: Tensor, x2: Tensor) -> bool:
     return x1.shape == x2.shape and not tracks_gradient(x1) and not tracks_gradient(x2) and torch.equal(x1, x2)
 
@@ -294,6 +314,7 @@ class InfiniteNNGPKernel(_InfiniteKernel):
         bias_std: σ_b likewise; zero stays zero until it is set.
         parametrization: ``"ntk"``, z = (σ_w/√n) W a + σ_b b, or ``"standard"``, z = W a + b. The NNGP is the same.
         input_shape: Shape of one input; x arrives flat, `[..., N, D]`. Not needed where the first layer is ``Linear``.
+        extract: Turns what the network returns (a dict, say) into the output that is meant.
         learn: Whether the σ's require gradients.
         memory_budget: Bytes for a block of the recursion, and for what the backward pass needs of all, beyond which
             blocks are computed again for it; default a quarter of what is free.
@@ -301,7 +322,7 @@ class InfiniteNNGPKernel(_InfiniteKernel):
 
     Raises:
         UnsupportedLayerError: A layer has no known limit; the message names it.
-        InputError: A σ is out of range, or the network does not run on inputs of this shape.
+        InputError: A σ is out of range, the network does not run on inputs of this shape, or a keyword is unknown.
         SelectionError: A layer has no glob or several, or a glob no layer.
 
     Example:
