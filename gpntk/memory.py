@@ -126,8 +126,8 @@ class TensorCache:
     beside any product. The least recently used go first. Deep copies share the cache; pickles leave it behind.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, users: int = 1) -> None:
+        self.budget, self._most = budget, _ENTRIES * users
         self._entries: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -163,14 +163,14 @@ class TensorCache:
         return entry is not None and all(map(torch.equal, entry[0], tensors))
 
     def _evict(self) -> None:
-        while len(self._entries) > _ENTRIES or sum(size for *_, size in self._entries.values()) > self.budget:
+        while len(self._entries) > self._most or sum(size for *_, size in self._entries.values()) > self.budget:
             self._entries.popitem(last=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorCache:
         return self
 
-    def __reduce__(self) -> tuple[type[TensorCache], tuple[int]]:
-        return TensorCache, (self.budget,)
+    def __reduce__(self) -> tuple[type[TensorCache], tuple[int, int]]:
+        return TensorCache, (self.budget, self._most // _ENTRIES)
 
 
 def _fingerprint(x: Tensor) -> Hashable:

@@ -96,8 +96,10 @@ def test_bad_numbers_of_features() -> None:
     with pytest.raises(InputError, match="num_features=0 must be at least 1"):
         gpntk.SketchedNTKKernel(nn.Linear(2, 1), 0)
     backend = SketchBackend(gpntk.freeze(nn.Linear(2, 1)), 8)
-    with pytest.raises(InputError, match="mix all layers"):
-        backend.gram(torch.randn(1, 3, 2), torch.randn(1, 3, 2), per_layer=True)
+    x = torch.randn(1, 3, 2)
+    torch.testing.assert_close(backend.gram(x, x, per_layer=True), backend.gram(x, x))  # one group
+    with pytest.raises(InputError, match="2 prior variances, but the features have 1 group"):
+        gpntk.operators.FeatureGramLinearOperator(x, x, torch.ones(2, 1), backend=backend)
 
 
 def test_features_of_different_calls_belong_together() -> None:

@@ -156,7 +156,7 @@ class AbstractFeatures(ABC):
     def diagonal(self, per_layer: bool = False) -> Tensor:
         """Squared norms of the rows of Φ, of all features or by layer, `[G, n]`."""
         pieces = [self.backend.diagonal(x.unsqueeze(0), per_layer).squeeze(0) for _, x in self.parts()]
-        groups = len(self.backend.layer_slices(per_layer))
+        groups = self.backend.num_groups if per_layer else 1
         return torch.cat(pieces, -1) if pieces else torch.zeros(groups, 0, dtype=self.dtype, device=self.device)
 
 

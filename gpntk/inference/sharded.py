@@ -118,7 +118,7 @@ class ShardedFeatures(AbstractFeatures):
     def remember(self, kind: Hashable, compute: Callable[[], Any]) -> Any:
         # Not by the backend, which forgets when memory is short: all ranks must forget the same, as they compute it
         # together.
-        key = (kind, self.backend.network.version)
+        key = (kind, self.backend.version)
         if key not in self._kept:
             with torch.inference_mode(False), torch.no_grad():
                 self._kept[key] = compute()
@@ -128,7 +128,7 @@ class ShardedFeatures(AbstractFeatures):
         return self._kept[key]
 
     def holds(self, kind: Hashable) -> bool:
-        return (kind, self.backend.network.version) in self._kept
+        return (kind, self.backend.version) in self._kept
 
     # --- all ranks ---------------------------------------------------------------------------------------------
 
@@ -205,8 +205,7 @@ class ShardedFeatures(AbstractFeatures):
 
 def _weights(local: AbstractFeatures) -> dict[str, Tensor]:
     """The selected weights by name, on the CPU."""
-    network = local.backend.network
-    return {name: w.cpu() for name, w in network.selected(network.dtype, network.device).items()}
+    return {name: weight.cpu() for name, weight in local.backend.weights().items()}
 
 
 def _by_rank(values: Iterable[Any]) -> str:

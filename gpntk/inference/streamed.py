@@ -73,7 +73,7 @@ class StreamedFeatures(AbstractFeatures):
         self._progress = progress
         # What is kept of the data is found by this name, in all precisions.
         self._name = object()
-        dtype, device = dtype or backend.network.dtype, torch.device(device or backend.network.device)
+        dtype, device = dtype or backend.dtype, torch.device(device or backend.device)
         self._first_row = torch.zeros(1, 0)
         outputs = 1
         if self._source.num_rows:

@@ -2,11 +2,10 @@
 
 from gpntk.jacobians.auto import AutoBackend, Choice
 from gpntk.jacobians.autodiff import AutodiffBackend
-from gpntk.jacobians.average import AverageBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.dense import DenseBackend
+from gpntk.jacobians.dense import DenseBackend, ExplicitBackend
 from gpntk.jacobians.sketch import SketchBackend
-from gpntk.jacobians.split import SplitBackend
+from gpntk.jacobians.stacked import AverageBackend, StackedBackend, split_parameters
 from gpntk.jacobians.structured import StructuredBackend
 
 __all__ = [
@@ -16,7 +15,9 @@ __all__ = [
     "AverageBackend",
     "Choice",
     "DenseBackend",
+    "ExplicitBackend",
     "SketchBackend",
-    "SplitBackend",
+    "StackedBackend",
     "StructuredBackend",
+    "split_parameters",
 ]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
 
 from gpntk.cost import Cost, Machine, table
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
-from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.backend import AbstractDeferredBackend, AbstractJacobianBackend, AbstractTangentBackend
 from gpntk.jacobians.dense import DenseBackend
 from gpntk.jacobians.precision import Precision
-from gpntk.jacobians.split import SplitBackend
+from gpntk.jacobians.stacked import StackedBackend, split_parameters
 from gpntk.jacobians.structured import StructuredBackend
 from gpntk.network import FrozenNetwork
 
@@ -40,13 +40,13 @@ class Choice(NamedTuple):
 
 
 @final
-class AutoBackend(AbstractJacobianBackend):
+class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     """The backend that suits the network, chosen at the first x it sees.
 
     1. Parameters that are used by functions with a rule, all other parameters taken out: `StructuredBackend`, unless
        counting says that the explicit J `[N*C, P]` is cheaper and it fits the budget: then `DenseBackend` for all.
        (A network of few parameters: one GEMM beats a loop over layers.)
-    2. The other parameters, if any, by automatic differentiation, and only those: `SplitBackend` of both. Their part
+    2. The other parameters, if any, by automatic differentiation, and only those: `StackedBackend` of both. Their part
        of J is kept (`DenseBackend`) if it fits a quarter of the budget.
     3. `AutodiffBackend` for all where the network's path through its layers depends on the rows of x.
     4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
@@ -102,35 +102,14 @@ class AutoBackend(AbstractJacobianBackend):
             self._rows = rows
         return self._choice
 
-    def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        return self._run(x, lambda backend: backend.jvp(x, v))
-
-    def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        return self._run(x, lambda backend: backend.vjp(x, u))
-
-    def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
-        return self._run(x1, lambda backend: backend.gram(x1, x2, per_layer))
-
-    def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
-        return self._run(x, lambda backend: backend.diagonal(x, per_layer))
-
-    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
-        return self.choice(x).backend.costs(x, columns)
-
-    def jacobian(self, x: Tensor) -> Tensor:
-        return self._run(x, lambda backend: backend.jacobian(x))
-
-    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        return self._run(x, lambda backend: backend.sketch(x, features, seed))
-
-    def _run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Tensor]) -> Tensor:
+    def run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Any]) -> Any:
         """``product`` with the chosen backend; if that finds its rules broken by a later input, with autodiff.
 
         Another path through the network is found out on any input; a use of parameters that torch does not show only
         on the rows that were checked when the choice was made.
         """
         choice = self.choice(x)
-        if not isinstance(choice.backend, (StructuredBackend, SplitBackend)):
+        if not isinstance(choice.backend, (StructuredBackend, StackedBackend)):
             return product(choice.backend)
         try:
             return product(choice.backend)
@@ -163,7 +142,7 @@ def by_rules(network: FrozenNetwork, x: Tensor, memory_budget: int | None, preci
     size = 2 * x.shape[:-1].numel() * network.num_outputs(x) * rest.num_params * x.element_size()
     plain = DenseBackend if size <= structured.memory_budget // 4 else AutodiffBackend
     listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
-    split = SplitBackend(network, [structured, plain(rest, structured.memory_budget)], structured.memory_budget)
+    split = split_parameters(network, [structured, plain(rest, structured.memory_budget)], structured.memory_budget)
     return Choice(split, f"structured rules, and {plain.__name__} for {listed}", costs)
 
 

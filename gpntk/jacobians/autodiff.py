@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.contraction import contracted_diagonal, contracted_gram
+from gpntk.cost import Cost
+from gpntk.jacobians.backend import (
+    AbstractTangentBackend,
+    contracted_diagonal,
+    contracted_gram,
+    jacobian_by_rows,
+)
 from gpntk.jacobians.tape import row_values
 from gpntk.memory import chunks, frozen, tracks_gradient
 from gpntk.network import FrozenNetwork
 
 
 @final
-class AutodiffBackend(AbstractJacobianBackend):
+class AutodiffBackend(AbstractTangentBackend):
     """torch.func products, chunked over rows and columns; the fallback, and the referee of every other backend.
 
     Use it when a module has no structured rule. Cost per column: about one forward and one backward pass in each
@@ -45,7 +50,7 @@ class AutodiffBackend(AbstractJacobianBackend):
     def jacobian(self, x: Tensor) -> Tensor:
         """By forward mode where an input has more outputs than there are parameters, and all operations have it."""
         if self.num_outputs(x) <= self.num_features:
-            return super().jacobian(x)
+            return jacobian_by_rows(self, x)
         unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
 
         def product(rows: Tensor, part: Tensor) -> Tensor:
@@ -54,13 +59,16 @@ class AutodiffBackend(AbstractJacobianBackend):
         try:
             return self._over_rows(x, product, unit, rowwise=False).mT
         except NotImplementedError:
-            return super().jacobian(x)
+            return jacobian_by_rows(self, x)
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_gram(self, x1, x2, per_layer)
 
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_diagonal(self, x, per_layer)
+
+    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:  # noqa: ARG002
+        return ()
 
     # --- private -----------------------------------------------------------------------------------------------
 

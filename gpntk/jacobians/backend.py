@@ -1,4 +1,4 @@
-"""The interface of a Jacobian backend: four products, from which the rest follows.
+"""The interface of a Jacobian backend: what its features are, and how products with them are computed.
 
 Layout inside every backend: B batches, N rows, C outputs, K columns, F features (F = P, the selected parameters, unless
 said otherwise), G groups of features. Columns lead, so that one column is contiguous in memory:
@@ -17,6 +17,8 @@ Laws, for every backend (see `gpntk.testing`):
 
 from __future__ import annotations
 
+import functools
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -29,39 +31,65 @@ from gpntk.memory import TensorCache, chunks, default_budget
 from gpntk.network import FrozenNetwork
 
 _SKETCH_BLOCK = 32
+# Features summed at once by a matrix product: of few rows, each sum is one after another, and its rounding grows.
+_FEATURES = 2**16
+
+Groups = tuple[tuple[slice, ...], ...]
+"""For every group of features, the columns of J that belong to it."""
 
 
 class AbstractJacobianBackend(ABC):
-    """How products with J(x) = df(x; w)/dw `[N*C, P]` are computed.
+    """How products with the features J(x) `[N*C, F]` are computed.
 
     Every product is differentiable in x and in its other arguments. What depends on x alone is kept in ``cache``.
+
+    Args:
+        device: Where the features are computed.
+        memory_budget: Bytes that temporaries, and what is kept, stay within; default `gpntk.memory.default_budget`.
     """
 
-    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
-        self.network = network
-        self.memory_budget = default_budget(network.device) if memory_budget is None else int(memory_budget)
+    def __init__(self, device: torch.device, memory_budget: int | None = None) -> None:
+        self.memory_budget = default_budget(device) if memory_budget is None else int(memory_budget)
         self.cache = TensorCache(self.memory_budget)
+        # Tells the entries of backends that share a cache apart; copies and pickles of a backend share theirs.
+        self._identity = uuid.uuid4().hex
 
-    def remember(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
-        return self.cache.get((kind, self.network.version), tensors, compute)
-
-    def holds(self, kind: Hashable, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether `remember` would compute nothing."""
-        return self.cache.holds((kind, self.network.version), tensors)
-
-    def share_cache(self, cache: TensorCache) -> None:
-        """Keep what is kept in ``cache``, within its budget."""
-        self.cache = cache
+    # --- what the features are ---------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def num_features(self) -> int:
         """F, the number of columns of J."""
-        return self.network.num_params
 
+    @abstractmethod
     def num_outputs(self, x: Tensor) -> int:
         """C, rows of J per row of x."""
-        return self.network.num_outputs(x)
+
+    @property
+    @abstractmethod
+    def groups(self) -> Groups:
+        """The columns of every group that may have a prior variance of its own, e.g. of every layer."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the weights are stored; computations run in the dtype of x."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the features are computed."""
+
+    @property
+    @abstractmethod
+    def version(self) -> Hashable:
+        """Changes whenever the function behind the features does."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the features are derivatives with respect to, by name, to tell features apart by."""
+
+    # --- products ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -79,16 +107,40 @@ class AbstractJacobianBackend(ABC):
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         """Diagonal of ``gram(x, x)``, `[B, G, N*C]`, without forming it."""
 
-    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:  # noqa: ARG002
-        """What products with so many columns cost by each strategy, the cheapest first; empty if not counted."""
-        return ()
-
+    @abstractmethod
     def jacobian(self, x: Tensor) -> Tensor:
-        """J(x) itself, `[B, N*C, F]`: each row of x as a batch of its own, one unit cotangent per output."""
-        batch, rows, _ = x.shape
-        outputs = self.num_outputs(x)
-        unit = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(batch * rows, outputs, outputs)
-        return self.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, self.num_features)
+        """J(x) itself, `[B, N*C, F]`."""
+
+    @abstractmethod
+    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
+        """What products with so many columns cost by each strategy, the cheapest first; empty if not counted."""
+
+    # --- what follows ------------------------------------------------------------------------------------------
+
+    @property
+    def num_groups(self) -> int:
+        """G, for ``per_layer=True``."""
+        return len(self.groups)
+
+    def feature_groups(self, device: torch.device) -> Tensor:
+        """The number of the group that each feature belongs to, `[F]`."""
+        numbers = torch.empty(self.num_features, dtype=torch.long, device=device)
+        for number, group in enumerate(self.groups):
+            for columns in group:
+                numbers[columns] = number
+        return numbers
+
+    def remember(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """``compute()``, or what it gave the last time for the same tensors and the same weights; never change it."""
+        return self.cache.get((kind, self._identity, self.version), tensors, compute)
+
+    def holds(self, kind: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether `remember` would compute nothing."""
+        return self.cache.holds((kind, self._identity, self.version), tensors)
+
+    def share_cache(self, cache: TensorCache) -> None:
+        """Keep what is kept in ``cache``, within its budget."""
+        self.cache = cache
 
     def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
         """J(x) R / sqrt(F) `[B, N*C, F]` for a standard normal R `[P, F]`, or a cheaper one that serves as well."""
@@ -106,14 +158,127 @@ class AbstractJacobianBackend(ABC):
             blocks.append(torch.cat(parts, -1))
         return torch.cat(blocks, 1)
 
-    def feature_groups(self, device: torch.device) -> Tensor:
-        """The number of the layer that each feature belongs to, `[F]`; features may repeat the P parameters."""
-        sizes = torch.tensor([columns.stop - columns.start for columns in self.layer_slices(True)], device=device)
-        once = torch.arange(sizes.numel(), device=device).repeat_interleave(sizes)
-        return once.repeat(self.num_features // once.numel())
 
-    def layer_slices(self, per_layer: bool) -> tuple[slice, ...]:
-        """The groups as slices of F."""
-        if not per_layer:
-            return (slice(0, self.num_features),)
-        return tuple(columns for _, columns in self.network.layers)
+class AbstractNetworkBackend(AbstractJacobianBackend, ABC):
+    """The features are made of one frozen network.
+
+    Args:
+        network: The network, with the parameters to differentiate selected.
+        memory_budget: Bytes that temporaries, and what is kept, stay within.
+    """
+
+    def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+        super().__init__(network.device, memory_budget)
+        self.network = network
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def version(self) -> Hashable:
+        return self.network.version
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.network.selected(self.dtype, self.device)
+
+
+class AbstractTangentBackend(AbstractNetworkBackend, ABC):
+    """The features are J(x) = df(x; w)/dw `[N*C, P]` themselves; every layer is a group."""
+
+    @property
+    def num_features(self) -> int:
+        return self.network.num_params
+
+    def num_outputs(self, x: Tensor) -> int:
+        return self.network.num_outputs(x)
+
+    @property
+    def groups(self) -> Groups:
+        return tuple((columns,) for _, columns in self.network.layers)
+
+
+class AbstractDeferredBackend(AbstractJacobianBackend, ABC):
+    """Products by another backend, which is made when the first x is seen."""
+
+    @abstractmethod
+    def run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Any]) -> Any:
+        """``product`` of the backend that does the work for x."""
+
+    def jvp(self, x: Tensor, v: Tensor) -> Tensor:
+        return self.run(x, lambda backend: backend.jvp(x, v))
+
+    def vjp(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.run(x, lambda backend: backend.vjp(x, u))
+
+    def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
+        return self.run(x1, lambda backend: backend.gram(x1, x2, per_layer))
+
+    def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
+        return self.run(x, lambda backend: backend.diagonal(x, per_layer))
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        return self.run(x, lambda backend: backend.jacobian(x))
+
+    def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
+        return self.run(x, lambda backend: backend.costs(x, columns))
+
+    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
+        return self.run(x, lambda backend: backend.sketch(x, features, seed))
+
+
+def jacobian_by_rows(backend: AbstractJacobianBackend, x: Tensor) -> Tensor:
+    """J(x) `[B, N*C, F]` by vjp: each row of x as a batch of its own, one unit cotangent per output."""
+    batch, rows, _ = x.shape
+    outputs = backend.num_outputs(x)
+    unit = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(batch * rows, outputs, outputs)
+    return backend.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, backend.num_features)
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """A Bᵀ `[..., n, m]` for A `[..., n, F]` and B `[..., m, F]`, to the precision of their dtype whatever F.
+
+    In float32, a plain product of five rows and F = 10⁷ is off by 1e-3; slice by slice, as fast, by 1e-6.
+    """
+    pairs = zip(a.split(_FEATURES, -1), b.split(_FEATURES, -1), strict=True)
+    return functools.reduce(torch.add, (left @ right.mT for left, right in pairs))
+
+
+def row_chunks(backend: AbstractJacobianBackend, x: Tensor) -> list[slice]:
+    """Chunks of the rows of x `[B, N, D]` whose Jacobian, and a copy of it, fit the budget."""
+    row_bytes = 2 * x.shape[0] * backend.num_outputs(x) * backend.num_features * x.element_size()
+    return list(chunks(x.shape[1], row_bytes, backend.memory_budget))
+
+
+def contracted_gram(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, per_layer: bool) -> Tensor:
+    """J_g(x1) J_g(x2)ᵀ `[B, G, N*C, M*C]`: 2*N*M*C²*F flops once the Jacobians are there."""
+    groups = _groups(backend, per_layer)
+    blocks = []
+    for rows in row_chunks(backend, x1):
+        left = backend.jacobian(x1[:, rows])
+        columns = []
+        for others in row_chunks(backend, x2):
+            right = left if x1 is x2 and rows == others else backend.jacobian(x2[:, others])
+            terms = [sum(inner_products(left[..., part], right[..., part]) for part in group) for group in groups]
+            columns.append(torch.stack(terms, dim=1))  # pyright: ignore[reportArgumentType]
+        blocks.append(torch.cat(columns, dim=-1))
+    return torch.cat(blocks, dim=-2)
+
+
+def contracted_diagonal(backend: AbstractJacobianBackend, x: Tensor, per_layer: bool) -> Tensor:
+    """|J_g(x)|² row by row, `[B, G, N*C]`."""
+    groups = _groups(backend, per_layer)
+    parts = []
+    for rows in row_chunks(backend, x):
+        jacobian = backend.jacobian(x[:, rows])
+        terms = [sum(jacobian[..., part].square().sum(-1) for part in group) for group in groups]
+        parts.append(torch.stack(terms, dim=1))  # pyright: ignore[reportArgumentType]
+    return torch.cat(parts, dim=-1)
+
+
+def _groups(backend: AbstractJacobianBackend, per_layer: bool) -> Groups:
+    return backend.groups if per_layer else ((slice(0, backend.num_features),),)

@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk.jacobians.backend import inner_products
 from gpntk.jacobians.bundles import Bundle, parameter_images
-from gpntk.jacobians.contraction import inner_products
 from gpntk.jacobians.passes import Parts
 from gpntk.jacobians.rules import AbstractLayerRule, Factors, sketched
 from gpntk.memory import chunks, workspace
@@ -75,8 +75,10 @@ class Grams:
     def sketch(self, parts: Parts, features: int, seed: int) -> Tensor:
         """Random features `[B, N, C, F]`; see `gpntk.jacobians.sketch`."""
         positions = max((b.rule.num_positions(_only(parts, b)) for b in self._joined), default=1)
-        example = _cotangents(parts)
-        batch, rows, outputs = example.shape[:3]
+        factors = next(iter(parts.values())).factors[0]
+        example = factors.a if factors.g is None else factors.g
+        assert example is not None
+        batch, rows, outputs = *example.shape[:2], 1 if factors.g is None else factors.g.shape[2]
         row_bytes = example.element_size() * batch * features * positions * (1 + 2 * outputs)
         done = []
         for chosen in chunks(rows, row_bytes, min(self._limit, _SKETCH_BYTES)):

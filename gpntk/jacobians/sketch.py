@@ -19,14 +19,14 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.jacobians.auto import by_rules
-from gpntk.jacobians.backend import AbstractJacobianBackend
-from gpntk.jacobians.explicit import AbstractExplicitBackend
+from gpntk.jacobians.backend import AbstractJacobianBackend, AbstractNetworkBackend, Groups
+from gpntk.jacobians.dense import AbstractDenseBackend
 from gpntk.network import FrozenNetwork
 
 
 @final
-class SketchBackend(AbstractExplicitBackend):
-    """J(x) R `[B, N*C, F]` for a random R that is never formed, in place of J(x).
+class SketchBackend(AbstractDenseBackend, AbstractNetworkBackend):
+    """J(x) R `[B, N*C, F]` for a random R that is never formed, in place of J(x): one group of features.
 
     Use it where N and P are both too large for exact products, and an error of about 1/sqrt(F) is not: linear algebra
     with F features costs what a Bayesian linear model of F weights costs. Features are kept while they fit the budget.
@@ -61,6 +61,9 @@ class SketchBackend(AbstractExplicitBackend):
     def num_features(self) -> int:
         return self._num_features
 
+    def num_outputs(self, x: Tensor) -> int:
+        return self.network.num_outputs(x)
+
     def jacobian(self, x: Tensor) -> Tensor:
         if self._exact is None:
             self.num_outputs(x)
@@ -70,7 +73,6 @@ class SketchBackend(AbstractExplicitBackend):
         sketch = self._exact.sketch
         return self.remember("sketch", (x,), lambda: sketch(x, self._num_features, self._seed))
 
-    def layer_slices(self, per_layer: bool) -> tuple[slice, ...]:
-        if per_layer:
-            raise InputError("the features of a sketch mix all layers: they have no variance per layer.")
-        return (slice(0, self._num_features),)
+    @property
+    def groups(self) -> Groups:
+        return ((slice(0, self._num_features),),)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpntk.cost import Cost, Sizes, count
 from gpntk.errors import InputError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
-from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.backend import AbstractTangentBackend, jacobian_by_rows
 from gpntk.jacobians.bundles import operand_tangents, parameter_images
 from gpntk.jacobians.grams import Grams, num_rows
 from gpntk.jacobians.passes import FactorPasses, Parts, joined
@@ -50,7 +50,7 @@ class RowCounts(NamedTuple):
 
 
 @final
-class StructuredBackend(AbstractJacobianBackend):
+class StructuredBackend(AbstractTangentBackend):
     """Products from layer factors (a, g), for parameters that are used by functions with a rule.
 
     Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
@@ -138,6 +138,9 @@ class StructuredBackend(AbstractJacobianBackend):
         return torch.cat(
             [grams.sketch(parts, features, seed).flatten(1, 2).to(x.dtype) for parts in self._blocks(x)], dim=1
         )
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        return jacobian_by_rows(self, x)
 
     def check(self, x: Tensor) -> None:
         """Once: find the uses of parameters, and compare a product with automatic differentiation on some rows.

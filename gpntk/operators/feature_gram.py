@@ -11,6 +11,7 @@ from linear_operator.utils.memoize import cached
 from torch import Tensor
 
 from gpntk.cost import Machine
+from gpntk.errors import InputError
 from gpntk.inference import AbstractSolver, AutoSolver, Features
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.memory import chunks, tracks_gradient
@@ -57,6 +58,13 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
         super().__init__(x1, x2, variances, backend=backend, solver=solver)
         self._x1, self._x2, self._variances = x1, x2, variances
         self._backend, self._solver = backend, solver
+        if self._per_layer and x1.numel():
+            backend.num_outputs(x1)  # the groups may depend on it
+            if variances.shape[-2] != backend.num_groups:
+                raise InputError(
+                    f"variances has {variances.shape[-2]} prior variances, but the features have {backend.num_groups} "
+                    "group(s): give one variance, or one per group."
+                )
 
     # --- shape -------------------------------------------------------------------------------------------------
 
