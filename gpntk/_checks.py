@@ -37,21 +37,26 @@ def check_keywords(owner: type, given: Iterable[str], others: Collection[str] = 
     raise InputError(f"{owner.__name__} has no argument {unknown[0]!r}: {advice}")
 
 
-def check_memory_budget(memory_budget: int | None) -> None:
-    """Raise `InputError` unless a number of bytes is positive, or None for the default."""
-    if memory_budget is not None and not memory_budget > 0:
-        raise InputError(f"memory_budget={memory_budget}: must be a positive number of bytes, or None.")
+def check_memory_budget(memory_budget: float | None) -> int | None:
+    """The budget in whole bytes, None for the default; raise `InputError` unless it is at least one."""
+    if memory_budget is None:
+        return None
+    if isinstance(memory_budget, bool) or not 1 <= memory_budget < float("inf"):
+        raise InputError(
+            f"memory_budget={memory_budget}: must be a positive number of bytes, or None for a quarter of what is free."
+        )
+    return int(memory_budget)
 
 
 def check_tensors(**tensors: Any) -> None:
     """Raise `InputError` unless every argument, by name, is a tensor or None."""
     for name, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
-            raise InputError(f"{name} is a {type(value).__name__}: pass a tensor, for NumPy torch.from_numpy({name}).")
+            raise InputError(f"{name} is a {type(value).__name__}: pass a tensor, torch.as_tensor({name}) say.")
 
 
 def check_input(x: Tensor, device: torch.device, name: str = "x") -> None:
-    """Raise `InputError` unless ``x`` is a real floating `[..., N, D]` tensor on ``device``."""
+    """Raise `InputError` unless ``x`` is a finite, real floating `[..., N, D]` tensor on ``device``."""
     check_tensors(**{name: x})
     if x.dim() < 2:
         raise InputError(f"{name} must be [..., N, D], got shape {tuple(x.shape)}: add the row dimension.")
@@ -67,3 +72,15 @@ def check_input(x: Tensor, device: torch.device, name: str = "x") -> None:
             f"{name} is on {x.device} but the network's frozen weights are on {device}: move the kernel with "
             f"kernel.to({str(x.device)!r}), or move {name}."
         )
+    _check_finite(x.detach(), name)
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    # The sum needs no memory, and is finite unless an entry is not (or the sum overflows: then the entries decide).
+    if bool(x.sum().isfinite()) or bool(x.isfinite().all()):
+        return
+    rows = (~x.isfinite()).any(-1)
+    raise InputError(
+        f"{name} contains NaN or infinite values in {int(rows.sum())} of {rows.numel()} rows, the first at index "
+        f"{tuple(rows.nonzero()[0].tolist())}: leave these rows out or fill them in."
+    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from gpntk._checks import check_input
-from gpntk.errors import SelectionError
-from gpntk.network import FrozenNetwork
+from gpntk._checks import check_input, check_tensors
+from gpntk._types import Extract
+from gpntk.network import freeze
 
 
 @final
@@ -23,6 +23,11 @@ class NetworkMean(Mean):
     Args:
         network: The network, or a `gpntk.FrozenNetwork`.
         input_shape: Shape of one input as the network wants it; x then arrives flat.
+        extract: Turns what the network returns (a dict, say) into the tensor `[N]` or `[N, C]` that is meant.
+
+    Raises:
+        SelectionError: ``input_shape`` or ``extract`` is given with a network that is frozen already.
+        InputError: x is not floating, finite and `[..., N, D]`, is on another device, or does not fit the network.
 
     Example:
         >>> import torch, gpntk
@@ -30,15 +35,23 @@ class NetworkMean(Mean):
         torch.Size([2, 5])
     """
 
-    def __init__(self, network: nn.Module, input_shape: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, *, input_shape: Sequence[int] | None = None, extract: Extract | None = None
+    ) -> None:
         super().__init__()
-        if isinstance(network, FrozenNetwork) and input_shape is not None:
-            raise SelectionError("the network is frozen already: give input_shape to gpntk.freeze instead.")
-        frozen = isinstance(network, FrozenNetwork)
-        self.network = copy.deepcopy(network) if frozen else FrozenNetwork(network, None, input_shape)
+        self.network = freeze(network, None, input_shape, extract)
+
+    def __call__(self, x: Tensor) -> Any:
+        """f(x; w*); see `forward`."""
+        check_tensors(x=x)  # before the host reads its dimensions
+        return super().__call__(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x; w*) for x `[..., N, D]`."""
         check_input(x, self.network.device)
+        single = self.network.num_outputs(x) == 1
         outputs = self.network(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return outputs.squeeze(-1) if self.network.num_outputs(x) == 1 else outputs
+        return outputs.squeeze(-1) if single else outputs
+
+    def __repr__(self) -> str:
+        return f"NetworkMean({self.network.summary})"

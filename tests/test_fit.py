@@ -378,7 +378,7 @@ def test_checkpoints_of_other_fits(other: Callable[[], TangentGP], message: str,
 
 def test_a_sketch_of_another_seed(tmp_path: Path) -> None:
     def sketched(seed: int) -> TangentGP:
-        return TangentGP(X, Y, gpntk.SketchedNTKKernel(mlp(1).double().eval(), 30, seed=seed))
+        return TangentGP(X, Y, gpntk.SketchedNTKKernel(mlp(1).double().eval(), num_features=30, seed=seed))
 
     killed(sketched(0), tmp_path / "fit", at=1)
     with pytest.raises(FileFormatError, match="its mean prior variance"):

@@ -211,8 +211,8 @@ def test_network_mean() -> None:
         (lambda: gpntk.NTKKernel(MODULE, output="mean"), SelectionError, "choose 'full', 'independent', 'sum'"),
         (lambda: gpntk.NTKKernel(MODULE, output=True), SelectionError, "output=True"),
         (lambda: gpntk.NTKKernel(MODULE, output=3)(inputs(2)).to_dense(), SelectionError, "has outputs 0 to 2"),
-        (lambda: gpntk.NTKKernel(gpntk.freeze(MODULE), "0.*"), SelectionError, "frozen already"),
-        (lambda: gpntk.NNGPKernel(gpntk.freeze(MODULE)), SelectionError, "pass the module"),
+        (lambda: gpntk.NTKKernel(gpntk.freeze(MODULE), parameters="0.*"), SelectionError, "frozen already"),
+        (lambda: gpntk.NNGPKernel(gpntk.freeze(MODULE), extract=len), SelectionError, "frozen already"),
         (lambda: setattr(gpntk.NTKKernel(MODULE), "layer_variances", 2.0), SelectionError, "layer_variances=True"),
     ],
 )

@@ -243,7 +243,7 @@ class HeadFirst(nn.Module):
 def test_readout_must_be_the_last_layer_to_run() -> None:
     with pytest.raises(SelectionError, match=r"runs 'head' last: pass parameters='head.\*'"):
         gpntk.NNGPKernel(HeadFirst())(torch.randn(3, 3)).to_dense()
-    assert gpntk.NTKKernel(HeadFirst(), "head.*")(torch.randn(3, 3)).to_dense().shape == (3, 3)
+    assert gpntk.NTKKernel(HeadFirst(), parameters="head.*")(torch.randn(3, 3)).to_dense().shape == (3, 3)
 
 
 def test_shapes_that_do_not_fit_input_shape() -> None:

@@ -49,7 +49,9 @@ def test_finite_ntk_and_laplace_failed_on_frozen_and_unused_parameters(backend) 
     torch.testing.assert_close(to_dense(gpntk.NTKKernel(module, backend=backend)(x)), j @ j.T)
     trainable = lambda name, parameter: parameter.requires_grad  # noqa: E731
     part = reference_jacobian(module, x, [name for name, _ in module.named_parameters()][1:])
-    torch.testing.assert_close(to_dense(gpntk.NTKKernel(module, trainable, backend=backend)(x)), part @ part.T)
+    torch.testing.assert_close(
+        to_dense(gpntk.NTKKernel(module, parameters=trainable, backend=backend)(x)), part @ part.T
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -82,19 +82,19 @@ def test_features_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("output", ["full", "independent", "sum", 1])
 def test_the_kernel_obeys_the_laws(output) -> None:
     case = next(case for case in CASES if case.name == "mlp-c3")
-    check_kernel(gpntk.SketchedNTKKernel(case.module(), 32, output=output), case.x(5))
+    check_kernel(gpntk.SketchedNTKKernel(case.module(), num_features=32, output=output), case.x(5))
 
 
 def test_the_kernel_is_differentiable_in_x() -> None:
     case = next(case for case in CASES if case.name == "mlp-c1")
-    kernel = gpntk.SketchedNTKKernel(case.module(), 16)
+    kernel = gpntk.SketchedNTKKernel(case.module(), num_features=16)
     x = case.x(3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: kernel(x).to_dense(), (x,))
 
 
 def test_bad_numbers_of_features() -> None:
     with pytest.raises(InputError, match="num_features=0 must be at least 1"):
-        gpntk.SketchedNTKKernel(nn.Linear(2, 1), 0)
+        gpntk.SketchedNTKKernel(nn.Linear(2, 1), num_features=0)
     backend = SketchBackend(gpntk.freeze(nn.Linear(2, 1)), 8)
     x = torch.randn(1, 3, 2)
     torch.testing.assert_close(backend.gram(x, x, per_layer=True), backend.gram(x, x))  # one group

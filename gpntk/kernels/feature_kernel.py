@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +15,17 @@ from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from gpntk._checks import check_input
-from gpntk._types import OutputSelection, ParameterSelection
-from gpntk.errors import SelectionError
+from gpntk._checks import check_input, check_keywords, check_memory_budget, check_tensors
+from gpntk._types import Extract, OutputSelection, ParameterSelection
+from gpntk.errors import InputError, SelectionError
 from gpntk.inference import AbstractSolver
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
 from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
-from gpntk.network import FrozenNetwork
+from gpntk.network import freeze
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
-BackendFactory = Callable[[FrozenNetwork], AbstractJacobianBackend]
+BackendFactory = Callable[..., AbstractJacobianBackend]
+"""Makes a backend from the frozen network, and from ``memory_budget=`` where the user gives one."""
 
 
 def log_scale_constraint(lower_bound: float = 0.0) -> GreaterThan:
@@ -39,9 +40,23 @@ class AbstractFeatureKernel(Kernel, ABC):
     Subclasses say which parameters; products, Grams, diagonals and gradients are written once, here and in the
     operators. ``parameters()`` holds the kernel's own hyperparameters only: none, or one variance per layer. The frozen
     weights follow ``.to()`` and are shared by deep copies.
+
+    Args:
+        network: The network, or a `gpntk.FrozenNetwork`.
+        parameters: Which parameters have features; of a `gpntk.FrozenNetwork` only ``"readout"`` or None.
+        layer_variances: Whether every layer has a learnable prior variance of its own.
+        output: What becomes of several outputs; see `gpntk.NTKKernel`.
+        input_shape: Shape of one input as the network wants it.
+        extract: Turns what the network returns into the tensor `[N]` or `[N, C]` that is meant.
+        memory_budget: Bytes that products may take; None for a quarter of what is free.
+        backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
+        solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
+        **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
     """
 
     has_lengthscale = False
+    _note = ""
+    """What else its ``repr`` says."""
     raw_layer_variances: nn.Parameter
     raw_layer_variances_constraint: GreaterThan
 
@@ -52,14 +67,20 @@ class AbstractFeatureKernel(Kernel, ABC):
         parameters: ParameterSelection,
         layer_variances: bool,
         output: OutputSelection,
-        input_shape: tuple[int, ...] | None,
-        backend: BackendFactory | None,
+        input_shape: Sequence[int] | None,
+        extract: Extract | None,
+        memory_budget: int | None,
+        backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
+        check_keywords(type(self), kwargs, ("batch_shape", "active_dims"))
         super().__init__(**kwargs)
-        frozen = _freeze(network, parameters, input_shape)
+        frozen = freeze(network, parameters, input_shape, extract)
+        budget = check_memory_budget(memory_budget)
         factory = backend or AutoBackend
+        if budget is not None:
+            factory = partial(factory, memory_budget=budget)
         _check_output(output)
         self.output, self.solver = output, solver
         if output == "independent":
@@ -74,6 +95,12 @@ class AbstractFeatureKernel(Kernel, ABC):
             self.register_parameter("raw_layer_variances", nn.Parameter(zeros))
             self.register_constraint("raw_layer_variances", log_scale_constraint())
             self.layer_variances = 1.0
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """k(x1, x2), lazily; x2 is x1 by default. See ``gpytorch.kernels.Kernel``."""
+        # The host reads dimensions off x before it asks ``forward``.
+        check_tensors(x1=x1, x2=x2)
+        return super().__call__(x1, x2, *args, **kwargs)
 
     def features(self, x: Tensor) -> JacobianLinearOperator:
         """J(x), the features of x as a lazy operator `[..., N*C, F]`, before any prior variance."""
@@ -106,8 +133,10 @@ class AbstractFeatureKernel(Kernel, ABC):
         """J(x1) S J(x2)ᵀ `[..., N*C, M*C]`, lazily; with ``diag=True`` its diagonal `[..., N*C]`."""
         if last_dim_is_batch:
             raise NotImplementedError("last_dim_is_batch is not defined for a kernel of whole inputs to a network.")
-        check_input(x1, self.network.device, "x1")
-        check_input(x2, self.network.device, "x2")
+        for name, x in (("x1", x1), ("x2", x2)):
+            check_input(x, self.network.device, name)
+            if x.numel():
+                self.backend.num_outputs(x)  # says so here if the network does not run on such rows
         variances = self.layer_variances.to(x1.dtype)
         gram = FeatureGramLinearOperator(x1, x2, variances, backend=self.backend, solver=self.solver)
         return gram._diagonal() if diag else gram
@@ -128,6 +157,7 @@ class AbstractFeatureKernel(Kernel, ABC):
         likelihood: Likelihood,
     ) -> FeaturePredictionStrategy:
         """How an ``ExactGP`` with this kernel predicts."""
+        _check_rows_per_input(train_prior_dist)
         return FeaturePredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
     # The host reads dtype and device off the hyperparameters; a kernel may have none, and the weights count too.
@@ -142,6 +172,16 @@ class AbstractFeatureKernel(Kernel, ABC):
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def __repr__(self) -> str:
+        groups = f", {len(self.network.layers)} layer variances" if "raw_layer_variances" in self._parameters else ""
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
+        if isinstance(self.output, int):
+            outputs = f"output {self.output}"
+        else:
+            count = self.network.known_outputs if self.output != "sum" else None
+            outputs = f'{count or "all"} output{"s" * (count != 1)} "{self.output}"'
+        return f"{type(self).__name__}({self.network.summary}, {outputs}{groups}{batch}{self._note})"
 
     def __getitem__(self, index: Any) -> AbstractFeatureKernel:
         """The kernel of one element (or several) of ``batch_shape``; ``active_dims`` are no batch and stay."""
@@ -159,12 +199,15 @@ class AbstractFeatureKernel(Kernel, ABC):
         return selected
 
 
-def _freeze(network: nn.Module, parameters: ParameterSelection, input_shape: tuple[int, ...] | None) -> FrozenNetwork:
-    if not isinstance(network, FrozenNetwork):
-        return FrozenNetwork(network, parameters, input_shape)
-    if parameters is not None or input_shape is not None:
-        raise SelectionError("the network is frozen already: give parameters and input_shape to gpntk.freeze instead.")
-    return copy.deepcopy(network)  # shares the weights; moving or casting the kernel leaves the user's object alone
+def _check_rows_per_input(prior: MultivariateNormal) -> None:
+    rows, values = prior.lazy_covariance_matrix.shape[-1], prior.event_shape.numel()
+    if rows != values:
+        raise InputError(
+            f"the kernel has {rows} rows for a mean of shape {tuple(prior.mean.shape)}: a network of C outputs has C "
+            "rows per input. For one output, take output=0 (its number) or output='independent'. For all, return a "
+            "MultitaskMultivariateNormal with a mean [N, C], gpntk.NetworkMean's say, and use a "
+            "MultitaskGaussianLikelihood."
+        )
 
 
 def _check_output(output: OutputSelection) -> None:

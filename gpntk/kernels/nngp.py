@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch import nn
 
-from gpntk._types import OutputSelection
-from gpntk.errors import SelectionError
+from gpntk._types import Extract, OutputSelection
 from gpntk.inference import AbstractSolver
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
-from gpntk.network import FrozenNetwork
 
 
 @final
@@ -21,9 +20,12 @@ class NNGPKernel(AbstractFeatureKernel):
     NNGP kernel. Use it when the features are good and the data few; `NTKKernel` when the features must move too.
 
     Args:
-        network: The network; its readout is the last layer with parameters, which must also be the last to run.
+        network: The network, or a `gpntk.FrozenNetwork`; its readout is the last layer with parameters, which must also
+            be the last to run.
         output: As in `NTKKernel`.
         input_shape: As in `NTKKernel`.
+        extract: As in `NTKKernel`.
+        memory_budget: As in `NTKKernel`.
         backend: As in `NTKKernel`.
         solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
@@ -44,20 +46,23 @@ class NNGPKernel(AbstractFeatureKernel):
     def __init__(
         self,
         network: nn.Module,
+        *,
         output: OutputSelection = "full",
-        input_shape: tuple[int, ...] | None = None,
+        input_shape: Sequence[int] | None = None,
+        extract: Extract | None = None,
+        memory_budget: int | None = None,
         backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(network, FrozenNetwork):
-            raise SelectionError("NNGPKernel selects the readout itself: pass the module, not a FrozenNetwork.")
         super().__init__(
             network,
             parameters="readout",
             layer_variances=False,
             output=output,
             input_shape=input_shape,
+            extract=extract,
+            memory_budget=memory_budget,
             backend=backend,
             solver=solver,
             **kwargs,

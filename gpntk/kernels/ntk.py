@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch import nn
 
-from gpntk._types import OutputSelection, ParameterSelection
+from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.inference import AbstractSolver
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
 
@@ -28,6 +29,8 @@ class NTKKernel(AbstractFeatureKernel):
             order); ``"independent"``, one GP per output sharing (1/C) sum_c K_cc; ``"sum"``, the kernel of
             sum_c f_c / sqrt(C); or the number of one output. With C = 1 all coincide.
         input_shape: Shape of one input as the network wants it; x then arrives flat, `[..., N, D]`.
+        extract: Turns what the network returns (a dict, say) into the tensor `[N]` or `[N, C]` that is meant.
+        memory_budget: Bytes that products may take; None for a quarter of what is free.
         backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
         solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
@@ -35,7 +38,8 @@ class NTKKernel(AbstractFeatureKernel):
     Raises:
         NetworkError: The network cannot be frozen or differentiated as it is.
         SelectionError: ``parameters`` or ``output`` does not fit the network.
-        InputError: x is not floating, not `[..., N, D]`, or on another device.
+        InputError: A keyword is not known, or x is not floating, finite and `[..., N, D]`, is on another device, or
+            does not fit the network.
 
     Example:
         >>> import torch, gpytorch, gpntk
@@ -52,11 +56,13 @@ class NTKKernel(AbstractFeatureKernel):
     def __init__(
         self,
         network: nn.Module,
+        *,
         parameters: ParameterSelection = None,
         layer_variances: bool = False,
         output: OutputSelection = "full",
-        input_shape: tuple[int, ...] | None = None,
-        *,
+        input_shape: Sequence[int] | None = None,
+        extract: Extract | None = None,
+        memory_budget: int | None = None,
         backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,
         **kwargs: Any,
@@ -67,6 +73,8 @@ class NTKKernel(AbstractFeatureKernel):
             layer_variances=layer_variances,
             output=output,
             input_shape=input_shape,
+            extract=extract,
+            memory_budget=memory_budget,
             backend=backend,
             solver=solver,
             **kwargs,

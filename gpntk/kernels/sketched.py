@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
 from torch import nn
 
-from gpntk._types import OutputSelection, ParameterSelection
+from gpntk._types import Extract, OutputSelection, ParameterSelection
+from gpntk.inference import AbstractSolver
 from gpntk.jacobians import SketchBackend
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel
 
@@ -22,12 +24,15 @@ class SketchedNTKKernel(AbstractFeatureKernel):
 
     Args:
         network: As in `NTKKernel`.
-        num_features: F.
+        num_features: F, the number of random features.
+        seed: Fixes the projections; they are the same on every device.
         parameters: As in `NTKKernel`.
-        seed: Of the projections; the same on every device.
         output: As in `NTKKernel`.
         input_shape: As in `NTKKernel`.
-        **kwargs: ``solver`` as in `NTKKernel`; ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
+        extract: As in `NTKKernel`.
+        memory_budget: As in `NTKKernel`.
+        solver: As in `NTKKernel`.
+        **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Example:
         >>> import torch, gpntk
@@ -42,12 +47,15 @@ class SketchedNTKKernel(AbstractFeatureKernel):
     def __init__(
         self,
         network: nn.Module,
-        num_features: int = 1024,
-        parameters: ParameterSelection = None,
         *,
+        num_features: int = 1024,
         seed: int = 0,
+        parameters: ParameterSelection = None,
         output: OutputSelection = "full",
-        input_shape: tuple[int, ...] | None = None,
+        input_shape: Sequence[int] | None = None,
+        extract: Extract | None = None,
+        memory_budget: int | None = None,
+        solver: AbstractSolver | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -56,6 +64,10 @@ class SketchedNTKKernel(AbstractFeatureKernel):
             layer_variances=False,
             output=output,
             input_shape=input_shape,
+            extract=extract,
+            memory_budget=memory_budget,
+            solver=solver,
             backend=partial(SketchBackend, num_features=num_features, seed=seed),
             **kwargs,
         )
+        self._note = f", {num_features:,} random features"

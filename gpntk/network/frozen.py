@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
-from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.errors import GpntkError, InputError, NetworkError, SelectionError
 from gpntk.network.freezing import Skeleton, check_module
 from gpntk.network.primitives import differentiable_operations
 from gpntk.network.selection import layer_name, readout_name, select_parameters
@@ -84,7 +84,7 @@ class FrozenNetwork(nn.Module):
         self.output = "full"
         self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
-        self._num_outputs: int | None = None
+        self._num_outputs: dict[int, int] = {}  # by the width of x: another width is another input to be checked
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         self._identity = [object()]
         # No nn.Module, hence not registered: GPyTorch's .to(), .train(), requires_grad_() and state_dict() stay away.
@@ -126,7 +126,7 @@ class FrozenNetwork(nn.Module):
         """The same network with C = 1: output number ``output``, or sum_c f_c / sqrt(C) for ``"sum"``."""
         view = FrozenNetwork.__new__(FrozenNetwork)
         # The view shares the dictionaries of tensors, so that it follows when this network is moved or cast.
-        view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": None}
+        view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": {}}
         return view
 
     def thaw(self) -> nn.Module:
@@ -141,12 +141,27 @@ class FrozenNetwork(nn.Module):
         view._lay_out([name for name in self.names if name in names], self.shapes)
         return view
 
+    def select_readout(self) -> FrozenNetwork:
+        """The same network with its readout selected, the last layer with parameters, whatever was selected before."""
+        view = FrozenNetwork.__new__(FrozenNetwork)
+        view.__dict__ = {**self.__dict__, "_num_outputs": {}, "_readout": readout_name(self._skeleton.module)}
+        named = dict(self._skeleton.module.named_parameters())
+        names = select_parameters(self._skeleton.module, named, "readout")
+        view._lay_out(names, {name: parameter.shape for name, parameter in named.items()})
+        return view
+
     # --- sizes and layout --------------------------------------------------------------------------------------
 
     @property
     def num_params(self) -> int:
         """P, the number of selected parameters."""
         return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def summary(self) -> str:
+        """How many parameters are selected, and of how many."""
+        total = sum(parameter.numel() for parameter in self._skeleton.module.parameters())
+        return f"{self.num_params:,} of {total:,} parameters"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,6 +196,11 @@ class FrozenNetwork(nn.Module):
             [p.reshape((*p.shape[:batch_dims], -1)) for p in map(parameters.__getitem__, self.names)], dim=-1
         )
 
+    @property
+    def known_outputs(self) -> int | None:
+        """C where a row of x was seen already; else None."""
+        return next(iter(self._num_outputs.values()), None)
+
     def num_outputs(self, x: Tensor) -> int:
         """C, found by running the network once on two rows of ``x`` `[..., N, D]`, which also checks its behaviour.
 
@@ -188,13 +208,14 @@ class FrozenNetwork(nn.Module):
             NetworkError: The output is stochastic, depends on the other rows of the batch, or is not `[N]` or `[N, C]`.
             SelectionError: ``output`` is no output of the network; ``"readout"`` is not the last layer executed.
         """
-        if self._num_outputs is None:
-            if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
+        width = x.shape[-1]
+        if width not in self._num_outputs:
+            if width == 0 or x.shape[:-1].numel() == 0:
                 raise InputError(
                     f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed."
                 )
-            self._num_outputs = self._probe(x.detach().flatten(0, -2))
-        return self._num_outputs
+            self._num_outputs[width] = self._probe(x.detach().flatten(0, -2))
+        return self._num_outputs[width]
 
     # --- nn.Module's own protocol ------------------------------------------------------------------------------
 
@@ -206,6 +227,9 @@ class FrozenNetwork(nn.Module):
         self._cast.clear()
         self._identity[0] = object()
         return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        return f"FrozenNetwork({self.summary})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
         return self._shell()
@@ -271,7 +295,7 @@ class FrozenNetwork(nn.Module):
         pair = torch.stack([rows[0], rows[-1]])
         if torch.equal(pair[0], pair[1]):
             pair[1] = pair[0] * 0.9 + 0.1
-        both, again, alone = self(pair), self(pair), self(pair[:1])
+        both, again, alone = self._first_run(pair), self(pair), self(pair[:1])
         if not torch.isfinite(both).all():
             raise InputError(
                 "the network returns NaN or infinite values on the first or last row of x: check x for NaN, and its "
@@ -292,6 +316,20 @@ class FrozenNetwork(nn.Module):
         if self._readout is not None:
             self._check_readout(pair)
         return both.shape[-1]
+
+    def _first_run(self, rows: Tensor) -> Tensor:
+        """f `[2, C]`; an error of the network says which rows it was given."""
+        try:
+            return self(rows)
+        except GpntkError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            shape = tuple(rows.shape) if self.input_shape is None else (rows.shape[0], *self.input_shape)
+            raise InputError(
+                f"the network does not run on {rows.shape[0]} rows of x, shape {shape}. It says: "
+                f"{type(error).__name__}: {error} -- Check that x has the columns that the network takes. A network of "
+                "images, say, needs input_shape=(channels, height, width), and x flat: x.flatten(1)."
+            ) from error
 
     def _check_readout(self, rows: Tensor) -> None:
         """Raise unless the chosen readout is the last layer with parameters to start running."""
@@ -321,12 +359,25 @@ def freeze(
 ) -> FrozenNetwork:
     """The network frozen where it is, as a pure function of the selected parameters; see `FrozenNetwork`.
 
+    A network that is frozen already is returned as a new object over the same weights, with its readout selected for
+    ``parameters="readout"``; moving or casting the new object leaves the old one alone.
+
+    Raises:
+        SelectionError: The network is frozen already, and another argument asks for another selection or shape.
+
     Example:
         >>> import torch, gpntk
         >>> gpntk.freeze(torch.nn.Linear(3, 2), parameters="*bias").num_params
         2
     """
-    return FrozenNetwork(network, parameters, input_shape, extract)
+    if not isinstance(network, FrozenNetwork):
+        return FrozenNetwork(network, parameters, input_shape, extract)
+    if parameters not in (None, "readout") or input_shape is not None or extract is not None:
+        raise SelectionError(
+            "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
+        )
+    frozen = copy.deepcopy(network)
+    return frozen if parameters is None else frozen.select_readout()
 
 
 @contextmanager
