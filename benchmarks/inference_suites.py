@@ -21,13 +21,14 @@ from benchmarks.measure import relative_error, seconds
 from gpntk.inference import (
     AutoSolver,
     ConjugateGradients,
+    FeatureCovariance,
     Features,
-    NoisySystem,
     Posterior,
     SampledGram,
     SpectralFit,
     SpectralMarginalLikelihood,
     WeightSpace,
+    WhitenedSystem,
 )
 
 _SUBSET = 5000
@@ -224,7 +225,9 @@ def _timed(module: nn.Module, count: int, device: torch.device, dtype: torch.dty
     x = torch.randn(count, 11, device=device, dtype=dtype)
     y = x[:, 0].sin()
     features = Features(gpntk.AutoBackend(gpntk.freeze(module)), x)
-    system = NoisySystem(features, torch.ones(1, device=device), torch.full((1,), 0.1, device=device))
+    system = WhitenedSystem(
+        FeatureCovariance(features, torch.ones(1, device=device)), torch.full((1,), 0.1, device=device)
+    )
     chosen = AutoSolver(columns=101).select(system).solver
     start = time.perf_counter()
     posterior = Posterior(system, y, chosen)
@@ -233,9 +236,9 @@ def _timed(module: nn.Module, count: int, device: torch.device, dtype: torch.dty
     return {"rows": count, "features": features.num_features, "solver": str(chosen).split("(")[0], "seconds": elapsed}
 
 
-def _system(features: Features, fit: SpectralFit) -> NoisySystem:
+def _system(features: Features, fit: SpectralFit) -> WhitenedSystem:
     variances = torch.tensor([fit.scale], dtype=torch.float64, device=features.device)
-    return NoisySystem(features, variances, torch.full_like(variances, fit.noise))
+    return WhitenedSystem(FeatureCovariance(features, variances), torch.full_like(variances, fit.noise))
 
 
 class _RBF(gpytorch.models.ExactGP):

@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 import gpntk
 from benchmarks.measure import provenance, seconds, settle
-from gpntk.inference import Features, NoisySystem, Posterior, ShardedFeatures, WeightSpace
+from gpntk.inference import FeatureCovariance, Features, Posterior, ShardedFeatures, WeightSpace, WhitenedSystem
 
 RESULTS = Path(__file__).parent / "results"
 SEED, WIDTH, HIDDEN = 0, 11, 48
@@ -85,7 +85,7 @@ def _measure(options: argparse.Namespace) -> None:
     module = nn.Sequential(nn.Linear(WIDTH, HIDDEN), tanh, nn.Linear(HIDDEN, HIDDEN), tanh, nn.Linear(HIDDEN, 1))
     x = torch.randn(options.rows, WIDTH).tensor_split(ranks)[rank]
     features = ShardedFeatures(Features(gpntk.AutoBackend(gpntk.freeze(module), memory_budget=2**31), x))
-    system = NoisySystem(features, torch.ones(1), torch.tensor([0.1]))
+    system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([0.1]))
     f = features.num_features
 
     def report(work: str, function: Any, sums: tuple[torch.Tensor, ...]) -> None:
@@ -105,7 +105,11 @@ def _measure(options: argparse.Namespace) -> None:
         report(f"product, {columns} column(s)", lambda v=v: features.vjp(features.jvp(v)), (v,))
     y = x.sin().sum(-1)
     # New features each time: the second moment is kept, and is to be measured.
-    fresh = lambda: NoisySystem(ShardedFeatures(Features(features.backend, x)), system.variances, system.noise)  # noqa: E731
+    def fresh() -> WhitenedSystem:
+        return WhitenedSystem(
+            FeatureCovariance(ShardedFeatures(Features(features.backend, x)), system.variances), system.noise
+        )
+
     report(
         "WeightSpace posterior",
         lambda: Posterior(fresh(), y, WeightSpace()).weights,

@@ -15,13 +15,14 @@ import gpntk
 from gpntk.inference import (
     AbstractSolver,
     ConjugateGradients,
+    FeatureCovariance,
     Features,
     FunctionSpace,
-    NoisySystem,
     Nystrom,
     PivotedCholesky,
     SampledGram,
     WeightSpace,
+    WhitenedSystem,
 )
 
 DIRECT: dict[str, AbstractSolver] = {"function": FunctionSpace(), "weight": WeightSpace()}
@@ -75,8 +76,8 @@ class Problem(NamedTuple):
         return Features(gpntk.AutoBackend(gpntk.freeze(self.module)), self.x)
 
     @property
-    def system(self) -> NoisySystem:
-        return NoisySystem(self.features, self.variances, self.noise)
+    def system(self) -> WhitenedSystem:
+        return WhitenedSystem(FeatureCovariance(self.features, self.variances), self.noise)
 
     @property
     def dense(self) -> Dense:

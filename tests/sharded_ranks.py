@@ -24,15 +24,16 @@ from gpntk.inference import (
     AbstractSolver,
     AutoSolver,
     ConjugateGradients,
+    FeatureCovariance,
     Features,
     FunctionSpace,
-    NoisySystem,
     Nystrom,
     Posterior,
     SampledGram,
     ShardedFeatures,
     StreamedFeatures,
     WeightSpace,
+    WhitenedSystem,
     log_marginal_likelihood,
 )
 from gpntk.operators import ShardedLinearOperator
@@ -73,7 +74,7 @@ def answers(features: AbstractFeatures, rows: slice) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {"moment": features.second_moment()}
     for name, solver in SOLVERS.items():
         variances, noise = torch.tensor([0.7], dtype=torch.float64), torch.tensor([0.05], dtype=torch.float64)
-        posterior = Posterior(NoisySystem(features, variances, noise), y, solver)
+        posterior = Posterior(WhitenedSystem(FeatureCovariance(features, variances), noise), y, solver)
         result |= {f"{name} weights": posterior.weights, f"{name} mean": posterior.mean(z)}
         result |= {f"{name} covariance": posterior.covariance(z), f"{name} bound": posterior.covariance(z, rank=3)}
         updated = posterior.condition_on(z[:2], torch.ones(4, dtype=torch.float64), noise)
@@ -81,7 +82,7 @@ def answers(features: AbstractFeatures, rows: slice) -> dict[str, Tensor]:
         result |= evidence(name, features, variances, noise, y, solver)
     layers = torch.tensor([0.5, 1.5], dtype=torch.float64)
     result |= evidence("heteroscedastic", features, layers, noises, y, WeightSpace())
-    posterior = Posterior(NoisySystem(features, layers, noises), y, SOLVERS["nystrom"])
+    posterior = Posterior(WhitenedSystem(FeatureCovariance(features, layers), noises), y, SOLVERS["nystrom"])
     result["heteroscedastic mean"] = posterior.mean(z)
     # In linear_operator's own algorithms.
     operator = ShardedLinearOperator(torch.where(noises.isfinite(), noises, 0), features=features)
@@ -127,7 +128,11 @@ def compare(rank: int, folder: Path) -> dict[str, Any]:
         own = slice(rows.start * OUTPUTS, rows.stop * OUTPUTS)
         results[str(first)] = answers(features, own)
         results[f"{first} sampled"] = features.sample(25, seed=3)[0]
-        posterior = Posterior(NoisySystem(features, torch.ones(1), torch.tensor([0.1])), data()[1][own], WeightSpace())
+        posterior = Posterior(
+            WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([0.1])),
+            data()[1][own],
+            WeightSpace(),
+        )
         # Twice from one generator: it must not move by as much as there are rows.
         generator = torch.Generator().manual_seed(5)
         results[f"{first} samples"] = torch.stack([posterior.sample_weights(2000, generator) for _ in range(2)])
@@ -135,7 +140,7 @@ def compare(rank: int, folder: Path) -> dict[str, Any]:
         results[f"{first} choice"] = AutoSolver().select(posterior.inverse.system).solver
     for solver in (FunctionSpace(), ConjugateGradients(Nystrom())):
         try:
-            solver.prepare(NoisySystem(features, torch.ones(1), torch.tensor([0.1])))
+            solver.prepare(WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([0.1])))
         except InputError as error:
             results[type(solver).__name__] = str(error)
     return results
@@ -153,7 +158,7 @@ def differ(rank: int, _folder: Path) -> dict[str, Any]:
         "dtype": lambda: ShardedFeatures(Features(gpntk.AutoBackend(network()), x.to(dtypes))),
         "columns": lambda: good.vjp(torch.ones(2 + rank, ROWS * OUTPUTS, dtype=torch.float64)),
         "precision": lambda: good.total(torch.ones(3, dtype=dtypes)),
-        "noise": lambda: NoisySystem(good, torch.ones(1), noise),
+        "noise": lambda: WhitenedSystem(FeatureCovariance(good, torch.ones(1)), noise),
     }
     messages = {name: _message(attempt) for name, attempt in attempts.items()}
     # Last, since a group that has failed is of no more use: rank 1 takes longer than rank 0 waits.
@@ -200,7 +205,7 @@ def resume(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def long_solve(rank: int, folder: Path) -> tuple[ShardedFeatures, NoisySystem, Tensor, ConjugateGradients]:
+def long_solve(rank: int, folder: Path) -> tuple[ShardedFeatures, WhitenedSystem, Tensor, ConjugateGradients]:
     """A system whose solve takes many iterations, kept after each; the ranks need no disk in common."""
     x, y, *_ = data()
     rows = slice(0, 40) if rank == 0 else slice(40, ROWS)
@@ -211,7 +216,7 @@ def long_solve(rank: int, folder: Path) -> tuple[ShardedFeatures, NoisySystem, T
         checkpoint=folder / f"solve{rank}",
         checkpoint_iterations=1,
     )
-    system = NoisySystem(features, torch.ones(1), torch.tensor([1e-3]))
+    system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([1e-3]))
     return features, system, y[rows.start * OUTPUTS : rows.stop * OUTPUTS], solver
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.inference import Features, NoisySystem, Posterior
+from gpntk.inference import FeatureCovariance, Features, Posterior, WhitenedSystem
 from tests.test_infinite import DIRECTORY, stored
 
 NAMES = sorted(path.stem for path in DIRECTORY.glob("emp_*.npz"))
@@ -95,7 +95,7 @@ def test_what_follows_from_them(name: str) -> None:
     network = gpntk.freeze(Net(name, oracle), input_shape=x1.shape[1:])
     x1, x2 = x1.flatten(1), x2.flatten(1)
     one, noise = torch.ones(1, dtype=torch.float64), torch.tensor([NOISE], dtype=torch.float64)
-    system = NoisySystem(Features(gpntk.AutoBackend(network), x1), one, noise)
+    system = WhitenedSystem(FeatureCovariance(Features(gpntk.AutoBackend(network), x1), one), noise)
     residual = (oracle["y1"] - oracle["f1"]).flatten()
     mean = oracle["f2"] + Posterior(system, residual).mean(x2).unflatten(0, (-1, 3))
     close(mean, oracle["lin_gp_mean2"])

@@ -10,12 +10,13 @@ from torch import nn
 import gpntk
 from gpntk.inference import (
     AbstractSolver,
+    FeatureCovariance,
     Features,
     FunctionSpace,
-    NoisySystem,
     Posterior,
     SpectralMarginalLikelihood,
     WeightSpace,
+    WhitenedSystem,
     log_marginal_likelihood,
 )
 from gpntk.models import TangentGP
@@ -132,7 +133,7 @@ def test_evidence_gradient_and_posterior_in_either_space(oracle: Oracle, solver:
     assert_agrees(logs.grad, oracle["grad_evidence_logdelta_logsigma"], 1e-8)
 
     variances, noise = torch.tensor([[oracle.scale], [oracle.noise]], dtype=torch.float64)
-    system = NoisySystem(features, variances, noise)
+    system = WhitenedSystem(FeatureCovariance(features, variances), noise)
     posterior = Posterior(system, y, solver)
     assert_agrees(posterior.mean(oracle.x_test), oracle["dual_mean"].flatten())
     assert_agrees(posterior.covariance(oracle.x_test), oracle["glm_joint_cov"])

@@ -10,7 +10,7 @@ from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNorm
 from torch import Tensor, nn
 
 import gpntk
-from gpntk.inference import AbstractSolver, ConjugateGradients, NoisySystem, Posterior
+from gpntk.inference import AbstractSolver, ConjugateGradients, FeatureCovariance, Posterior, WhitenedSystem
 from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Dense, Problem, jacobian, network, relative
 
@@ -136,7 +136,7 @@ def test_marginal_likelihood_and_gradients_of_raw_parameters(name: str, layers: 
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     error = 0.0
     if name in ITERATIVE:
-        system = NoisySystem(problem.features, scale, noise)
+        system = WhitenedSystem(FeatureCovariance(problem.features, scale), noise)
         error = SOLVERS[name].prepare(system).logdet().standard_error
     assert abs(value - expected) <= 2 * error + 1e-8 * abs(expected) + (1e-3 if error else 0)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):

@@ -10,10 +10,11 @@ from torch import Tensor
 from gpntk.inference import (
     AbstractPreconditioner,
     ConjugateGradients,
-    NoisySystem,
+    FeatureCovariance,
     Nystrom,
     PivotedCholesky,
     SampledGram,
+    WhitenedSystem,
     log_marginal_likelihood,
 )
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
@@ -149,7 +150,7 @@ def test_rows_that_were_not_observed_do_not_count_in_a_preconditioner(name: str)
     assert abs(determinant.value - expected) < 4 * determinant.standard_error + 0.04
 
 
-def counted(preconditioner: AbstractPreconditioner, monkeypatch: pytest.MonkeyPatch) -> list[NoisySystem]:
+def counted(preconditioner: AbstractPreconditioner, monkeypatch: pytest.MonkeyPatch) -> list[WhitenedSystem]:
     """The systems that factors are built for from now on."""
     seen, build = [], type(preconditioner).build
     monkeypatch.setattr(type(preconditioner), "build", lambda self, system: seen.append(system) or build(self, system))
@@ -171,19 +172,25 @@ def test_hyperparameters_nearby_share_a_factor(
 ) -> None:
     problem = case(300, 1e-2, width=5)
     features, middle, built = problem.features, 2.0**7 * 1e-2, counted(preconditioner, monkeypatch)
-    own = preconditioner.build(NoisySystem(features, torch.full((layers,), middle).double(), problem.noise))
+    own = preconditioner.build(
+        WhitenedSystem(FeatureCovariance(features, torch.full((layers,), middle).double()), problem.noise)
+    )
     at_best = spread_of_eigenvalues(
         own, whitened(problem._replace(variances=torch.tensor([middle])), preconditioner.space)
     )
     built.clear()
     for factors in ((1.0, 1.0, 1.0), (1.4, 0.72, 1.1), (0.72, 1.38, 1.4)):
-        system = NoisySystem(features, middle * torch.tensor(factors[:layers]).double(), problem.noise)
-        matrix = whitened(problem._replace(variances=system.spread(system.variances)), preconditioner.space)
+        system = WhitenedSystem(
+            FeatureCovariance(features, middle * torch.tensor(factors[:layers]).double()), problem.noise
+        )
+        matrix = whitened(problem._replace(variances=system.weighted.spread(system.variances)), preconditioner.space)
         # Eigenvalues change by √2 at most, up and, where layers differ, down.
         growth = 2.0 if layers > 1 else 2**0.5
         assert spread_of_eigenvalues(preconditioner.prepare(system), matrix) < growth * at_best * 1.001
     assert len(built) == 1
-    preconditioner.prepare(NoisySystem(features, torch.tensor([2 * middle]).double(), problem.noise))
+    preconditioner.prepare(
+        WhitenedSystem(FeatureCovariance(features, torch.tensor([2 * middle]).double()), problem.noise)
+    )
     assert len(built) == 2
 
 
@@ -195,10 +202,10 @@ def test_another_noise_of_some_rows_is_another_factor(
     features, noise = problem.features, torch.full((60,), 1e-2).double()
     built = counted(preconditioner, monkeypatch)
     for _ in range(2):
-        preconditioner.prepare(NoisySystem(features, problem.variances, noise))
+        preconditioner.prepare(WhitenedSystem(FeatureCovariance(features, problem.variances), noise))
     assert len(built) == 1
     noise[3] *= 2
-    preconditioner.prepare(NoisySystem(features, problem.variances, noise))
+    preconditioner.prepare(WhitenedSystem(FeatureCovariance(features, problem.variances), noise))
     assert len(built) == 2
 
 

@@ -11,7 +11,16 @@ import torch
 
 import gpntk
 from gpntk.errors import DistributedError, FileFormatError, InputError
-from gpntk.inference import ConjugateGradients, Features, NoisySystem, Nystrom, Outcome, ShardedFeatures, WeightSpace
+from gpntk.inference import (
+    ConjugateGradients,
+    FeatureCovariance,
+    Features,
+    Nystrom,
+    Outcome,
+    ShardedFeatures,
+    WeightSpace,
+    WhitenedSystem,
+)
 from gpntk.io import load_tensors
 from tests.sharded_ranks import OUTPUTS, ROWS, answers, data, network
 
@@ -128,7 +137,7 @@ def test_the_death_of_a_rank_ends_the_others_and_their_solve_goes_on_from_its_ch
 def test_a_solve_in_one_process_goes_on_too(space: Any, tmp_path: Path) -> None:
     path = tmp_path / "solve"
     rhs = data()[1].expand(2, -1) * torch.tensor([[1.0], [2.0]])
-    system = NoisySystem(whole(), torch.ones(1), torch.tensor([1e-3]))
+    system = WhitenedSystem(FeatureCovariance(whole(), torch.ones(1)), torch.tensor([1e-3]))
     solver = ConjugateGradients(Nystrom(3, space=space), tolerance=1e-10, checkpoint=path, checkpoint_iterations=2)
     stopped = replace(solver, max_iterations=7).prepare(system)
     assert stopped.weights(rhs).outcome is Outcome.EXHAUSTED
@@ -142,7 +151,7 @@ def test_a_solve_in_one_process_goes_on_too(space: Any, tmp_path: Path) -> None:
     assert resumed.iterations > 7
     assert torch.allclose(resumed.value, fresh.value, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileFormatError, match=r"another solve: it differs in .*noise"):
-        solver.prepare(NoisySystem(whole(), torch.ones(1), torch.tensor([1e-2]))).weights(rhs)
+        solver.prepare(WhitenedSystem(FeatureCovariance(whole(), torch.ones(1)), torch.tensor([1e-2]))).weights(rhs)
     path.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(FileFormatError, match="cut short"):
         solver.prepare(system).weights(rhs)
@@ -173,7 +182,7 @@ def test_a_process_alone_is_a_group(tmp_path: Path) -> None:
         assert features.to(torch.float64) is features
         single = features.to(torch.float32)
         assert single.second_moment().dtype == torch.float32
-        system = NoisySystem(single, torch.ones(1), torch.tensor([0.1]))
+        system = WhitenedSystem(FeatureCovariance(single, torch.ones(1)), torch.tensor([0.1]))
         assert WeightSpace().prepare(system).logdet().value.dtype == torch.float64
     finally:
         torch.distributed.destroy_process_group()

@@ -11,14 +11,15 @@ import gpntk
 from gpntk.errors import InputError, SolveError
 from gpntk.inference import (
     ConjugateGradients,
+    FeatureCovariance,
     Features,
     FunctionSpace,
-    NoisySystem,
     Nystrom,
     Outcome,
     Posterior,
     SolveResult,
     WeightSpace,
+    WhitenedSystem,
     log_marginal_likelihood,
 )
 from gpntk.inference.conjugate_gradients import conjugate_gradients
@@ -71,20 +72,22 @@ def test_a_right_hand_side_that_is_not_finite_spoils_its_own_column_only(name: s
         ([-1.0], [1.0], "prior variances must be finite and at least zero"),
         ([math.nan], [1.0], "prior variances must be finite"),
         ([math.inf], [1.0], "prior variances must be finite"),
-        ([1.0, 1.0], [1.0], r"variances has shape \(2,\): give one prior variance \(1,\) or one per layer \(3,\)"),
+        ([1.0, 1.0], [1.0], r"variances has shape \(2,\): give one prior variance \(1,\), one per layer \(3,\), or"),
         ([1.0] * 5, [1.0], r"variances has shape \(5,\)"),
         ([], [1.0], r"variances has shape \(0,\)"),
     ],
 )
 def test_wrong_hyperparameters(variances: list[float], noise: list[float], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        NoisySystem(case(7, 1.0).features, torch.tensor(variances), torch.tensor(noise))
+        WhitenedSystem(FeatureCovariance(case(7, 1.0).features, torch.tensor(variances)), torch.tensor(noise))
 
 
 def test_no_data() -> None:
     problem = case(7, 1.0)
     with pytest.raises(InputError, match="x has no rows"):
-        NoisySystem(Features(problem.features.backend, problem.x[:0]), problem.variances, problem.noise)
+        WhitenedSystem(
+            FeatureCovariance(Features(problem.features.backend, problem.x[:0]), problem.variances), problem.noise
+        )
     with pytest.raises(InputError, match="x has no rows"):
         Posterior(problem.system, problem.y).condition_on(problem.x[:0], problem.y[:0], problem.noise)
 
@@ -186,7 +189,9 @@ def test_degenerate_problems(name: str, shape: str) -> None:
         problem = problem._replace(noise=torch.full((10,), torch.inf).double(), y=torch.full((10,), torch.nan).double())
     only = "1.bias" if shape == "one feature" else None
     features = Features(gpntk.AutoBackend(gpntk.freeze(problem.module, parameters=only)), problem.x)
-    posterior = Posterior(NoisySystem(features, problem.variances, problem.noise), problem.y, SOLVERS[name])
+    posterior = Posterior(
+        WhitenedSystem(FeatureCovariance(features, problem.variances), problem.noise), problem.y, SOLVERS[name]
+    )
     z = torch.randn(4, 5).double()
     k = jacobian(problem.module, z)
     dense = problem.dense

@@ -37,9 +37,9 @@ from gpntk.inference import (
     AbstractPreconditioner,
     AutoSolver,
     ConjugateGradients,
+    FeatureCovariance,
     Features,
     FunctionSpace,
-    NoisySystem,
     Nystrom,
     Posterior,
     SampledGram,
@@ -47,6 +47,7 @@ from gpntk.inference import (
     SpectralMarginalLikelihood,
     StreamedFeatures,
     WeightSpace,
+    WhitenedSystem,
 )
 from gpntk.inference.factors import SpectralFactor
 
@@ -161,16 +162,19 @@ print(f"test RMSE of the network {rmse(residual_test):.3f}; noise {NOISE}")
 # be left unmade: conjugate gradients need only products with it, at 4 N F operations each. These are ways to compute
 # one and the same posterior; none of them is another model.
 #
-# A `NoisySystem` is the matrix to be inverted, with prior variance s and noise σ². Here they are guessed, and on 1,000
-# rows the two ways are compared.
+# A `WhitenedSystem` is the matrix to be inverted, with prior variance s and noise σ². Here they are guessed, and on
+# 1,000 rows the two ways are compared.
 
 backend = gpntk.AutoBackend(gpntk.freeze(network))
 features = Features(backend, x)
 
 
-def system_of(features: Features, scale: float, noise: float) -> NoisySystem:
+def system_of(features: Features, scale: float, noise: float) -> WhitenedSystem:
     """The system with one prior variance for all weights, and one noise variance for all rows."""
-    return NoisySystem(features, torch.tensor([scale], dtype=torch.float64), torch.tensor([noise], dtype=torch.float64))
+    return WhitenedSystem(
+        FeatureCovariance(features, torch.tensor([scale], dtype=torch.float64)),
+        torch.tensor([noise], dtype=torch.float64),
+    )
 
 
 small = system_of(Features(backend, x[:1000]), scale=1.0, noise=0.01)
@@ -252,8 +256,8 @@ class Nothing(AbstractPreconditioner):
 
     space = "weight"
 
-    def build(self, system: NoisySystem) -> SpectralFactor:
-        scales = system.feature_scales
+    def build(self, system: WhitenedSystem) -> SpectralFactor:
+        scales = system.weighted.scales
         return SpectralFactor(scales.new_ones(0), scales.new_ones(system.size("weight"), 0))
 
 

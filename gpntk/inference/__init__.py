@@ -1,8 +1,9 @@
 """Exact GP inference on Jacobian features: systems, solvers, preconditioners, evidence and posteriors. Pure torch."""
 
-from gpntk.inference.auto import AutoSolver, SolverChoice
+from gpntk.inference.auto import AutoSolver
+from gpntk.inference.covariance import AbstractCovariance, DenseCovariance, FeatureCovariance
 from gpntk.inference.direct import FunctionSpace, WeightSpace
-from gpntk.inference.evidence import inv_quad_logdet, log_marginal_likelihood
+from gpntk.inference.evidence import inv_quad_logdet, log_evidence, log_marginal_likelihood
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, Features
 from gpntk.inference.inverse import AbstractInverse, LogDet
@@ -11,12 +12,13 @@ from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.posterior import Posterior
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, PivotedCholesky, SampledGram
 from gpntk.inference.sharded import ShardedFeatures
-from gpntk.inference.solver import AbstractSolver
+from gpntk.inference.solver import AbstractSolver, SolverChoice
 from gpntk.inference.spectral import SpectralFit, SpectralMarginalLikelihood
 from gpntk.inference.streamed import StreamedFeatures, targets
-from gpntk.inference.system import NoisySystem
+from gpntk.inference.system import WhitenedSystem
 
 __all__ = [
+    "AbstractCovariance",
     "AbstractFactor",
     "AbstractFeatures",
     "AbstractInverse",
@@ -25,10 +27,11 @@ __all__ = [
     "AutoSolver",
     "CholeskyFactor",
     "ConjugateGradients",
+    "DenseCovariance",
+    "FeatureCovariance",
     "Features",
     "FunctionSpace",
     "LogDet",
-    "NoisySystem",
     "Nystrom",
     "Outcome",
     "PivotedCholesky",
@@ -42,7 +45,9 @@ __all__ = [
     "SpectralMarginalLikelihood",
     "StreamedFeatures",
     "WeightSpace",
+    "WhitenedSystem",
     "inv_quad_logdet",
+    "log_evidence",
     "log_marginal_likelihood",
     "targets",
 ]

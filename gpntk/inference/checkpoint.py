@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import FileFormatError, InputError
-from gpntk.inference.system import NoisySystem, Space
+from gpntk.inference.system import Space, WhitenedSystem
 from gpntk.io import checksum, load_tensors, save_tensors
 
 # Digits of a checksum that fit an integer, in which those of all processes are added.
@@ -32,11 +32,12 @@ class SolveCheckpoint:
         rhs: The whitened right-hand side `[K, n]`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], system: NoisySystem, space: Space, rhs: Tensor) -> None:
+    def __init__(self, path: str | os.PathLike[str], system: WhitenedSystem, space: Space, rhs: Tensor) -> None:
         self._path, self._features = Path(path), system.features
         self._shape = rhs.shape[0], system.size(space)
         start, samples = self._features.place()
-        digests = [int(checksum({"": t.cpu()}, str(start))[:_DIGITS], 16) for t in (rhs, system.noise)]
+        given = [rhs, *(value for value in (system.noise, system.root) if value is not None)]
+        digests = [int(checksum({"": value.cpu()}, str(start))[:_DIGITS], 16) for value in given]
         of_all = self._features.total(torch.tensor(digests)).tolist()
         self._identity = {
             "rows": samples * self._features.num_outputs,

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from gpntk.cost import Cost, Work
 from gpntk.errors import SolveError
+from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.outcome import Outcome
-from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
-from gpntk.inference.system import NoisySystem, Space
+from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice, refuse_sharded
+from gpntk.inference.system import Space, WhitenedSystem
 
 # Error of the smallest eigenvalue, one, at which a factorisation is refused.
 _LARGEST_ROUNDING = 0.1
@@ -28,7 +29,7 @@ _ACCURACY = 1e-6
 _TOLERANCE = 1e-6
 _REFINEMENTS = 5
 # Operations of an eigendecomposition over those of a Cholesky factorisation, n³/3.
-_EIGEN = 27
+_SPECTRUM = 27
 
 
 @final
@@ -38,20 +39,28 @@ class FunctionSpace(AbstractSolver):
 
     Example:
         >>> import torch, gpntk
-        >>> from gpntk.inference import Features, FunctionSpace, NoisySystem
-        >>> backend = gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(3, 1)))
-        >>> system = NoisySystem(Features(backend, torch.randn(5, 3)), torch.ones(1), torch.tensor([0.1]))
+        >>> from gpntk.inference import FeatureCovariance, Features, FunctionSpace, WhitenedSystem
+        >>> features = Features(gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(3, 1))), torch.randn(5, 3))
+        >>> system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([0.1]))
         >>> FunctionSpace().prepare(system).solve(torch.ones(1, 5)).outcome.name
         'CONVERGED'
     """
 
-    def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:
+    def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:
         refuse_sharded(system, self)
         return _FunctionInverse(system, many)
 
+    @property
+    def is_direct(self) -> bool:
+        return True
+
+    def select(self, system: WhitenedSystem, many: bool = False) -> SolverChoice:  # noqa: ARG002
+        return SolverChoice(self)
+
     def cost(self, sizes: Sizes) -> Cost:
         n, kept = sizes.rows, 8.0 * sizes.rows**2
-        once = Work(sizes.gram.flops + n**3 / 3, sizes.gram.moved + 4 * kept, sizes.gram.calls + 10)
+        factorisation = (_SPECTRUM if sizes.spectral else 1) * n**3 / 3
+        once = Work(sizes.gram.flops + factorisation, sizes.gram.moved + 4 * kept, sizes.gram.calls + 10)
         each = Work(2 * n**2 * sizes.columns, kept, 4)
         fits = (2 + sizes.groups) * kept <= 2 * sizes.budget and not sizes.sharded
         return Cost("function space", once, each, kept, fits)
@@ -65,91 +74,108 @@ class WeightSpace(AbstractSolver):
     Take it where F is smaller than n and F² fits. Prediction then costs F² a point, whatever n.
     """
 
-    def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:
+    def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:
         return _WeightInverse(system, many)
+
+    @property
+    def is_direct(self) -> bool:
+        return True
+
+    def select(self, system: WhitenedSystem, many: bool = False) -> SolverChoice:  # noqa: ARG002
+        return SolverChoice(self)
 
     def cost(self, sizes: Sizes) -> Cost:
         n, f, kept = sizes.rows, sizes.features, 8.0 * sizes.features**2
+        factorisation = (_SPECTRUM if sizes.spectral else 1) * f**3 / 3
         # Explicit rows are written and read once.
-        once = Work(n * f**2 + f**3 / 3, 16 * n * f + 4 * kept, 10 + n * f / 2**20)
+        once = Work(n * f**2 + factorisation, 16 * n * f + 4 * kept, 10 + n * f / 2**20)
         each = Work((4 * n * f + 2 * f**2) * sizes.columns, kept, 4)
         return Cost("weight space", once, each, kept, fits=3 * kept <= 2 * sizes.budget)
 
 
 @final
 class _FunctionInverse(AbstractInverse):
-    """(I + Ψ Ψᵀ)⁻¹ by a factor of the matrix."""
+    """B⁻¹ by a factor of B."""
 
-    def __init__(self, system: NoisySystem, many: bool) -> None:
+    def __init__(self, system: WhitenedSystem, many: bool) -> None:
         super().__init__(system)
-        exact = self.exact
-        if spectrum_serves(exact, "function", many):
-            values, vectors = spectrum(exact.features, "function")
-            self._factor: AbstractFactor = SpectralFactor(1 + values * exact.variances / exact.noise, vectors)
-            return
-        grams = self._gram()
-        matrix = torch.einsum("gnm,g->nm", grams, exact.variances) if self.grouped else grams[0] * exact.variances
-        matrix = exact.row_scales * matrix * exact.row_scales.unsqueeze(-1)
-        matrix.diagonal().add_(1)
-        self._factor = cholesky(matrix)
-
-    def _gram(self) -> Tensor:
-        """Φ_g Φ_gᵀ of every group `[G, n, n]`."""
-        features, grouped = self.exact.features, self.grouped
-        return features.remember(("gram", grouped, self.dtype), lambda: _gram(features, grouped))
+        if many and spectrum_serves(self.exact):
+            values, vectors = spectrum(self.exact.weighted.features, "function")
+            self._factor: AbstractFactor = _scaled(self.exact, values, vectors)
+        else:
+            self._factor = cholesky(self.exact.matrix())
 
     def whitened(self, rhs: Tensor) -> Solution:
         dual = self._factor.solve(rhs)
-        primal = self.exact.adjoint(dual)
+        image, primal, energy = self.image(dual)
         refinement = _Refinement(self.exact, rhs)
-        while refinement.goes_on(dual, residual := rhs - dual - self.exact.apply(primal)):
+        while refinement.goes_on(dual, residual := rhs - dual - image):
             dual = dual + self._factor.solve(residual)
-            primal = self.exact.adjoint(dual)
-        return Solution(dual, primal, *refinement.verdict(), self.dual_quad(rhs, dual, primal))
+            image, primal, energy = self.image(dual)
+        return Solution(dual, primal, *refinement.verdict(), self.dual_quad(rhs, dual, energy))
 
     def logdet(self, by_row: bool = True) -> LogDet:  # noqa: ARG002
         diagonal = self._factor.inverse_diagonal()
-        if self.grouped:
-            eye = torch.eye(diagonal.shape[0], dtype=self.dtype, device=diagonal.device)
-            scales = self.exact.row_scales
-            inverse = scales * self._factor.solve(eye) * scales.unsqueeze(-1)
-            by_variance = (self._gram() * inverse).sum((-2, -1)) * self.exact.variances
-        else:
-            # tr(A⁻¹ Ψ Ψᵀ) = tr(I - A⁻¹)
-            by_variance = (1 - diagonal).sum(0, keepdim=True)
         by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
-        return LogDet(self._factor.logdet(), by_variance, by_noise)
+        return LogDet(self._factor.logdet(), self._by_variance(diagonal), by_noise)
+
+    def _by_variance(self, diagonal: Tensor) -> Tensor:
+        if self.exact.covariance.features is None:
+            return diagonal.new_zeros(0)
+        weighted = self.exact.weighted
+        if weighted.per_layer:
+            # R B⁻¹ Rᵀ, whose inner product with a layer's Gram is the derivative by its variance.
+            half = self.exact.likelihood.unwhiten(self._inverse())
+            inverse = self.exact.likelihood.unwhiten(half.mT)
+            return (weighted.layer_grams() * inverse).sum((-2, -1)) * weighted.variances
+        if not weighted.per_parameter:
+            # tr(B⁻¹ Ψ Ψᵀ) = tr(I - B⁻¹)
+            return (1 - diagonal).sum(0, keepdim=True)
+        # diag Ψᵀ B⁻¹ Ψ, by rows of Ψ.
+        inverse, total, start = self._inverse(), torch.zeros_like(weighted.scales), 0
+        for rows, block in weighted.features.blocks():
+            psi = self.exact.rows(rows, block)
+            total += (self.exact.adjoint(inverse[start : start + len(psi)]) * psi).sum(0)
+            start += len(psi)
+        return total
+
+    def _inverse(self) -> Tensor:
+        size = self.exact.size("function")
+        return self._factor.solve(torch.eye(size, dtype=self.dtype, device=self.exact.covariance.device))
+
+    def inverse_blocks(self) -> Tensor:
+        width = self.exact.likelihood.width
+        if width == 1:
+            return self._factor.inverse_diagonal().view(-1, 1, 1)
+        blocks = self._inverse().unflatten(0, (-1, width)).unflatten(-1, (-1, width))
+        return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
         half = in_batches(self._factor.half(self.cross(x)), x.shape[0])
-        return self.prior(x) - half @ half.mT
+        return self.exact.covariance.prior(x) - half @ half.mT
 
-    def primal_columns(self, x: Tensor) -> Tensor:
-        x = x.unsqueeze(0)
-        return self.test_features(x).squeeze(0) - self.exact.adjoint(self._factor.solve(self.cross(x)))
+    def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
+        return self.prior_columns(x, self._factor.solve(self.cross(x.unsqueeze(0))), functions)
 
 
 @final
 class _WeightInverse(AbstractInverse):
-    """(I + Ψᵀ Ψ)⁻¹ by a factor of the matrix."""
+    """A⁻¹ by a factor of A."""
 
-    def __init__(self, system: NoisySystem, many: bool) -> None:
+    def __init__(self, system: WhitenedSystem, many: bool) -> None:
         super().__init__(system)
-        exact = self.exact
-        if spectrum_serves(exact, "weight", many):
-            values, vectors = spectrum(exact.features, "weight")
-            self._factor: AbstractFactor = SpectralFactor(1 + values * exact.variances / exact.noise, vectors)
+        exact, weighted = self.exact, self.exact.weighted
+        if many and spectrum_serves(exact):
+            values, vectors = spectrum(weighted.features, "weight")
+            self._factor: AbstractFactor = _scaled(exact, values, vectors)
             return
-        scales = exact.feature_scales
-        moment = self._moment() / exact.noise if exact.homoscedastic else exact.features.second_moment(exact.row_scales)
-        matrix = scales * moment * (scales.unsqueeze(-1) if self.grouped else scales)
+        if exact.homoscedastic and exact.noise is not None:
+            matrix = weighted.scales * (second_moment(weighted.features) / exact.noise)
+            matrix *= weighted.scales.unsqueeze(-1) if weighted.scales.shape[0] > 1 else weighted.scales
+        else:
+            matrix = weighted.features.second_moment(exact.rows)
         matrix.diagonal().add_(1)
         self._factor = cholesky(matrix)
-
-    def _moment(self) -> Tensor:
-        """ΦᵀΦ `[F, F]`."""
-        features = self.exact.features
-        return features.remember(("second moment", self.dtype), features.second_moment)
 
     def whitened(self, rhs: Tensor) -> Solution:
         primal = self._factor.solve(self.exact.adjoint(rhs))
@@ -162,25 +188,34 @@ class _WeightInverse(AbstractInverse):
         return Solution(dual, primal, *refinement.verdict(), self.primal_quad(dual, primal))
 
     def logdet(self, by_row: bool = True) -> LogDet:
-        diagonal = self._factor.inverse_diagonal()
-        by_variance = self.exact.by_group(1 - diagonal)
+        weights = 1 - self._factor.inverse_diagonal()
         if self.exact.homoscedastic:
-            # tr (I + Ψ Ψᵀ)⁻¹ = n - tr Ψᵀ Ψ (I + Ψᵀ Ψ)⁻¹
-            by_noise = self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
+            # tr B⁻¹ = n - tr Ψᵀ Ψ A⁻¹
+            by_noise = self.exact.observed - weights.sum(0, keepdim=True)
+        elif by_row:
+            by_noise = self.inverse_blocks().diagonal(dim1=-2, dim2=-1).flatten()
         else:
-            by_noise = torch.ones_like(self.exact.noise)
-        if by_row and not self.exact.homoscedastic:
-            for rows, block in self.exact.features.blocks():
-                psi = block * self.exact.feature_scales * self.exact.row_scales[rows].unsqueeze(-1)
-                by_noise[rows] -= self._factor.half(psi).square().sum(-1)
-        return LogDet(self._factor.logdet(), by_variance, by_noise)
+            by_noise = torch.ones(self.exact.size("function"), dtype=self.dtype, device=weights.device)
+        return LogDet(self._factor.logdet(), self.exact.weighted.by_group(weights), by_noise)
+
+    def inverse_blocks(self) -> Tensor:
+        width = self.exact.likelihood.width
+        blocks = [torch.zeros(0, width, width, dtype=self.dtype, device=self.exact.covariance.device)]
+        for rows, block in self.exact.weighted.features.blocks():
+            # I - Ψ_n A⁻¹ Ψ_nᵀ
+            half = self._factor.half(self.exact.rows(rows, block)).unflatten(0, (-1, width))
+            inner = -half @ half.mT
+            inner.diagonal(dim1=-2, dim2=-1).add_(1)
+            blocks.append(inner)
+        return torch.cat(blocks)
 
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
-        half = self._factor.half(self.test_features(x))
+        half = self._factor.half(self.exact.weighted.rows(x))
         return half @ half.mT
 
-    def primal_columns(self, x: Tensor) -> Tensor:
-        return self._factor.solve(self.test_features(x.unsqueeze(0)).squeeze(0))
+    def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:  # noqa: ARG002
+        weighted = self.exact.weighted
+        return self._factor.solve(weighted.rows(x.unsqueeze(0)).squeeze(0)) * weighted.scales
 
 
 def cholesky(matrix: Tensor) -> CholeskyFactor:
@@ -211,11 +246,10 @@ def _not_factorised(size: int, outcome: Outcome) -> SolveError:
     return SolveError(f"the {size} x {size} system cannot be factorised ({outcome.name}): {outcome.value}")
 
 
-def spectrum_serves(system: NoisySystem, space: Space, many: bool) -> bool:
-    """Whether an eigendecomposition is to be used: it can be, and it pays or is at hand."""
-    if system.variances.shape[0] > 1 or not system.homoscedastic:
-        return False
-    return many or system.features.holds(("spectrum", space, system.features.dtype))
+def spectrum_serves(system: WhitenedSystem) -> bool:
+    """Whether one eigendecomposition serves all hyperparameters: one prior variance, one noise variance."""
+    covariance = system.covariance
+    return covariance.features is not None and covariance.weighted.variances.shape == (1,) and system.homoscedastic
 
 
 def spectrum(features: AbstractFeatures, space: Space) -> tuple[Tensor, Tensor]:
@@ -223,19 +257,28 @@ def spectrum(features: AbstractFeatures, space: Space) -> tuple[Tensor, Tensor]:
     features = features.to(exact_dtype(features.device))
 
     def decompose() -> tuple[Tensor, Tensor]:
-        # Of the matrix itself no copy is kept: whoever asks for its spectrum has no more use for it.
-        matrix = _gram(features, grouped=False)[0] if space == "function" else features.second_moment()
-        _check_rounding(matrix.diagonal() / matrix.diagonal().max())
+        if space == "function":
+            one = torch.ones(1, dtype=features.dtype, device=features.device)
+            matrix = FeatureCovariance(features, one).layer_grams()[0]
+        else:
+            matrix = second_moment(features)
+        # A matrix of zeros has its spectrum, too.
+        _check_rounding(matrix.diagonal() / matrix.diagonal().max().clamp_min(torch.finfo(matrix.dtype).tiny))
         values, vectors = torch.linalg.eigh(matrix)
         return values.clamp_min(0), vectors
 
     return features.remember(("spectrum", space, features.dtype), decompose)
 
 
-def _gram(features: AbstractFeatures, grouped: bool) -> Tensor:
-    """Φ_g Φ_gᵀ of every group `[G, n, n]`."""
-    x = torch.cat([x for _, x in features.parts()]).unsqueeze(0)
-    return features.backend.gram(x, x, grouped).squeeze(0)
+def second_moment(features: AbstractFeatures) -> Tensor:
+    """ΦᵀΦ `[F, F]`, kept with the features."""
+    return features.remember(("second moment", features.dtype), features.second_moment)
+
+
+def _scaled(system: WhitenedSystem, values: Tensor, vectors: Tensor) -> SpectralFactor:
+    """The factor of I + (s/σ²) U diag(values) Uᵀ."""
+    assert system.noise is not None
+    return SpectralFactor(1 + values * system.weighted.variances / system.noise, vectors)
 
 
 class _Refinement:
@@ -244,7 +287,7 @@ class _Refinement:
     All eigenvalues are at least one: a residual's norm bounds the error of the solution.
     """
 
-    def __init__(self, exact: NoisySystem, rhs: Tensor) -> None:
+    def __init__(self, exact: WhitenedSystem, rhs: Tensor) -> None:
         self._exact, self._rhs = exact, rhs
         self._errors, self._made = rhs.new_full(rhs.shape[:1], torch.inf), 0
 
@@ -267,4 +310,4 @@ class _Refinement:
         return tuple(outcomes), 0, relative
 
     def _norms(self, rows: Tensor) -> Tensor:
-        return self._exact.features.total(rows.square().sum(-1)).sqrt()
+        return self._exact.covariance.total(rows.square().sum(-1)).sqrt()

@@ -16,6 +16,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend
 from gpntk.memory import chunks, passing
 
@@ -145,13 +146,27 @@ class AbstractFeatures(ABC):
                 start = rows.start + part.start * self.num_outputs
                 yield slice(start, start + block.shape[0]), block
 
-    def second_moment(self, row_scales: Tensor | None = None) -> Tensor:
-        """Φᵀ W² Φ `[F, F]` for W = diag(``row_scales`` `[n]`), n F² operations, without ever holding all of Φ."""
+    def second_moment(self, transform: Callable[[slice, Tensor], Tensor] | None = None) -> Tensor:
+        """ΦᵀΦ `[F, F]`, n F² operations, without ever holding all of Φ.
+
+        Args:
+            transform: From rows of Φ `[n', F]`, given with their places, to the rows whose second moment it is.
+        """
         total = torch.zeros(self.num_features, self.num_features, dtype=self.dtype, device=self.device)
         for rows, block in self.blocks():
-            add_second_moment(total, block if row_scales is None else block * row_scales[rows].unsqueeze(-1))
+            add_second_moment(total, block if transform is None else transform(rows, block))
         mirror(total)
         return self.total(total)
+
+    def extended(self, x: Tensor) -> Features:
+        """The features of the data and, after them, of x `[T, D]`; all of the inputs are then in memory.
+
+        Raises:
+            InputError: Rows are spread over processes.
+        """
+        if self.sharded:
+            raise InputError("sharded features cannot be extended: condition_on adds data without that.")
+        return Features(self.backend, torch.cat([*(part for _, part in self.parts()), x.to(self.dtype)]))
 
     def diagonal(self, per_layer: bool = False) -> Tensor:
         """Squared norms of the rows of Φ, of all features or by layer, `[G, n]`."""

@@ -1,27 +1,28 @@
-"""(K + D)⁻¹ once it is prepared: solves, log-determinant with derivatives, posterior covariances."""
+"""B⁻¹ or A⁻¹ once it is prepared: solves, log-determinant with derivatives, posterior covariances."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import nystrom
-from gpntk.inference.system import NoisySystem
+from gpntk.inference.system import WhitenedSystem
 
 
 class LogDet(NamedTuple):
-    """log|I + Ψ Ψᵀ| and its derivatives.
+    """log|B| = log|I + K Λ| and its derivatives.
 
     Attributes:
         value: In nats `[]`.
-        by_variance: Derivative with respect to the logarithm of every prior variance `[G]`.
+        by_variance: Derivative with respect to the logarithm of every prior variance, in the shape of these (empty for
+            a dense covariance).
         by_noise: That of log|K + D| with respect to the logarithm of every noise variance, in the shape of the noise:
-            diag (I + Ψ Ψᵀ)⁻¹ `[n]`, or its sum `[1]`.
+            diag B⁻¹ `[n]`, or its sum `[1]`; diag B⁻¹ `[m]` for noise in blocks.
         standard_error: Of ``value``, where it is estimated; else 0.
     """
 
@@ -32,17 +33,17 @@ class LogDet(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The solution of a whitened system in both spaces, exact up to the solve that made it.
+    """The solution of a whitened system, exact up to the solve that made it.
 
     Attributes:
-        dual: (I + Ψ Ψᵀ)⁻¹ b `[K, n]`.
-        primal: Ψᵀ dual = (I + Ψᵀ Ψ)⁻¹ Ψᵀ b `[K, F]`.
+        dual: B⁻¹ b `[K, m]`.
+        primal: Ψᵀ dual = A⁻¹ Ψᵀ b `[K, F]`; None for a dense covariance.
         outcomes: Of each column; iterations: Products made; residual_norms: relative to b `[K]`.
         quad: bᵀ dual `[K]`, off by the square of what dual is off by.
     """
 
     dual: Tensor
-    primal: Tensor
+    primal: Tensor | None
     outcomes: tuple[Outcome, ...]
     iterations: int
     residual_norms: Tensor
@@ -54,22 +55,26 @@ class Solution(NamedTuple):
 
 
 class AbstractInverse(ABC):
-    """The inverse of a `NoisySystem`; all numbers that leave it are float64."""
+    """A `WhitenedSystem` that is ready to be solved; all numbers that leave it are float64."""
 
-    def __init__(self, system: NoisySystem) -> None:
+    def __init__(self, system: WhitenedSystem) -> None:
         self.system = system
-        self.dtype = exact_dtype(system.features.device)
+        self.dtype = exact_dtype(system.covariance.device)
         self.exact = system.to(self.dtype)
 
     # --- what differs ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def whitened(self, rhs: Tensor) -> Solution:
-        """(I + Ψ Ψᵀ)⁻¹ b for b `[K, n]`."""
+        """B⁻¹ b for b `[K, m]`."""
 
     @abstractmethod
     def logdet(self, by_row: bool = True) -> LogDet:
-        """log|I + Ψ Ψᵀ| with derivatives; those with respect to a noise per row, which cost, only if ``by_row``."""
+        """log|B| with derivatives; those with respect to a noise per row, which cost, only if ``by_row``."""
+
+    @abstractmethod
+    def inverse_blocks(self) -> Tensor:
+        """Diagonal blocks of B⁻¹, one for each input `[N, q, q]`; `[n, 1, 1]` for noise by row."""
 
     @abstractmethod
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:
@@ -79,72 +84,63 @@ class AbstractInverse(ABC):
         """
 
     @abstractmethod
-    def primal_columns(self, x: Tensor) -> Tensor:
-        """(I + Ψᵀ Ψ)⁻¹ ψ(x)ᵀ as rows `[T*C, F]` for x `[T, D]`."""
+    def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
+        """The functions cov(f(·), f(x) | data) for x `[T, D]`, by their coefficients in ``functions.widened(x)``.
+
+        `[T*C, F]`: S^½ A⁻¹ S^½ J(x)ᵀ; for a dense covariance `[T*C, n' + T*C]`, over the data of ``functions`` and x.
+        """
 
     # --- what follows ------------------------------------------------------------------------------------------
 
     def primal_quad(self, dual: Tensor, primal: Tensor) -> Tensor:
-        """bᵀ (I + Ψ Ψᵀ)⁻¹ b `[K]` = min over p of |b - Ψ p|² + |p|², near its minimum, for dual = b - Ψ primal."""
-        return self.exact.features.total(dual.square().sum(-1)) + primal.square().sum(-1)
+        """bᵀ B⁻¹ b `[K]` = min over p of |b - Ψ p|² + |p|², near its minimum, for dual = b - Ψ primal."""
+        return self.exact.covariance.total(dual.square().sum(-1)) + primal.square().sum(-1)
 
-    def dual_quad(self, rhs: Tensor, dual: Tensor, primal: Tensor) -> Tensor:
-        """bᵀ (I + Ψ Ψᵀ)⁻¹ b `[K]` = max over u of 2 bᵀu - |u|² - |Ψᵀu|², near its maximum, for primal = Ψᵀ dual."""
-        return self.exact.features.total((dual * (2 * rhs - dual)).sum(-1)) - primal.square().sum(-1)
+    def image(self, dual: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rᵀ K R u `[K, m]`, Ψᵀ u `[K, F]` where there are features, and uᵀ Rᵀ K R u `[K]`, for u = ``dual``."""
+        if self.exact.covariance.features is None:
+            image = self.exact.product("function")(dual)
+            return image, None, (dual * image).sum(-1)
+        primal = self.exact.adjoint(dual)
+        return self.exact.apply(primal), primal, primal.square().sum(-1)
+
+    def dual_quad(self, rhs: Tensor, dual: Tensor, energy: Tensor) -> Tensor:
+        """bᵀ B⁻¹ b `[K]` = max over u of 2 bᵀu - |u|² - uᵀ Rᵀ K R u, near its maximum u = dual; the last is energy."""
+        return self.exact.covariance.total((dual * (2 * rhs - dual)).sum(-1)) - energy
 
     def solve(self, rhs: Tensor) -> SolveResult:
-        """(K + D)⁻¹ b for b `[K, n]`."""
-        solution = self.whitened(rhs.to(self.dtype) * self.exact.row_scales)
-        return solution.result(solution.dual * self.exact.row_scales)
+        """(K + Λ⁻¹)⁻¹ b = R B⁻¹ Rᵀ b for b `[K, n]`."""
+        solution = self.whitened(self.exact.likelihood.whiten(rhs.to(self.dtype)))
+        return solution.result(self.exact.likelihood.unwhiten(solution.dual))
+
+    def coefficients(self, solution: Solution) -> Tensor:
+        """Of the functions k(·, X) R dual: S^½ primal `[K, F]`, or R dual `[K, n]` for a dense covariance."""
+        if solution.primal is None:
+            return self.exact.likelihood.unwhiten(solution.dual)
+        return solution.primal * self.exact.weighted.scales
 
     def weights(self, rhs: Tensor) -> SolveResult:
-        """S Φᵀ (K + D)⁻¹ b `[K, F]`, the posterior mean of the weights, for b `[K, n]`."""
-        solution = self.whitened(rhs.to(self.dtype) * self.exact.row_scales)
-        return solution.result(solution.primal * self.exact.feature_scales)
-
-    def log_determinant(self) -> Tensor:
-        """log|K + D| `[]`, in nats."""
-        return self.logdet().value + self.exact.noise_logdet
-
-    def variance(self, x: Tensor) -> Tensor:
-        """Posterior variances of f(x) `[T*C]` for x `[T, D]`."""
-        return self.covariance(x.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).flatten().clamp_min(0)
+        """Posterior mean of the weights for targets b `[K, n]`: S Φᵀ R B⁻¹ Rᵀ b `[K, F]`, see `coefficients`."""
+        solution = self.whitened(self.exact.likelihood.whiten(rhs.to(self.dtype)))
+        return solution.result(self.coefficients(solution))
 
     def directions(self, rank: int) -> Tensor:
-        """V diag(λ / (1 + λ))^(1/2), for about the largest ``rank`` eigenpairs of Ψᵀ Ψ, as rows `[r, F]`.
+        """V diag(λ / (1 + λ))^½, for about the largest ``rank`` eigenpairs of Ψᵀ Ψ, as rows `[r, F]`.
 
         A Nyström approximation, which is from below: so is the reduction of variances made from it.
         """
-        like = self.exact.feature_scales.new_empty(self.exact.size("weight"))
+        like = self.exact.weighted.scales.new_empty(self.exact.size("weight"))
         values, vectors = nystrom(self.exact.product("weight"), like, rank, 0.0, seed=0)
         return (vectors * (values / (1 + values)).sqrt()).mT
 
-    def test_features(self, x: Tensor) -> Tensor:
-        """Explicit rows ψ(x) = J(x) S^(1/2) `[B, T*C, F]` for x `[B, T, D]`."""
-        return self.system.features.backend.jacobian(x.to(self.dtype)) * self.exact.feature_scales
-
     def cross(self, x: Tensor) -> Tensor:
-        """ψ(x) Ψᵀ `[B*T*C, n]` for x `[B, T, D]`: prior covariance with the whitened data."""
-        flat = x.to(self.dtype).flatten(0, 1)
-        pieces = [
-            self.combined(self.system.features.backend.gram(flat.unsqueeze(0), part.unsqueeze(0), self.grouped))
-            for _, part in self.exact.features.parts()
-        ]
-        return torch.cat(pieces, -1).squeeze(0) * self.exact.row_scales
+        """k(x, X) R `[B*T*C, m]` for x `[B, T, D]`: prior covariance with the whitened data."""
+        return self.exact.likelihood.whiten(self.exact.covariance.cross(x)).flatten(0, 1)
 
-    def prior(self, x: Tensor) -> Tensor:
-        """Prior covariance of f(x) `[B, T*C, T*C]`."""
-        x = x.to(self.dtype)
-        return self.combined(self.system.features.backend.gram(x, x, self.grouped))
-
-    def combined(self, parts: Tensor) -> Tensor:
-        """Sum of the groups' Grams `[B, G, n, m]`, each times its variance."""
-        return torch.einsum("bgnm,g->bnm", parts, self.exact.variances)
-
-    @property
-    def grouped(self) -> bool:
-        """Whether layers have variances of their own."""
-        return self.system.variances.shape[0] > 1
+    def prior_columns(self, x: Tensor, duals: Tensor, functions: AbstractCovariance) -> Tensor:
+        """`columns` from B⁻¹ Rᵀ k(X, x) as rows `[T*C, m]`."""
+        explained = self.exact.covariance.coefficients(self.exact.likelihood.unwhiten(duals))
+        return functions.representers(x) - functions.padded(explained, x)
 
 
 def in_batches(rows: Tensor, batch: int) -> Tensor:

@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from gpntk.cost import Cost, Work
+from gpntk.errors import InputError
 from gpntk.inference.checkpoint import SolveCheckpoint
 from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
+from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
-from gpntk.inference.solver import AbstractSolver, Sizes, refuse_sharded
-from gpntk.inference.system import NoisySystem, Space
+from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice, refuse_sharded
+from gpntk.inference.system import Space, WhitenedSystem
 from gpntk.memory import chunks
 
 # What one run of iterations is asked to reduce the residual by: float32 can, and float64 has no need for less.
@@ -91,10 +93,23 @@ class ConjugateGradients(AbstractSolver):
     checkpoint: str | os.PathLike[str] | None = None
     checkpoint_iterations: int = 100
 
-    def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
+    def __post_init__(self) -> None:
+        positive = ("tolerance", "variance_tolerance", "max_iterations", "probes", "checkpoint_iterations")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive.")
+
+    def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
         if self.preconditioner.space == "function":
             refuse_sharded(system, self)
         return _IterativeInverse(system, self)
+
+    @property
+    def is_direct(self) -> bool:
+        return False
+
+    def select(self, system: WhitenedSystem, many: bool = False) -> SolverChoice:  # noqa: ARG002
+        return SolverChoice(self)
 
     def cost(self, sizes: Sizes) -> Cost:
         n, f, item = sizes.rows, sizes.features, sizes.itemsize
@@ -126,7 +141,7 @@ class _Refined(NamedTuple):
 class _IterativeInverse(AbstractInverse):
     """A⁻¹ by conjugate gradients on R⁻¹ A R⁻ᵀ, with M = R Rᵀ the preconditioner."""
 
-    def __init__(self, system: NoisySystem, solver: ConjugateGradients) -> None:
+    def __init__(self, system: WhitenedSystem, solver: ConjugateGradients) -> None:
         super().__init__(system)
         self._solver = solver
         self._space: Space = solver.preconditioner.space
@@ -150,9 +165,9 @@ class _IterativeInverse(AbstractInverse):
             norms = _norms(rhs)
             wanted = lambda _x, r: self._solver.tolerance * norms / _norms(r)  # noqa: E731
             refined = self._refine(rhs, wanted, self._checkpoint(rhs))
-            relative = _norms(refined.residual) / norms
-            dual, primal = refined.value, self.exact.adjoint(refined.value)
-            quad = self.dual_quad(rhs, dual, primal)
+            relative, dual = _norms(refined.residual) / norms, refined.value
+            _, primal, energy = self.image(dual)
+            quad = self.dual_quad(rhs, dual, energy)
         # A column of zeros has no residual to be compared with itself.
         relative = torch.where(relative.isnan() & (_norms(refined.residual) == 0), 0.0, relative)
         return Solution(dual, primal, tuple(refined.outcomes), refined.iterations, relative, quad)
@@ -170,7 +185,7 @@ class _IterativeInverse(AbstractInverse):
         """|R⁻¹ r| `[K]`, what the iterations reduce."""
         norms = _norms(residual)
         scales = torch.where(norms > 0, norms, 1.0)
-        return scales * _norms(self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.features.dtype)))
+        return scales * _norms(self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype)))
 
     def _energy(self, rhs: Tensor, value: Tensor, residual: Tensor) -> Tensor:
         """About bᵀA⁻¹b `[K]`: from below by the present x, or by the preconditioner at the start."""
@@ -207,7 +222,7 @@ class _IterativeInverse(AbstractInverse):
             if not open_columns.numel() or spent:
                 break
             reduction = torch.where(factor > 0, 0.5 * factor, _FIRST)[open_columns]
-            reduction = reduction.clamp(_REDUCTION[self.system.features.dtype], _LEAST)
+            reduction = reduction.clamp(_REDUCTION[self.system.covariance.dtype], _LEAST)
             keep = self._keeper(checkpoint, value, open_columns, iterations)
             most = self._solver.max_iterations - iterations
             step, made, failures = self._run(residual[open_columns], reduction, most, keep)
@@ -256,7 +271,7 @@ class _IterativeInverse(AbstractInverse):
     ) -> tuple[Tensor, int, list[Outcome]]:
         """About A⁻¹ r, in the precision of the data, for columns scaled to norm one."""
         scales = _norms(residual)
-        rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.features.dtype))
+        rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype))
 
         def solution(v: Tensor) -> Tensor:
             return self._factor.half_transposed(v).to(self.dtype) * scales.unsqueeze(-1)
@@ -278,10 +293,8 @@ class _IterativeInverse(AbstractInverse):
     def logdet(self, by_row: bool = True) -> LogDet:
         # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
-        features, size = self.system.features, self.system.size(self._space)
-        generator = torch.Generator("cpu").manual_seed(self._solver.seed)
-        signs = torch.randint(0, 2, (self._solver.probes, size), generator=generator, device="cpu")
-        probes = (2 * signs - 1).to(device=features.device, dtype=features.dtype)
+        covariance, size = self.system.covariance, self.system.size(self._space)
+        probes = _signs(self._solver.probes, size, self._solver.seed).to(covariance.device, covariance.dtype)
         run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
         SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
@@ -295,38 +308,48 @@ class _IterativeInverse(AbstractInverse):
         return LogDet(self._factor.logdet().to(self.dtype) + value, *derivatives, error)
 
     def _weight_derivatives(self, diagonal: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-        by_variance = self.exact.by_group(1 - diagonal)
+        by_variance = self.exact.weighted.by_group(1 - diagonal)
         if self.exact.homoscedastic:
             return by_variance, self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
-        trace = (1 - diagonal).sum()
-        return by_variance, self._row_diagonal(trace) if by_row else torch.zeros_like(self.exact.noise)
+        if not by_row:
+            return by_variance, torch.zeros(self.exact.size("function"), dtype=self.dtype, device=diagonal.device)
+        return by_variance, self._row_diagonal((1 - diagonal).sum())
 
     def _row_diagonal(self, trace: Tensor) -> Tensor:
-        """diag (I + Ψ Ψᵀ)⁻¹ `[n]`, estimated by probes of function space; tr (I - (I + Ψ Ψᵀ)⁻¹) is known better."""
-        rows = self.system.features.num_rows
-        generator = torch.Generator("cpu").manual_seed(self._solver.seed + 1 + self.system.features.rank)
-        signs = torch.randint(0, 2, (_ROW_PROBES * self._solver.probes, rows), generator=generator, device="cpu")
-        probes = (2 * signs - 1).to(device=self.system.features.device, dtype=self.dtype)
-        solution = self.whitened(probes)
-        reductions = 1 - (probes * solution.result(solution.dual).checked()).mean(0).clamp(0, 1)
-        total = self.exact.features.total(reductions.sum())
+        """diag B⁻¹ `[m]`, estimated by probes of function space; tr (I - B⁻¹) is known better."""
+        reductions = 1 - self.inverse_blocks().diagonal(dim1=-2, dim2=-1).flatten().clamp(0, 1)
+        total = self.exact.covariance.total(reductions.sum())
         return 1 - reductions * trace / torch.where(total > 0, total, 1.0)
 
     def _function_derivatives(self, diagonal: Tensor, y: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
-        if not self.grouped:
+        if self.exact.covariance.features is None:
+            return diagonal.new_zeros(0), by_noise
+        weighted = self.exact.weighted
+        if weighted.variances.shape == (1,):
             return (1 - diagonal).sum(0, keepdim=True), by_noise
-        # tr(A⁻¹ H_g) = tr(M⁻¹ H_g) + E[rest H_g y], M⁻¹ = (1/c) I + U diag(1/m - 1/c) Uᵀ.
+        # tr(B⁻¹ H_g) = tr(M⁻¹ H_g) + E[rest H_g y], M⁻¹ = (1/c) I + U diag(1/m - 1/c) Uᵀ.
         factor = self._factor
         assert isinstance(factor, SpectralFactor)
         gains = (1 / factor.values - 1 / factor.rest).to(self.dtype)
-        traces = self.exact.features.total(self.exact.prior_diagonal(per_group=True).sum(-1)) / factor.rest
+        traces = self.exact.group_traces() / factor.rest
         bytes_each = 3 * self.dtype.itemsize * self.system.size("weight")
-        for part in chunks(gains.shape[0], bytes_each, self.system.features.memory_budget // 4):
+        for part in chunks(gains.shape[0], bytes_each, self.system.covariance.memory_budget // 4):
             images = self.system.adjoint(factor.vectors[:, part].mT).to(self.dtype).square()
-            traces = traces + self.exact.by_group(gains[part] @ images)
+            traces = traces + weighted.by_group(gains[part] @ images)
         product = self.system.adjoint(rest) * self.system.adjoint(y)
-        return traces + self.exact.by_group(product.to(self.dtype).mean(0)), by_noise
+        return traces + weighted.by_group(product.to(self.dtype).mean(0)), by_noise
+
+    def inverse_blocks(self) -> Tensor:
+        # E[z (B⁻¹ z)ᵀ] = B⁻¹ for probes z of entries ±1, whose blocks of one input are told apart by their signs.
+        width, covariance = self.exact.likelihood.width, self.exact.covariance
+        rank = 0 if covariance.features is None else covariance.features.rank
+        count, size = _ROW_PROBES * self._solver.probes, self.exact.size("function")
+        probes = _signs(count, size, self._solver.seed + 1 + rank).to(covariance.device, self.dtype)
+        solution = self.whitened(probes)
+        solved = solution.result(solution.dual).checked().unflatten(-1, (-1, width))
+        blocks = torch.einsum("knp,knq->npq", probes.unflatten(-1, (-1, width)), solved) / count
+        return (blocks + blocks.mT) / 2
 
     # --- posterior ---------------------------------------------------------------------------------------------
 
@@ -334,32 +357,34 @@ class _IterativeInverse(AbstractInverse):
         # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
         allowed = self._solver.tolerance**2 if close else 2 * self._solver.variance_tolerance
         if self._space == "weight":
-            psi = self.test_features(x)
+            psi = self.exact.weighted.rows(x)
             columns, residual = self._columns(psi.detach().flatten(0, 1), allowed)
             columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
             # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
             quadratic = columns @ (psi.detach() - residual).mT
             return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
         cross = in_batches(self.cross(x), x.shape[0])
-        columns, residual = self._duals(cross.detach().flatten(0, 1), self._prior_diagonal(x.flatten(0, 1)), allowed)
+        prior = self.exact.covariance.prior(x)
+        variances = prior.detach().diagonal(dim1=-2, dim2=-1).flatten()
+        columns, residual = self._duals(cross.detach().flatten(0, 1), variances, allowed)
         columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
         quadratic = columns @ (cross.detach() - residual).mT
-        return self.prior(x) - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
+        return prior - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
 
-    def primal_columns(self, x: Tensor) -> Tensor:
-        psi = self.test_features(x.unsqueeze(0)).squeeze(0)
+    def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
         # Means are made of these columns, and an error here is one of first order: it is for the means' tolerance.
         squared = self._solver.tolerance**2
         if self._space == "weight":
-            return self._columns(psi, squared)[0]
-        duals, _ = self._duals(self.cross(x.unsqueeze(0)), self._prior_diagonal(x), squared)
-        return psi - self.exact.adjoint(duals)
+            weighted = self.exact.weighted
+            return self._columns(weighted.rows(x.unsqueeze(0)).squeeze(0), squared)[0] * weighted.scales
+        variances = self.exact.covariance.prior(x.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).flatten()
+        return self.prior_columns(x, self._duals(self.cross(x.unsqueeze(0)), variances, squared)[0], functions)
 
     def _columns(self, psi: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
         """A⁻¹ ψᵀ `[K, F]` in weight space and its residual; ψ A⁻¹ ψᵀ made of both is off by ``allowed`` of itself."""
         accuracy = allowed**0.5
         # To the last bit the same in all processes, which decide by it.
-        psi = self.exact.features.first(psi)
+        psi = self.exact.weighted.features.first(psi)
         return self._in_pieces(psi, lambda rows: self._wanted_energy(psi[rows], accuracy))
 
     def _duals(self, cross: Tensor, prior: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
@@ -381,7 +406,7 @@ class _IterativeInverse(AbstractInverse):
     ) -> tuple[Tensor, Tensor]:
         """Solutions and residuals for the rows of ``rhs``, as many at a time as the memory budget holds."""
         values, residuals = [], []
-        for rows in chunks(rhs.shape[0], _VECTORS * 8 * rhs.shape[1], self.system.features.memory_budget):
+        for rows in chunks(rhs.shape[0], _VECTORS * 8 * rhs.shape[1], self.system.covariance.memory_budget):
             refined = self._refine(rhs[rows], wanted(rows))
             relative = _norms(refined.residual) / _norms(rhs[rows])
             SolveResult(refined.value, tuple(refined.outcomes), refined.iterations, relative).checked()
@@ -389,12 +414,13 @@ class _IterativeInverse(AbstractInverse):
             residuals.append(refined.residual)
         return torch.cat(values), torch.cat(residuals)
 
-    def _prior_diagonal(self, x: Tensor) -> Tensor:
-        """Prior variances of f(x) `[T*C]`."""
-        parts = self.system.features.backend.diagonal(x.detach().to(self.dtype).unsqueeze(0), self.grouped).squeeze(0)
-        return self.exact.variances @ parts
-
 
 def _norms(rows: Tensor) -> Tensor:
     """Norms of rows `[K]`, in float64."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=exact_dtype(rows.device))
+
+
+def _signs(count: int, size: int, seed: int) -> Tensor:
+    """Random signs `[K, n]` as integers, on the CPU: the same on all devices."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return 2 * torch.randint(0, 2, (count, size), generator=generator, device="cpu") - 1

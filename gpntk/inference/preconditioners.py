@@ -14,16 +14,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final, get_args
 
 import torch
 from torch import Tensor
 
 from gpntk.errors import InputError, SolveError
+from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, Features, add_second_moment, exact_dtype, mirror
 from gpntk.inference.outcome import Outcome
-from gpntk.inference.system import NoisySystem, Space
+from gpntk.inference.system import Space, WhitenedSystem
 from gpntk.io import checksum
 
 # Products with a fresh vector that estimate the norm of what a low-rank approximation leaves out.
@@ -44,27 +45,32 @@ class AbstractPreconditioner(ABC):
     """Which of the two matrices the factor resembles."""
 
     @abstractmethod
-    def build(self, system: NoisySystem) -> AbstractFactor:
+    def build(self, system: WhitenedSystem) -> AbstractFactor:
         """The factor of this very system, in the dtype of its features."""
 
     @final
-    def prepare(self, system: NoisySystem) -> AbstractFactor:
+    def prepare(self, system: WhitenedSystem) -> AbstractFactor:
         """A factor for ``system``, made from that of prior variances nearby, which is kept with the data.
 
         In units of the noise, if all rows have the same, prior variances S are rounded to powers of two, S₀. All values
         of the hyperparameters in between share one factor, the same whichever came first; the condition number grows by
         √2 at most, by 2 if layers have variances of their own. Another noise of some of the rows is another factor.
         """
-        common = system.homoscedastic and bool(system.noise.isfinite())
-        unit = system.noise if common else system.noise.new_ones(1)
-        noise, variances = system.noise / unit, (system.variances / unit).log2().round().exp2()
-        key = "preconditioner", self, system.features.dtype, tuple(variances.tolist()), _number(system.features, noise)
-        factor = system.features.remember(key, lambda: self.build(NoisySystem(system.features, variances, noise)))
+        if system.covariance.features is None or system.noise is None:
+            return self.build(system)
+        weighted, noise = system.weighted, system.noise
+        common = system.homoscedastic and bool(noise.isfinite())
+        unit = noise if common else noise.new_ones(1)
+        noise, variances = noise / unit, (weighted.variances / unit).log2().round().exp2()
+        numbers = _number(weighted.features, noise), checksum({"": variances.cpu()}, "")
+        key = "preconditioner", self, weighted.dtype, *numbers
+        rounded = FeatureCovariance(weighted.features, variances)
+        factor = weighted.features.remember(key, lambda: self.build(WhitenedSystem(rounded, noise)))
         if self.space == "function":
             return factor
-        # S^(1/2) (S₀⁻¹ + Φᵀ D⁻¹ Φ) S^(1/2) = T (I + S₀^(1/2) Φᵀ D⁻¹ Φ S₀^(1/2)) T
-        squares = torch.where(variances > 0, system.variances / (variances * unit), 1.0)
-        scales = system.spread(squares).sqrt().to(system.features.dtype)
+        # S^½ (S₀⁻¹ + Φᵀ D⁻¹ Φ) S^½ = T (I + S₀^½ Φᵀ D⁻¹ Φ S₀^½) T
+        squares = torch.where(variances > 0, weighted.variances / (variances * unit), 1.0)
+        scales = weighted.spread(squares).sqrt().to(weighted.dtype)
         return ScaledFactor(factor, scales.expand(system.size("weight")))
 
 
@@ -100,9 +106,14 @@ class Nystrom(AbstractPreconditioner):
     def __post_init__(self) -> None:
         if self.max_rank < 1:
             raise InputError(f"max_rank={self.max_rank} must be at least 1.")
+        if self.space not in get_args(Space):
+            raise InputError(f"space={self.space!r}: choose 'function' or 'weight'.")
+        if not self.error >= 0:
+            raise InputError(f"error={self.error} must be at least 0.")
 
-    def build(self, system: NoisySystem) -> SpectralFactor:
-        like = system.feature_scales.new_empty(system.size(self.space))
+    def build(self, system: WhitenedSystem) -> SpectralFactor:
+        covariance = system.covariance
+        like = torch.empty(system.size(self.space), dtype=covariance.dtype, device=covariance.device)
         values, vectors = nystrom(system.product(self.space), like, self.max_rank, self.error, self.seed)
         # Beyond the rank, eigenvalues are at most about the smallest found.
         return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
@@ -197,22 +208,23 @@ class PivotedCholesky(AbstractPreconditioner):
     seed: int = 0
     space: Space = field(default="function", init=False)
 
-    def build(self, system: NoisySystem) -> SpectralFactor:
-        features = system.features
-        left = system.prior_diagonal()
+    def build(self, system: WhitenedSystem) -> SpectralFactor:
+        covariance, rows = system.covariance, system.size("function")
+        options: Any = {"dtype": covariance.dtype, "device": covariance.device}
+        left = system.diagonal().clone()
         generator = torch.Generator(left.device).manual_seed(self.seed)
         product = system.product("function")
-        root = torch.zeros(0, features.num_rows, dtype=features.dtype, device=features.device)
+        root = torch.zeros(0, rows, **options)
         while root.shape[0] < self.max_rank and float(left.max()) > self.error:
             count = min(_PIVOTS, self.max_rank - root.shape[0], int((left > 0).sum()))
             pivots = torch.multinomial(left, count, generator=generator)
-            unit = torch.zeros(count, features.num_rows, dtype=features.dtype, device=features.device)
+            unit = torch.zeros(count, rows, **options)
             unit[torch.arange(count, device=left.device), pivots] = 1
-            rows = product(unit) - root[:, pivots].mT @ root
-            core = rows[:, pivots].to(left.dtype)
+            found = product(unit) - root[:, pivots].mT @ root
+            core = found[:, pivots].to(left.dtype)
             values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-            kept = values > torch.finfo(features.dtype).eps * count * values[-1].clamp_min(self.error)
-            new = (vectors[:, kept] * values[kept].rsqrt()).mT.to(features.dtype) @ rows
+            kept = values > torch.finfo(covariance.dtype).eps * count * values[-1].clamp_min(self.error)
+            new = (vectors[:, kept] * values[kept].rsqrt()).mT.to(covariance.dtype) @ found
             root = torch.cat([root, new])
             left = (left - new.to(left.dtype).square().sum(0)).clamp_min(0)
             left[pivots] = 0
@@ -243,15 +255,15 @@ class SampledGram(AbstractPreconditioner):
     seed: int = 0
     space: Space = field(default="weight", init=False)
 
-    def build(self, system: NoisySystem) -> AbstractFactor:
-        features = system.features
+    def build(self, system: WhitenedSystem) -> AbstractFactor:
+        features = system.weighted.features
         indices = [torch.arange(features.num_features, device=features.device)]
         if self.per_layer:
             groups = features.backend.feature_groups(features.device)
             indices = [(groups == group).nonzero().squeeze(-1) for group in range(int(groups.max()) + 1)]
         # Rounding in the data's precision may leave a Gram matrix that is not positive: then once more in float64, or
         # there at once where it is sure to.
-        rounding = float(features.total(system.prior_diagonal().sum())) * torch.finfo(features.dtype).eps
+        rounding = float(features.total(system.diagonal().sum())) * torch.finfo(features.dtype).eps
         exact = exact_dtype(features.device)
         moments: list[Tensor] = []
         for dtype in (exact,) if rounding > _ROUNDING else (features.dtype, exact):
@@ -264,18 +276,21 @@ class SampledGram(AbstractPreconditioner):
         outcome = Outcome.NOT_POSITIVE if finite else Outcome.NOT_FINITE
         raise SolveError(f"the sampled Gram matrix cannot be factorised ({outcome.name}): {outcome.value}")
 
-    def _moments(self, system: NoisySystem, indices: list[Tensor]) -> list[Tensor]:
+    def _moments(self, system: WhitenedSystem, indices: list[Tensor]) -> list[Tensor]:
         """I + (n/s) Ψ_Sᵀ Ψ_S of each block of features."""
-        features = system.features
+        features, scales = system.weighted.features, system.weighted.scales
         wanted = math.ceil(self.oversampling * features.num_features / features.num_outputs)
         x, chosen = features.sample(wanted, self.seed)
-        sampled = Features(features.backend, x)
-        rows, held = features.place()[1], features.total(x.new_tensor(float(x.shape[0]), dtype=exact_dtype(x.device)))
-        scales = system.row_scales.expand(features.num_rows).unflatten(0, (-1, features.num_outputs))
-        scales = scales[chosen].flatten() * float(rows / held) ** 0.5
-        moments = [system.feature_scales.new_zeros(index.numel(), index.numel()) for index in indices]
+        sampled, noise = Features(features.backend, x), system.likelihood.at(chosen)
+        samples, held = (
+            features.place()[1],
+            features.total(x.new_tensor(float(x.shape[0]), dtype=exact_dtype(x.device))),
+        )
+        share = float(samples / held) ** 0.5
+        moments = [scales.new_zeros(index.numel(), index.numel()) for index in indices]
         for part, block in sampled.blocks():
-            whitened = block * scales[part].unsqueeze(-1) * system.feature_scales
+            inputs = slice(part.start // features.num_outputs, part.stop // features.num_outputs)
+            whitened = noise.at(inputs).whiten((block * (share * scales)).mT).mT
             for moment, index in zip(moments, indices, strict=True):
                 # One block of all features is the whole: no copy of it.
                 own = whitened if index.numel() == whitened.shape[-1] else whitened[:, index]

@@ -51,13 +51,14 @@ class ShardedFeatures(AbstractFeatures):
 
     Example:
         >>> import tempfile, torch, gpntk
-        >>> from gpntk.inference import Features, NoisySystem, Posterior, ShardedFeatures, WeightSpace
+        >>> from gpntk.inference import FeatureCovariance, Features, Posterior, ShardedFeatures
+        >>> from gpntk.inference import WeightSpace, WhitenedSystem
         >>> with tempfile.TemporaryDirectory() as folder:  # one process; ``torchrun`` starts more, see docs/scaling.md
         ...     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/f", rank=0, world_size=1)
         >>> x = torch.randn(50, 3, dtype=torch.float64)
         >>> backend = gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(3, 1).double()))
         >>> features = ShardedFeatures(Features(backend, x))
-        >>> system = NoisySystem(features, torch.ones(1), torch.tensor([0.1]))
+        >>> system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.tensor([0.1]))
         >>> Posterior(system, x.sum(-1), WeightSpace()).weights.shape
         torch.Size([4])
         >>> torch.distributed.destroy_process_group()

@@ -1,26 +1,29 @@
-"""What a solver is: a recipe that prepares the inverse of a system, and counts what that costs."""
+"""What a solver is: a recipe that prepares a system, and counts what that costs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from gpntk.cost import Cost, Work
+from gpntk.cost import Cost, Work, table
 from gpntk.errors import InputError
 from gpntk.inference.inverse import AbstractInverse
-from gpntk.inference.system import NoisySystem
+from gpntk.inference.system import WhitenedSystem
 
 
 class Sizes(NamedTuple):
     """What the costs of solvers are counted from.
 
     Attributes:
-        rows: n = N*C, over all processes; features: F; groups: G; columns: right-hand sides to be solved.
+        rows: m, rows of B, over all processes; features: F, 0 for a dense covariance.
+        groups: Matrices `[n, n]` that the covariance keeps.
+        columns: Right-hand sides to be solved.
         itemsize: Bytes of a value of the data.
-        gram: Work of the Gram matrix.
-        product: Work of one product with Ψ Ψᵀ and one column.
+        gram: Work of the matrix K.
+        product: Work of one product with Rᵀ K R and one column.
         budget: Bytes that may be used.
         sharded: Whether rows are spread over processes.
+        spectral: Whether an eigendecomposition serves all hyperparameters, and many will follow.
     """
 
     rows: int
@@ -32,24 +35,46 @@ class Sizes(NamedTuple):
     product: Work
     budget: int
     sharded: bool
-
-
-def refuse_sharded(system: NoisySystem, solver: object) -> None:
-    """Raise if rows are spread over processes, for a solver that needs them all in one."""
-    if system.features.sharded:
-        raise InputError(
-            f"{solver} works in function space, which needs all rows in one process: for sharded features take "
-            "WeightSpace(), ConjugateGradients(SampledGram()) or ConjugateGradients(Nystrom(space='weight'))."
-        )
+    spectral: bool = False
 
 
 class AbstractSolver(ABC):
-    """A way to invert K + D."""
+    """A way to solve a `WhitenedSystem`: a space and a method."""
 
     @abstractmethod
-    def prepare(self, system: NoisySystem, many: bool = False) -> AbstractInverse:
-        """The inverse of ``system``; ``many``: other hyperparameters for the same data will follow."""
+    def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:
+        """``system``, ready to be solved; ``many``: other hyperparameters for the same data will follow."""
 
     @abstractmethod
     def cost(self, sizes: Sizes) -> Cost:
         """Work and memory, counted."""
+
+    @abstractmethod
+    def select(self, system: WhitenedSystem, many: bool = False) -> SolverChoice:
+        """The solver that would be in charge: this one, or what an automatic choice chooses."""
+
+    @property
+    @abstractmethod
+    def is_direct(self) -> bool:
+        """Whether a factorisation is made, which has no tolerance."""
+
+
+class SolverChoice(NamedTuple):
+    """A solver, the reason it was chosen, and what each would have cost; ``print`` shows them."""
+
+    solver: AbstractSolver
+    reason: str = "asked for."
+    costs: tuple[Cost, ...] = ()
+
+    def __str__(self) -> str:
+        lines = f"{type(self.solver).__name__}: {self.reason}"
+        return f"{lines}\n{table(self.costs)}" if self.costs else lines
+
+
+def refuse_sharded(system: WhitenedSystem, solver: object) -> None:
+    """Raise if rows are spread over processes, for a solver that needs them all in one."""
+    if system.covariance.sharded:
+        raise InputError(
+            f"{solver} works in function space, which needs all rows in one process: for sharded features take "
+            "WeightSpace(), ConjugateGradients(SampledGram()) or ConjugateGradients(Nystrom(space='weight'))."
+        )

@@ -1,4 +1,4 @@
-"""The linear system behind every Gaussian process of ours: (Φ S Φᵀ + D) α = y, in its whitened form."""
+"""The one linear system behind every Gaussian process here: a covariance and a likelihood's curvature, whitened."""
 
 from __future__ import annotations
 
@@ -9,131 +9,194 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import DistributedError, InputError
+from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.features import AbstractFeatures, exact_dtype
+from gpntk.inference.noise import AbstractNoise, BlockNoise, RowNoise
 from gpntk.memory import chunks
 
 Space = Literal["function", "weight"]
 
 
 @final
-class NoisySystem:
-    """K + D with K = Φ S Φᵀ, S the prior variance of every feature and D the noise variance of every row.
+class WhitenedSystem:
+    """A prior covariance K and the curvature Λ = R Rᵀ of a likelihood; for Gaussian noise D, Λ = D⁻¹ and R = D^-½.
 
-    With Ψ = D^(-1/2) Φ S^(1/2), all solvers work on I + Ψ Ψᵀ `[n, n]` (function space) or I + Ψᵀ Ψ `[F, F]` (weight
-    space), whose smallest eigenvalue is at least 1:
+    All solvers work on one of two matrices, whose smallest eigenvalue is at least 1: with K = Φ S Φᵀ and Ψ = Rᵀ Φ S^½
 
-        (K + D)⁻¹ = D^(-1/2) (I + Ψ Ψᵀ)⁻¹ D^(-1/2),    (I + Ψ Ψᵀ)⁻¹ = I - Ψ (I + Ψᵀ Ψ)⁻¹ Ψᵀ,
-        log det(K + D) = log det(I + Ψ Ψᵀ) + log det(D),    det(I + Ψ Ψᵀ) = det(I + Ψᵀ Ψ).
+        B = I + Rᵀ K R = I + Ψ Ψᵀ  (function space)        A = I + Ψᵀ Ψ = I + S^½ Φᵀ Λ Φ S^½  (weight space)
 
-    A row of infinite noise has not been observed: it is zero in Ψ and counts nowhere.
+        (K + Λ⁻¹)⁻¹ = R B⁻¹ Rᵀ,      B⁻¹ = I - Ψ A⁻¹ Ψᵀ,      log|B| = log|A| = log|I + K Λ|,
+
+    where Λ may be singular: a row that was not observed is a zero row of R, and counts nowhere.
 
     Args:
-        features: Φ.
-        variances: S: one variance for all features `[1]`, or one per layer `[L]`.
-        noise: D: one noise variance for all rows `[1]`, or one per row `[n]`.
+        covariance: K.
+        noise: Noise variances D: one for all rows `[1]`, or one per row `[n]`, infinite where nothing was observed.
+        root: R `[N, C, q]` instead of ``noise``: one block for each input, of any rank.
 
     Raises:
-        InputError: A variance is negative, infinite or NaN, a noise variance is not positive, a shape does not fit, or
-            there is no data.
+        InputError: A noise variance is not positive, a shape does not fit, or there is no data.
+
+    Example:
+        >>> import torch, gpntk
+        >>> from gpntk.inference import FeatureCovariance, Features, WhitenedSystem
+        >>> features = Features(gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(3, 2))), torch.randn(5, 3))
+        >>> system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), root=torch.ones(5, 2, 1))
+        >>> system.size("function"), system.size("weight")
+        (5, 8)
     """
 
-    def __init__(self, features: AbstractFeatures, variances: Tensor, noise: Tensor) -> None:
-        self.features = features
-        # Hyperparameters are few: they are exact whatever the precision of the data.
-        exact = exact_dtype(features.device)
-        self.variances, self.noise = variances.detach().to(exact), noise.detach().to(exact)
-        if not features.num_rows and not features.sharded:
+    def __init__(
+        self, covariance: AbstractCovariance, noise: Tensor | None = None, *, root: Tensor | None = None
+    ) -> None:
+        self.covariance = covariance
+        self.noise: Tensor | None = None
+        self.root = root
+        if not covariance.num_rows and not covariance.sharded:
             raise InputError("x has no rows: give at least one input.")
-        if self.noise.shape not in ((1,), (features.num_rows,)):
+        if (noise is None) == (root is None):
+            raise InputError("give either noise, variances of the rows, or root, the root of the curvature.")
+        if root is not None:
+            expected = (covariance.num_samples, covariance.num_outputs)
+            if root.dim() != 3 or root.shape[:2] != expected or not bool(root.isfinite().all()):
+                raise InputError(f"root must be finite [N, C, q] with N, C = {expected}, got {tuple(root.shape)}.")
+            self.likelihood: AbstractNoise = BlockNoise(root.detach().to(covariance.dtype))
+            self.homoscedastic = False
+            return
+        assert noise is not None
+        # Hyperparameters are few: they are exact whatever the precision of the data.
+        self.noise = noise.detach().to(exact_dtype(covariance.device))
+        if self.noise.shape not in ((1,), (covariance.num_rows,)):
             raise InputError(
                 f"noise has shape {tuple(self.noise.shape)}: give one variance (1,) or one per row "
-                f"({features.num_rows},)."
+                f"({covariance.num_rows},)."
             )
         if not bool((self.noise > 0).all()):
             raise InputError("noise variances must be positive: they are what makes K + D invertible.")
-        if not bool(((self.variances >= 0) & self.variances.isfinite()).all()):
-            raise InputError("prior variances must be finite and at least zero.")
-        self.homoscedastic = _homoscedastic(features, self.noise)
-        dtype = features.dtype
-        self.row_scales = self.noise.rsqrt().to(dtype)
-        self.feature_scales = self.spread(self.variances).sqrt().to(dtype)
+        self.homoscedastic = _homoscedastic(covariance, self.noise)
+        self.likelihood = RowNoise(self.noise, covariance.num_outputs, covariance.dtype)
 
-    def to(self, dtype: torch.dtype) -> NoisySystem:
+    def to(self, dtype: torch.dtype) -> WhitenedSystem:
         """The same system in another precision."""
-        if dtype == self.features.dtype:
+        if dtype == self.covariance.dtype:
             return self
-        return NoisySystem(self.features.to(dtype), self.variances, self.noise)
+        return self.with_covariance(self.covariance.to(dtype))
+
+    def with_covariance(self, covariance: AbstractCovariance) -> WhitenedSystem:
+        """Another prior for the same data."""
+        return WhitenedSystem(covariance, self.noise, root=self.root)
+
+    # --- sizes -------------------------------------------------------------------------------------------------
+
+    def size(self, space: Space) -> int:
+        """Rows of B or A: m, or F."""
+        if space == "function":
+            return self.likelihood.size(self.covariance.num_rows)
+        return self.weighted.features.num_features
 
     @property
     def observed(self) -> Tensor:
         """Number of rows observed, of all processes `[]`."""
-        return self.features.total(self.noise.isfinite().expand(self.features.num_rows).sum().to(self.noise))
+        return self.covariance.total(self.likelihood.observed(self.covariance.num_rows))
+
+    @property
+    def missing(self) -> Tensor:
+        """Which rows were not observed `[n]`."""
+        if self.root is not None:
+            return ~self.root.bool().any(-1).flatten()
+        assert self.noise is not None
+        return ~self.noise.isfinite().expand(self.covariance.num_rows)
 
     @property
     def noise_logdet(self) -> Tensor:
-        """log|D| over the rows observed `[]`."""
-        logs = torch.where(self.noise.isfinite(), self.noise, 1.0).log()
-        return self.observed * logs.squeeze(0) if self.homoscedastic else self.features.total(logs.sum())
+        """log|Λ⁻¹| over the rows observed, of all processes `[]`."""
+        return self.covariance.total(self.likelihood.logdet(self.covariance.num_rows))
+
+    @property
+    def weighted(self) -> FeatureCovariance:
+        """The covariance, where it has features; else `InputError`."""
+        return self.covariance.weighted
+
+    @property
+    def features(self) -> AbstractFeatures:
+        """Φ, where there is one; else `InputError`."""
+        return self.weighted.features
+
+    @property
+    def variances(self) -> Tensor:
+        """S, as it was given; `InputError` if there are no features."""
+        return self.weighted.variances
+
+    # --- products ----------------------------------------------------------------------------------------------
 
     def apply(self, v: Tensor) -> Tensor:
-        """Ψ v `[K, n]`."""
-        return self.features.jvp(v * self.feature_scales) * self.row_scales
+        """Ψ v `[K, m]`."""
+        return self.likelihood.whiten(self.weighted.features.jvp(v * self.weighted.scales))
 
     def adjoint(self, u: Tensor) -> Tensor:
         """Ψᵀ u `[K, F]`."""
-        return self.features.vjp(u * self.row_scales) * self.feature_scales
+        return self.weighted.features.vjp(self.likelihood.unwhiten(u)) * self.weighted.scales
 
     def product(self, space: Space) -> Callable[[Tensor], Tensor]:
-        """v -> Ψ Ψᵀ v (function space) or Ψᵀ Ψ v (weight space)."""
-        first, second = (self.adjoint, self.apply) if space == "function" else (self.apply, self.adjoint)
-        # Columns pass through the other space a few at a time, so that it may be the larger one.
-        rows = self.features.place()[1] * self.features.num_outputs
-        size = self.size("weight") if space == "function" else rows
-        bytes_each, budget = size * torch.finfo(self.features.dtype).bits // 4, self.features.memory_budget // 4
+        """v -> Rᵀ K R v (function space) or Ψᵀ Ψ v (weight space)."""
+        if space == "function":
+            return self._function_product
+        # Columns pass through function space a few at a time, so that it may be the larger one.
+        features = self.weighted.features
+        bytes_each = features.place()[1] * features.num_outputs * torch.finfo(features.dtype).bits // 4
+        budget = features.memory_budget // 4
 
         def product(v: Tensor) -> Tensor:
-            return torch.cat([second(first(v[part])) for part in chunks(v.shape[0], bytes_each, budget)])
+            parts = chunks(v.shape[0], bytes_each, budget)
+            return torch.cat([self.adjoint(self.apply(v[part])) for part in parts])
 
         return product
 
-    def size(self, space: Space) -> int:
-        """n or F."""
-        return self.features.num_rows if space == "function" else self.features.num_features
+    def _function_product(self, u: Tensor) -> Tensor:
+        return self.likelihood.whiten(self.covariance.product(self.likelihood.unwhiten(u)))
 
-    def prior_diagonal(self, per_group: bool = False) -> Tensor:
-        """Diagonal of Ψ Ψᵀ `[n]`, or of every group's part of it `[G, n]`, in float64."""
-        exact = exact_dtype(self.features.device)
-        parts = self.features.diagonal(self.variances.shape[0] > 1).to(exact) * self.row_scales.to(exact).square()
-        parts = parts * self.variances.to(exact).unsqueeze(-1)
-        return parts if per_group else parts.sum(0)
+    def matrix(self) -> Tensor:
+        """B `[m, m]`."""
+        matrix = self.likelihood.congruence(self.covariance.gram())
+        matrix.diagonal().add_(1)
+        return matrix
 
-    def spread(self, variances: Tensor) -> Tensor:
-        """The prior variance of every feature `[F]`, or `[1]` where all have the same, from that of every group."""
-        if variances.shape == (1,):
-            return variances
-        groups = self.features.backend.feature_groups(self.features.device)
-        layers = int(groups.max()) + 1
-        if variances.shape != (layers,):
-            raise InputError(
-                f"variances has shape {tuple(variances.shape)}: give one prior variance (1,) or one per layer "
-                f"({layers},)."
-            )
-        return variances[groups]
+    def rows(self, rows: slice, block: Tensor) -> Tensor:
+        """Explicit rows of Ψ `[m', F]` from rows of Φ `[n', F]`, those of whole inputs."""
+        outputs = self.covariance.num_outputs
+        part = self.likelihood.at(slice(rows.start // outputs, rows.stop // outputs))
+        return part.whiten((block * self.weighted.scales).mT).mT
 
-    def by_group(self, values: Tensor) -> Tensor:
-        """Sums of values `[F]` over the features that share a variance `[G]`."""
-        if self.variances.shape[0] == 1:
-            return values.sum(-1, keepdim=True)
-        groups = self.features.backend.feature_groups(self.features.device)
-        return values.new_zeros(self.variances.shape[0]).index_add(0, groups, values)
+    def diagonal(self) -> Tensor:
+        """Diagonal of Rᵀ K R `[m]`, in float64."""
+        exact = self.to(exact_dtype(self.covariance.device))
+        if self.noise is not None:
+            return exact.likelihood.whiten(exact.likelihood.whiten(exact.covariance.prior_diagonal()))
+        if self.covariance.features is None:
+            return exact.matrix().diagonal() - 1
+        pieces = [exact.rows(*part).square().sum(-1) for part in exact.weighted.features.blocks()]
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=exact.covariance.dtype)
+
+    def group_traces(self) -> Tensor:
+        """tr Ψ_gᵀ Ψ_g of every group of weights with one variance, in float64, over all processes."""
+        exact = self.to(exact_dtype(self.covariance.device))
+        weighted = exact.weighted
+        if self.noise is not None and not weighted.per_parameter:
+            parts = exact.likelihood.whiten(exact.likelihood.whiten(weighted.features.diagonal(weighted.per_layer)))
+            return weighted.features.total((parts * weighted.variances.unsqueeze(-1)).sum(-1))
+        total = weighted.scales.new_zeros(weighted.features.num_features)
+        for part in weighted.features.blocks():
+            total += exact.rows(*part).square().sum(0)
+        return weighted.by_group(weighted.features.total(total))
 
 
-def _homoscedastic(features: AbstractFeatures, noise: Tensor) -> bool:
+def _homoscedastic(covariance: AbstractCovariance, noise: Tensor) -> bool:
     """Whether all rows have the same noise variance; a process with a single row cannot tell, the others can."""
     one = noise.shape[0] == 1
-    if not features.sharded:
+    if not covariance.sharded:
         return one
-    common, each = features.total(torch.tensor([one and features.num_rows != 1, not one], dtype=torch.int64)).tolist()
+    codes = torch.tensor([one and covariance.num_rows != 1, not one], dtype=torch.int64)
+    common, each = covariance.total(codes).tolist()
     if common and each:
         raise DistributedError("some ranks give one noise variance, others one for each of their rows.")
     return not each

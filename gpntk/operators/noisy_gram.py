@@ -17,7 +17,14 @@ from linear_operator.operators import (
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from gpntk.inference import AbstractInverse, AbstractSolver, Features, NoisySystem, inv_quad_logdet
+from gpntk.inference import (
+    AbstractInverse,
+    AbstractSolver,
+    FeatureCovariance,
+    Features,
+    WhitenedSystem,
+    inv_quad_logdet,
+)
 
 # Elements of a batch that are solved one after the other; more are left to the host's batched algorithms.
 _MOST = 16
@@ -31,12 +38,12 @@ class Problem(NamedTuple):
     noise: Tensor
     solver: AbstractSolver
 
-    def system(self, missing: Tensor | None = None) -> NoisySystem:
+    def system(self, missing: Tensor | None = None) -> WhitenedSystem:
         """The system; rows ``missing`` `[n]` get infinite noise."""
         noise = self.noise
         if missing is not None and bool(missing.any()):
             noise = torch.where(missing, torch.inf, noise.expand(self.features.num_rows))
-        return NoisySystem(self.features, self.variances, noise)
+        return WhitenedSystem(FeatureCovariance(self.features, self.variances), noise)
 
 
 class AbstractGramLinearOperator(LinearOperator):

@@ -83,7 +83,8 @@ class ShardedLinearOperator(LinearOperator):
 
     @cached
     def to_dense(self) -> Tensor:
-        return self._features.second_moment(self._row_weights.detach().sqrt())
+        scales = self._row_weights.detach().sqrt().unsqueeze(-1)
+        return self._features.second_moment(lambda rows, block: block * scales[rows])
 
     def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
         return self.to_dense()[(*batch_indices, row_index, col_index)]
