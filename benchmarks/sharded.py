@@ -104,6 +104,7 @@ def _measure(options: argparse.Namespace) -> None:
         v = torch.randn(columns, f)
         report(f"product, {columns} column(s)", lambda v=v: features.vjp(features.jvp(v)), (v,))
     y = x.sin().sum(-1)
+
     # New features each time: the second moment is kept, and is to be measured.
     def fresh() -> WhitenedSystem:
         return WhitenedSystem(

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError
-from gpntk.inference import ConjugateGradients, Features, FunctionSpace, NoisySystem, Nystrom, Posterior, WeightSpace
+from gpntk.inference import (
+    ConjugateGradients,
+    FeatureCovariance,
+    Features,
+    FunctionSpace,
+    Nystrom,
+    Posterior,
+    WeightSpace,
+    WhitenedSystem,
+)
 from gpntk.jacobians import (
     AbstractJacobianBackend,
     AutoBackend,
@@ -126,7 +135,7 @@ def test_sums_of_kernels_go_through_every_solver(solver, many: bool) -> None:
     backend = stacked(by_layer=[True, False])
     variances = torch.tensor([0.5, 2.0, 1.0, 0.7]).double() if many else torch.tensor([0.8]).double()
     noise, y = torch.tensor([0.1]).double(), torch.randn(30 * OUTPUTS).double()
-    posterior = Posterior(NoisySystem(Features(backend, x), variances, noise), y, solver)
+    posterior = Posterior(WhitenedSystem(FeatureCovariance(Features(backend, x), variances), noise), y, solver)
     phi, psi = dense_features(x), dense_features(z)
     s = variances[backend.feature_groups(x.device)] if many else variances
     gram = (phi * s) @ phi.T + noise * torch.eye(len(y))
