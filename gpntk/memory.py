@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
 
-_FRACTION_OF_FREE = 0.25
+from gpntk._checks import check_memory_budget
+
+_SHARE = 0.25
 _ENTRIES = 16
 # Fresh blocks above this size come from the system page by page, which costs more than smaller GEMMs lose.
 _CPU_WORKSPACE = 2**24
@@ -23,13 +26,26 @@ _LARGEST_BLOCK = 2**25 - 2**16
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the bytes free on ``device`` now (1 GiB where the system does not tell)."""
+    """A quarter of the bytes that ``device`` has (1 GiB where the system does not tell).
+
+    Of all, not of those free at the moment: the same program makes the same choices every time.
+    """
     if device.type == "cuda":
-        return int(_FRACTION_OF_FREE * torch.cuda.mem_get_info(device)[0])
+        return int(_SHARE * torch.cuda.get_device_properties(device).total_memory)
     try:
-        return int(_FRACTION_OF_FREE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return int(_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
         return 2**30
+
+
+def budget_on(device: torch.device, memory_budget: int | None) -> int:
+    """``memory_budget``, or the default of ``device``.
+
+    Raises:
+        InputError: It is no positive number.
+    """
+    check_memory_budget(memory_budget)
+    return default_budget(device) if memory_budget is None else int(memory_budget)
 
 
 def workspace(device: torch.device, budget: int) -> int:
@@ -99,8 +115,8 @@ def frozen(x: Tensor) -> Tensor:
         return x.clone()
 
 
-# Memory of tensors that are passing through, by its address.
-_passing: set[int] = set()
+# Addresses of tensors that are passing through, one for each use of `passing`, which may be nested.
+_passing: dict[object, int] = {}
 
 
 @contextmanager
@@ -109,12 +125,42 @@ def passing(x: Tensor) -> Iterator[None]:
 
     Else the pieces of data larger than memory would push out of a cache what does come again, each for nothing.
     """
-    address = x.untyped_storage().data_ptr()
-    _passing.add(address)
+    key = object()
+    _passing[key] = x.untyped_storage().data_ptr()
     try:
         yield
     finally:
-        _passing.discard(address)
+        del _passing[key]
+
+
+@final
+class Lock:
+    """A reentrant lock that a forked child finds free, whatever other threads of its parent held."""
+
+    _all: ClassVar[weakref.WeakSet[Lock]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._all.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_exception: object) -> None:
+        self._lock.release()
+
+    @classmethod
+    def renew(cls) -> None:
+        """Replace the locks of threads that did not survive the fork; those that this thread holds stay."""
+        for lock in list(cls._all):
+            if lock._lock.acquire(blocking=False):
+                lock._lock.release()
+            else:
+                lock._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Lock.renew)
 
 
 @final
@@ -129,13 +175,14 @@ class TensorCache:
     def __init__(self, budget: int, users: int = 1) -> None:
         self.budget, self._most = budget, _ENTRIES * users
         self._entries: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def get(self, kind: Hashable, tensors: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it returned the last time for the same tensors."""
         if any(tensor.is_inference() or tracks_gradient(tensor) for tensor in tensors):
             return compute()
-        if any(tensor.untyped_storage().data_ptr() in _passing for tensor in tensors):
+        addresses = set(_passing.copy().values())
+        if any(tensor.untyped_storage().data_ptr() in addresses for tensor in tensors):
             with torch.inference_mode(False), torch.no_grad():
                 return compute()
         key = (kind, *(_fingerprint(tensor) for tensor in tensors))

@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import signal
+import threading
+import warnings
 
 import pytest
 import torch
@@ -9,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpntk
-from gpntk import memory
+from gpntk import cost, jacobians, memory
+from gpntk.errors import InputError
 from tests.cases import mlp, reference_jacobian
 
 
@@ -91,6 +96,78 @@ def test_halving_leaves_other_errors_alone() -> None:
     with pytest.warns(UserWarning, match="out of memory"):
         sizes = memory.halving(slice(0, 8), lambda items: _allocate(items.stop - items.start))
     assert sizes == [2, 2, 2, 2]
+
+
+def test_a_budget_must_be_positive() -> None:
+    for budget in (0, -1):
+        for make in (
+            jacobians.AutoBackend,
+            jacobians.StructuredBackend,
+            jacobians.DenseBackend,
+            jacobians.AutodiffBackend,
+        ):
+            with pytest.raises(InputError, match=f"memory_budget={budget}: must be a positive number of bytes"):
+                make(gpntk.freeze(nn.Linear(2, 1)), memory_budget=budget)
+
+
+def test_the_default_budget_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = memory.default_budget(torch.device("cpu"))
+    taken = torch.ones(2**26)  # a quarter of a gigabyte
+    assert memory.default_budget(torch.device("cpu")) == before
+    assert before == int(0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    assert taken.numel()
+
+
+def test_passing_may_be_nested() -> None:
+    cache, x, made = memory.TensorCache(10**6), torch.ones(3), []
+
+    def compute() -> Tensor:
+        made.append(None)
+        return x + 1
+
+    with memory.passing(x):
+        with memory.passing(x[:2]):
+            cache.get("one", (x,), compute)
+        cache.get("one", (x,), compute)
+    assert not cache.holds("one", (x,))
+    cache.get("one", (x,), compute)
+    cache.get("one", (x,), compute)
+    assert len(made) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_does_not_wait_for_a_thread_it_has_not() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                held.set()
+                done.wait(30)
+            return super().forward(x)
+
+    network = gpntk.freeze(Slow(2, 1))
+    thread = threading.Thread(target=network, args=(torch.ones(1, 2),))
+    thread.start()
+    assert held.wait(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that a process with threads is forked: the point
+        child = os.fork()
+    if not child:
+        signal.alarm(20)
+        network(torch.ones(1, 2))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
+
+
+def test_machines_are_told_by_their_names() -> None:
+    assert cost.Machine.of("cpu") == cost.Machine()
+    assert cost.gpu("NVIDIA H200", 132).flops > 100 * cost.Machine().flops
+    assert cost.gpu("NVIDIA A100-SXM4-80GB", 108).bandwidth == 1.9e12
+    unknown = cost.gpu("NVIDIA RTX A1000", 16)
+    assert 1e12 < unknown.flops < 1e13
 
 
 def _allocate(size: int) -> int:

@@ -69,7 +69,7 @@ class AutoSolver(AbstractSolver):
         """The solver for ``system``, with the reason and the costs."""
         sizes = sizes_of(system, self.columns, many)
         costs = {solver: solver.cost(sizes) for solver in _candidates(sizes)}
-        machine = Machine()
+        machine = Machine.of(system.covariance.device)
         best, reason = _best(costs, sizes, machine)
         if system.covariance.sharded:
             # Estimates of ranks with different rows may differ by a hair, and their choices with them.

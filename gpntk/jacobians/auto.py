@@ -82,8 +82,9 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         if outputs > params and 4 * x[..., 0].numel() * outputs * params * x.element_size() <= dense.memory_budget:
             return Choice(dense, f"an input has more outputs, {outputs}, than there are parameters, {params}")
         choice = by_rules(network, x, memory_budget, precision)
+        machine = Machine.of(x.device)
         total = {
-            cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(Machine())
+            cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(machine)
             for cost in choice.costs
             if cost.fits
         }

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gpntk.cost import Cost
-from gpntk.memory import TensorCache, chunks, default_budget
+from gpntk.memory import TensorCache, budget_on, chunks
 from gpntk.network import FrozenNetwork
 
 _SKETCH_BLOCK = 32
@@ -49,7 +49,7 @@ class AbstractJacobianBackend(ABC):
     """
 
     def __init__(self, device: torch.device, memory_budget: int | None = None) -> None:
-        self.memory_budget = default_budget(device) if memory_budget is None else int(memory_budget)
+        self.memory_budget = budget_on(device, memory_budget)
         self.cache = TensorCache(self.memory_budget)
         # Tells the entries of backends that share a cache apart; copies and pickles of a backend share theirs.
         self._identity = uuid.uuid4().hex

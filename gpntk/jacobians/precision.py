@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -10,13 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gpntk.memory import Lock
+
 Precision = Literal["exact", "tf32", "bfloat16"]
 """``"exact"``: x's own. ``"tf32"``: float32 products on CUDA round their factors to 10 bits, an error of about 1e-3.
 ``"bfloat16"``: factors are kept in 7 bits and half the memory, an error of about 1e-2. Errors are relative to the
 largest entry; sums are accumulated in float32."""
 
 PRECISIONS = ("exact", "tf32", "bfloat16")
-_SWITCH = threading.RLock()
+_SWITCH = Lock()
 
 
 def rounded(tensor: Tensor, precision: Precision) -> Tensor:

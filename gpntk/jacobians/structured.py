@@ -17,7 +17,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.cost import Cost, Sizes, count
+from gpntk.cost import Cost, Machine, Sizes, count
 from gpntk.errors import InputError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractTangentBackend, jacobian_by_rows
@@ -167,7 +167,7 @@ class StructuredBackend(AbstractTangentBackend):
             calls=len(passes.plan.functions),
             uses=sum(len(bundle.uses) for bundle in passes.bundles),
         )
-        return count(sizes, self.memory_budget)
+        return count(sizes, self.memory_budget, Machine.of(x.device))
 
     # --- private -----------------------------------------------------------------------------------------------
 

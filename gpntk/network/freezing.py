@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, final
@@ -15,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from gpntk.errors import NetworkError
+from gpntk.memory import Lock
 
 
 def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -45,7 +45,7 @@ class Skeleton:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = _emptied(module)
-        self.lock = threading.RLock()
+        self.lock = Lock()
 
     def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the module with copies of ``tensors``, by name, in place of the empty ones; ties are kept."""
@@ -67,7 +67,7 @@ class Skeleton:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
-        self.lock = threading.RLock()
+        self.lock = Lock()
 
 
 def _emptied(module: nn.Module) -> nn.Module:

@@ -110,10 +110,11 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
         groups = self._variances.shape[-2]
         if (1 + groups) * costs["Gram"].kept > self._backend.memory_budget // 2:
             return False
-        lazy = min(cost.product.seconds(Machine()) for name, cost in costs.items() if name.startswith("factors"))
+        machine = Machine.of(x.device)
+        lazy = min(cost.product.seconds(machine) for name, cost in costs.items() if name.startswith("factors"))
         spent = self._backend.remember("seconds spent on products", (x,), lambda: [0.0])
         spent[0] += lazy
-        return spent[0] >= costs["Gram"].once.seconds(Machine())
+        return spent[0] >= costs["Gram"].once.seconds(machine)
 
     def _t_matmul(self, rhs: Any) -> Tensor:
         return self._transpose_nonbatch()._matmul(rhs)

@@ -5,7 +5,6 @@ Gates stand in torch's order: i, f, g, o for the LSTM and r, z, n for the GRU (s
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpntk.memory import Lock
+
 State = tuple[Tensor, ...]
 """(h,), or (h, c) for the LSTM."""
 Step = Callable[[Tensor, Tensor, State], State]
 """New state from the inputs' gates, the state's gates and the state."""
 
-_SWITCHES = threading.RLock()
+_SWITCHES = Lock()
 
 
 def _lstm_step(inputs: Tensor, recurrent: Tensor, state: State) -> State:
