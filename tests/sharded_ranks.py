@@ -1,4 +1,4 @@
-"""What each of two ranks does in `tests.test_sharded`: ``python -m tests.sharded_ranks SCENARIO RANK FOLDER``.
+"""What each of two ranks does in `tests.test_sharded`, in a process of its own.
 
 A folder holds the file by which the ranks find each other, and a file of results of each.
 """
@@ -228,11 +228,14 @@ def _message(attempt: Callable[[], object]) -> str:
     return ""
 
 
-if __name__ == "__main__":
+# --- a rank ----------------------------------------------------------------------------------------------------------
+
+
+def run(scenario: str, rank: int, folder: Path) -> None:
+    """One rank of two, in a process of its own, which it ends."""
     torch.set_num_threads(1)
-    number, place = int(sys.argv[2]), Path(sys.argv[3])
-    distributed.init_process_group("gloo", init_method=f"file://{place}/ranks", rank=number, world_size=2)
-    torch.save(globals()[sys.argv[1]](number, place), place / f"result{number}")
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    torch.save(globals()[scenario](rank, folder), folder / f"result{rank}")
     # The other rank may still read the file by which they met; and a group that has failed cannot be left in order.
     sys.stdout.flush()
     os._exit(0)

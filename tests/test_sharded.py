@@ -1,5 +1,6 @@
 """Rows spread over two processes give the answers of one; a process that fails does not leave the other waiting."""
 
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,22 +23,25 @@ from gpntk.inference import (
     WhitenedSystem,
 )
 from gpntk.io import load_tensors
+from tests import sharded_ranks
 from tests.sharded_ranks import OUTPUTS, ROWS, answers, data, network
 
 _PATIENCE = 120
+# Processes begin as copies of one that has imported everything: imports take longer than what they then do.
+_RANKS = multiprocessing.get_context("forkserver")
+_RANKS.set_forkserver_preload([sharded_ranks.__name__])
 
 
 def ranks(scenario: str, folder: Path) -> list[Any]:
     """What both ranks give; None for one that gave nothing."""
     for file in (folder / "ranks", folder / "result0", folder / "result1"):
         file.unlink(missing_ok=True)
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "tests.sharded_ranks", scenario, str(rank), str(folder)])
-        for rank in range(2)
-    ]
+    processes = [_RANKS.Process(target=sharded_ranks.run, args=(scenario, rank, folder)) for rank in range(2)]
     try:
         for process in processes:
-            process.wait(_PATIENCE)
+            process.start()
+        for process in processes:
+            process.join(_PATIENCE)
     finally:
         for process in processes:
             process.kill()
