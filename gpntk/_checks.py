@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -84,3 +85,29 @@ def _check_finite(x: Tensor, name: str) -> None:
         f"{name} contains NaN or infinite values in {int(rows.sum())} of {rows.numel()} rows, the first at index "
         f"{tuple(rows.nonzero()[0].tolist())}: leave these rows out or fill them in."
     )
+
+
+def as_tensor(array: Any, name: str = "x") -> Tensor:
+    """A copy of a tensor or array on the CPU; a NumPy array may have any strides, byte order and float type.
+
+    Example:
+        >>> import numpy as np
+        >>> as_tensor(np.arange(3, dtype=">f8")[::-1])
+        tensor([2., 1., 0.], dtype=torch.float64)
+
+    Args:
+        array: A tensor, or whatever ``numpy.asarray`` takes.
+        name: What error messages call it.
+
+    Raises:
+        InputError: It does not hold numbers.
+    """
+    if isinstance(array, Tensor):
+        return array.detach().cpu().clone()
+    array = np.asarray(array)
+    # torch knows no floats of more than eight bytes, and none of the other byte order.
+    dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    try:
+        return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+    except TypeError:
+        raise InputError(f"{name} is an array of {array.dtype}: give numbers, as {name}.astype(float) does.") from None

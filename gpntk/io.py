@@ -1,23 +1,121 @@
-"""One file for tensors and facts: safetensors with a JSON header, a version and a checksum. Knows no models."""
+"""One file for tensors and facts: safetensors with a JSON header, a version and a checksum. Knows no models.
+
+`save_tensors` and `load_tensors` write and read any file of ours; what was read is a `Contents`, which says by name
+what is missing, has another shape, or does not belong there. A `Checkpoint` is such a file for work that may be
+stopped: it remembers what the work was, and is taken up for no other.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gpntk.errors import FileFormatError
+from gpntk.errors import FileFormatError, InputError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows)
+    fcntl = None
 
 FORMAT_VERSION = 1
+
+# Numbers that describe the same work differ by rounding between machines, TF32 included; other work by more than this.
+_SAME = 1e-3
+# What outputs of the same network may differ by on another machine, relative to the largest: float32 with TF32.
+_ROUNDING = 1e-2
+
+Identity = Mapping[str, str | int | float]
+"""What a piece of work is, by the name of each part: a text or integer to compare, or a float to compare to 1e-3."""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@final
+class Contents:
+    """The tensors and facts of a file, each asked for by its name and by what it must be.
+
+    Whatever does not fit raises `FileFormatError` with its name: a file may be old, foreign or forged.
+
+    Args:
+        path: Where they come from.
+        tensors: Tensors by name.
+        facts: All else by name.
+
+    Example:
+        >>> import torch
+        >>> contents = Contents("file", {"data.x": torch.ones(2, 3)}, {"rows": 2})
+        >>> contents.fact("rows", int), contents.group("data.")["x"].shape
+        (2, torch.Size([2, 3]))
+        >>> contents.tensor("data.x", (3, 3))
+        Traceback (most recent call last):
+        gpntk.errors.FileFormatError: 'file' does not fit: its tensor 'data.x' has shape (2, 3), not (3, 3).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.path, self._tensors, self._facts = os.fspath(path), tensors, facts
+        self._asked: set[str] = set()
+
+    def fact(self, name: str, kind: type | tuple[type, ...] = object) -> Any:
+        """The fact of this name, of type ``kind``."""
+        self._asked.add(f"fact {name!r}")
+        if name not in self._facts:
+            raise self._error(f"it has no fact {name!r}")
+        value = self._facts[name]
+        # To Python a truth value is an integer.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise self._error(f"its fact {name!r} is {value!r}, of type {type(value).__name__}")
+        return value
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor of this name, of this shape if one is given."""
+        self._asked.add(f"tensor {name!r}")
+        if name not in self._tensors:
+            raise self._error(f"it has no tensor {name!r}")
+        tensor = self._tensors[name]
+        if shape is not None and tensor.shape != shape:
+            raise self._error(f"its tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        return tensor
+
+    def group(self, prefix: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Tensors by what follows ``prefix`` in their names: all, or those of ``like`` in its shapes and no others."""
+        names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+        if like is None:
+            return {name: self.tensor(prefix + name) for name in names}
+        group = {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
+        for name in names:
+            if name not in like:
+                raise self._error(f"its tensor {prefix + name!r} does not belong there")
+        return group
+
+    def same_values(self, name: str, values: Tensor) -> None:
+        """Refuse a file whose tensor of this name is not ``values``, up to what machines differ by."""
+        stored = self.tensor(name, tuple(values.shape)).to(values)
+        if bool((stored - values).abs().max() > _ROUNDING * stored.abs().max()):
+            raise self._error(f"its tensor {name!r} is {_few(stored)}, but here it is {_few(values)}")
+
+    def finish(self) -> None:
+        """Refuse what nobody has asked for."""
+        names = [*(f"tensor {name!r}" for name in self._tensors), *(f"fact {name!r}" for name in self._facts)]
+        for name in names:
+            if name not in self._asked:
+                raise self._error(f"its {name} does not belong there")
+
+    def _error(self, problem: str) -> FileFormatError:
+        return FileFormatError(f"{self.path!r} does not fit: {problem}.")
 
 
 def save_tensors(
@@ -25,12 +123,16 @@ def save_tensors(
 ) -> None:
     """Write ``tensors`` and JSON-serialisable ``facts`` to ``path``, whole or not at all.
 
+    The file is written under another name, ``path`` with ``.part`` at its end, and renamed. What a process that was
+    killed has left of that is removed by the next one that saves there.
+
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_tensors(f"{folder}/file", "Example", {"a": torch.ones(2)}, {"answer": 42})
-        ...     load_tensors(f"{folder}/file", "Example")
-        ({'a': tensor([1., 1.])}, {'answer': 42})
+        ...     contents = load_tensors(f"{folder}/file", "Example")
+        >>> contents.tensor("a"), contents.fact("answer")
+        (tensor([1., 1.]), 42)
 
     Args:
         path: File to write; an existing one is replaced only once the new one is complete.
@@ -45,49 +147,50 @@ def save_tensors(
     header = {"kind": kind, "version": FORMAT_VERSION, "facts": dict(facts)}
     text = json.dumps(header, sort_keys=True)
     data = save(stored, metadata={"gpntk": text, "checksum": checksum(stored, text)})
-    target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            # Else a machine that loses power may keep the new name and lose the contents.
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # A link stays one, to the new file.
+    target = Path(os.path.realpath(path))
+    _remove_leftovers(target)
+    with _part_of(target) as (file, part):
+        file.write(data)
+        file.flush()
+        # Else a machine that loses power may keep the new name and lose the contents.
+        os.fsync(file.fileno())
+        if fcntl is None:  # pragma: no cover (Windows renames no open file)
+            file.close()
+        part.replace(target)
 
 
-def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: tensors by name, and facts.
+def load_tensors(path: str | os.PathLike[str], kind: str) -> Contents:
+    """What `save_tensors` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
         FileFormatError: The file is damaged, was not written by gpntk, holds another kind, or is of a newer version.
     """
+    name = os.fspath(path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}.")
+        raise FileNotFoundError(f"there is no file {name!r}.")
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: what safetensors gives are views of a file that may be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is no readable safetensors file ({error}); it may be cut short."
-        ) from None
+        raise FileFormatError(f"{name!r} is no readable safetensors file ({error}); it may be cut short.") from None
     if "gpntk" not in metadata:
-        raise FileFormatError(f"{os.fspath(path)!r} was not written by gpntk: it has no gpntk header.")
+        raise FileFormatError(f"{name!r} was not written by gpntk: it has no gpntk header.")
     if metadata.get("checksum") != checksum(tensors, metadata["gpntk"]):
-        raise FileFormatError(f"{os.fspath(path)!r} is damaged: its checksum does not match its contents.")
-    header = json.loads(metadata["gpntk"])
-    if header["version"] > FORMAT_VERSION:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} has format version {header['version']}, newer than {FORMAT_VERSION}: update gpntk."
-        )
-    if header["kind"] != kind:
-        raise FileFormatError(f"{os.fspath(path)!r} holds a {header['kind']}, not a {kind}.")
-    return tensors, header["facts"]
+        raise FileFormatError(f"{name!r} is damaged: its checksum does not match its contents.")
+    try:
+        header = json.loads(metadata["gpntk"])
+        version, found, facts = int(header["version"]), str(header["kind"]), dict(header["facts"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise FileFormatError(f"{name!r} was not written by gpntk: its header has no kind, version, facts.") from None
+    if version > FORMAT_VERSION:
+        raise FileFormatError(f"{name!r} has format version {version}, newer than {FORMAT_VERSION}: update gpntk.")
+    if found != kind:
+        raise FileFormatError(f"{name!r} holds a {found}, not a {kind}.")
+    return Contents(path, tensors, facts)
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -98,3 +201,139 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def described(tensors: Tensor | Mapping[str, Tensor]) -> str:
+    """Dtype, shape and checksum of a tensor, or one checksum of several, for an `Identity`.
+
+    Example:
+        >>> import torch
+        >>> described(torch.zeros(2, 3))
+        'float32 [2, 3], sha256 81f823a5443ab019'
+    """
+    if not isinstance(tensors, Tensor):
+        return f"sha256 {checksum({name: tensor.detach().cpu() for name, tensor in tensors.items()}, '')[:16]}"
+    dtype = str(tensors.dtype).removeprefix("torch.")
+    return f"{dtype} {list(tensors.shape)}, {described({'': tensors})}"
+
+
+# --- work that may be stopped ----------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """How far a piece of work has come: tensors and JSON-serialisable facts by name."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+@final
+class Checkpoint:
+    """A file for a piece of work that may be stopped, with a description of what the work is.
+
+    It is taken up only by the same work: the same data, model and settings, as far as ``identity`` tells them.
+
+    Args:
+        path: The file; it need not exist yet, its folder must.
+        kind: ``"fit"``, ``"solve"``: what it is a checkpoint of.
+        identity: What the work is, by the name of each part.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint = Checkpoint(f"{folder}/file", "count", {"up to": 10})
+        ...     start = Progress({"value": torch.zeros(1)}, {"steps": 0})
+        ...     checkpoint.save(start._replace(facts={"steps": 3}))
+        ...     checkpoint.load(start).facts
+        {'steps': 3}
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, identity: Identity) -> None:
+        self._path, self._kind, self._identity = Path(path), kind, dict(identity)
+        name = os.fspath(path)
+        if self._path.is_dir():
+            raise InputError(f"checkpoint={name!r} is a folder: give the name of a file in it.")
+        if not self._path.parent.is_dir():
+            raise InputError(f"checkpoint={name!r}: there is no folder {str(self._path.parent)!r}: make it first.")
+
+    def save(self, progress: Progress) -> None:
+        """Replace what the file holds, whole or not at all."""
+        facts = {**progress.facts, "identity": self._identity}
+        save_tensors(self._path, self._kind, progress.tensors, facts)
+
+    def load(self, start: Progress) -> Progress:
+        """What the file holds, or ``start`` if there is none yet, which also says what it must hold.
+
+        Raises:
+            FileFormatError: The file is damaged, holds something else, or belongs to other work.
+        """
+        if not self._path.exists():
+            return start
+        contents = load_tensors(self._path, self._kind)
+        there = contents.fact("identity", dict)
+        differing = [
+            f"its {name}: {there.get(name)}, but here: {value}"
+            for name, value in self._identity.items()
+            if _differ(there.get(name), value)
+        ]
+        if differing:
+            raise FileFormatError(
+                f"{str(self._path)!r} is the checkpoint of another {self._kind}: {'; '.join(differing)}. Take what it "
+                "was written for, or give another checkpoint, or delete this one to start afresh."
+            )
+        facts = {name: contents.fact(name, type(value)) for name, value in start.facts.items()}
+        tensors = contents.group("", start.tensors)
+        contents.finish()
+        return Progress({name: tensor.to(start.tensors[name]) for name, tensor in tensors.items()}, facts)
+
+
+# --- private ---------------------------------------------------------------------------------------------------------
+
+
+def _few(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.flatten()[:4].tolist()]
+
+
+def _differ(one: Any, two: str | float) -> bool:
+    if isinstance(one, float) and isinstance(two, float):
+        return not math.isclose(one, two, rel_tol=_SAME)
+    return type(one) is not type(two) or one != two
+
+
+@contextmanager
+def _part_of(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside ``target``, locked while it is written, so that nobody takes it for a leftover."""
+    while True:
+        part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+        file = part.open("xb")
+        _lock(file, wait=True)
+        # Else another process took it for a leftover before it was locked.
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
+    try:
+        with file:
+            yield file, part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the parts of ``target`` whose writers are gone: the system has released their locks."""
+    for part in target.parent.glob(f"{escape(target.name)}.????????.part"):
+        # Another process was faster, or this one may not write here.
+        with suppress(OSError), part.open("rb") as file:
+            if _lock(file, wait=False):
+                part.unlink()
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Whether this process has the file for itself now, until it is closed."""
+    if fcntl is None:  # pragma: no cover (Windows)
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # its writer has it, or the file system knows no locks
+        return False
+    return True

@@ -1,8 +1,6 @@
-"""TangentGP.fit with a checkpoint: a fit that was stopped goes on as if it never had been."""
+"""TangentGP.fit, and its checkpoint: a fit that was stopped goes on from its best point to the same maximum."""
 
-import copy
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_operator.utils.errors import NotPSDError
+from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,11 +18,10 @@ import gpntk
 from gpntk.errors import FileFormatError, InputError, SolveError
 from gpntk.io import save_tensors
 from gpntk.models import TangentGP
-from gpntk.models.checkpoint import FitState, load_fit, save_fit
 from tests.cases import mlp
 
 ROOT = Path(__file__).parent.parent
-KILLED_AT = 3
+KILLED_AT = 2
 
 Values = list[tuple[int, float]]
 
@@ -59,11 +56,6 @@ MODELS: dict[str, dict[str, Any]] = {
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 
 
-def near(values: list[tuple[int, float]]) -> list[tuple[int, Any]]:
-    """The same steps, and values up to what L-BFGS makes of rounding (kernels of BLAS depend on where memory lies)."""
-    return [(step, pytest.approx(value, rel=1e-9)) for step, value in values]
-
-
 def recorded(model: TangentGP, **options: Any) -> tuple[Values, float]:
     """What the callback saw, and the value that ``fit`` returned."""
     seen: Values = []
@@ -85,38 +77,95 @@ def killed(model: TangentGP, checkpoint: Path, at: int = KILLED_AT) -> Values:
     return seen
 
 
+def assert_same_fit(one: TangentGP, two: TangentGP) -> None:
+    """Maxima are flat: points differ by the square root of what values differ by, and logarithms of nothing by more."""
+    for first, second in ((one.scale, two.scale), (one.noise, two.noise)):
+        torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-6)
+
+
 def assert_same_state(one: TangentGP, two: TangentGP) -> None:
-    torch.testing.assert_close(dict(one.state_dict()), dict(two.state_dict()), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(dict(one.state_dict()), dict(two.state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def density(model: TangentGP) -> float:
+    """log N(y; m, K + D) at the model's hyperparameters, by torch."""
+    model.train()
+    with torch.no_grad():
+        marginal = model.likelihood(model(*model.train_inputs))
+        covariance = marginal.covariance_matrix.double()
+        mean, y = marginal.mean.double().flatten(), model.train_targets.double().flatten()
+    return torch.distributions.MultivariateNormal(mean, covariance).log_prob(y).item()
+
+
+# --- the maximum -----------------------------------------------------------------------------------------------------
+
+
+@models
+def test_the_fit_is_a_maximum(options: dict[str, Any]) -> None:
+    model = build(**options)
+    seen, value = recorded(model)
+    values = [nats for _, nats in seen]
+    assert values == sorted(values)
+    assert [step for step, _ in seen] == list(range(len(seen)))
+    single = options.get("dtype") == torch.float32
+    assert value == pytest.approx(density(model), abs=1e-3 if single else 1e-8)
+    for parameter in model.parameters():
+        for shift in (-0.1, 0.1):
+            with torch.no_grad():
+                parameter.add_(shift)
+                assert density(model) < value + (1e-3 if single else 1e-6)
+                parameter.sub_(shift)
+
+
+def test_steps_can_be_few_but_not_negative() -> None:
+    model, twin = build(), build()
+    assert recorded(model, max_steps=0) == ([], pytest.approx(density(twin)))
+    assert_same_state(model, twin)
+    assert len(recorded(model, max_steps=2)[0]) == 2
+    with pytest.raises(InputError, match="max_steps=-1: give the number of steps"):
+        model.fit(max_steps=-1)
+
+
+def test_the_progress_bar_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append((kwargs, self))
+
+    monkeypatch.setattr("gpntk.inference.hyperposterior.tqdm", Bar)
+    build().fit(max_steps=2)
+    ((options, bar),) = bars
+    assert bar.n >= 3
+    assert (options["delay"], options["leave"]) == (2, False)
 
 
 # --- a stopped fit goes on -------------------------------------------------------------------------------------------
 
 
 @models
-def test_a_resumed_fit_takes_the_same_steps(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_fit_comes_to_the_same_maximum(options: dict[str, Any], tmp_path: Path) -> None:
     whole, resumed = build(**options), build(**options)
-    values, best = recorded(whole)
-    assert len(values) > KILLED_AT + 4  # else nothing is left to resume
+    _, best = recorded(whole)
     before = killed(build(**options), tmp_path / "fit")
     after, value = recorded(resumed, checkpoint=tmp_path / "fit")
-    assert before == near(values[: KILLED_AT + 1])
-    assert after == near(values[KILLED_AT + 1 :])
-    assert value == pytest.approx(best)
+    assert [step for step, _ in before + after] == list(range(len(before + after)))
+    assert after[0][1] >= before[-1][1]
+    assert value == pytest.approx(best, abs=1e-4)
     assert not resumed.training
-    assert_same_state(resumed, whole)
+    assert_same_fit(resumed, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["fit"]
 
 
 def test_wherever_and_however_often_it_is_stopped(tmp_path: Path) -> None:
-    whole = build(layer_variances=True)
-    values, best = recorded(whole)
+    best = build(layer_variances=True).fit()
     seen: Values = []
-    for step, _ in values:
+    for step in range(4):
         seen += killed(build(layer_variances=True), tmp_path / "fit", at=step)
-    resumed = build(layer_variances=True)
-    assert recorded(resumed, checkpoint=tmp_path / "fit") == ([], pytest.approx(best))
-    assert seen == near(values)
-    assert_same_state(resumed, whole)
+    assert [step for step, _ in seen] == list(range(4))
+    assert seen == sorted(seen, key=lambda one: one[1])
+    assert build(layer_variances=True).fit(checkpoint=tmp_path / "fit") == pytest.approx(best, abs=1e-4)
 
 
 PROCESS = """
@@ -133,37 +182,33 @@ build(**json.loads(sys.argv[2])).fit(callback=callback, checkpoint=sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_variances": True, "constant_mean": True}], ids=["plain", "both"])
-def test_a_process_that_dies(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_process_that_dies(tmp_path: Path) -> None:
+    options = {"layer_variances": True, "constant_mean": True}
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "fit"), json.dumps(options)]
     dead = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert dead.returncode == 9, dead.stderr
     before = [tuple(json.loads(line)) for line in dead.stdout.splitlines()]
-    whole, resumed = build(**options), build(**options)
-    values, best = recorded(whole)
-    after, value = recorded(resumed, checkpoint=tmp_path / "fit")
     assert [step for step, _ in before] == list(range(KILLED_AT + 1))
-    assert before + after == near(values)
-    assert value == pytest.approx(best)
-    assert_same_state(resumed, whole)
+    after, value = recorded(build(**options), checkpoint=tmp_path / "fit")
+    assert after[0][0] == KILLED_AT + 1
+    assert value == pytest.approx(build(**options).fit(), abs=1e-4)
 
 
 def test_the_checkpoint_is_where_the_fit_starts(tmp_path: Path) -> None:
     killed(build(), tmp_path / "fit")
-    elsewhere, whole = build(), build()
+    elsewhere, here = build(), build()
     elsewhere.set_hyperparameters(50.0, 3.0, torch.zeros(0))
-    after, _ = recorded(elsewhere, checkpoint=str(tmp_path / "fit"))
-    assert after == near(recorded(whole)[0][KILLED_AT + 1 :])
-    assert_same_state(elsewhere, whole)
+    assert recorded(elsewhere, checkpoint=str(tmp_path / "fit"), max_steps=0)[0] == []
+    assert here.fit(checkpoint=str(tmp_path / "fit"), max_steps=0) == pytest.approx(density(elsewhere))
+    assert_same_state(elsewhere, here)
 
 
 def test_a_write_that_fails_leaves_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values, _ = recorded(build())
     replace = Path.replace
-    targets: Iterator[int] = iter(range(len(values)))
+    writes: Iterator[int] = iter(range(100))
 
     def full(self: Path, target: Path) -> Path:
-        if next(targets) > KILLED_AT:
+        if next(writes) > KILLED_AT:
             raise OSError("disk full")
         return replace(self, target)
 
@@ -172,7 +217,7 @@ def test_a_write_that_fails_leaves_the_last_step(tmp_path: Path, monkeypatch: py
         build().fit(checkpoint=tmp_path / "fit")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["fit"]
-    assert recorded(build(), checkpoint=tmp_path / "fit")[0] == near(values[KILLED_AT + 1 :])
+    assert recorded(build(), checkpoint=tmp_path / "fit")[0][0][0] == KILLED_AT + 1
 
 
 # --- the end of a fit ------------------------------------------------------------------------------------------------
@@ -185,131 +230,65 @@ def test_a_finished_fit_returns_at_once(
     first, again = build(**options), build(**options)
     value = first.fit(checkpoint=tmp_path / "fit")
     content = (tmp_path / "fit").read_bytes()
-    monkeypatch.setattr(torch.optim.LBFGS, "step", lambda *_: pytest.fail("a finished fit took a step"))
-    assert recorded(again, checkpoint=tmp_path / "fit", max_steps=1000) == ([], pytest.approx(value))
+    monkeypatch.setattr(TangentGP, "forward", lambda *_: pytest.fail("a finished fit was evaluated"))
+    assert recorded(again, checkpoint=tmp_path / "fit", max_steps=1000) == ([], value)
     assert not again.training
     assert_same_state(again, first)
     assert (tmp_path / "fit").read_bytes() == content
 
 
 def test_more_steps_may_be_added(tmp_path: Path) -> None:
-    whole, longer = build(constant_mean=True), build(constant_mean=True)
-    values, best = recorded(whole)
+    longer = build(constant_mean=True)
     some, value = recorded(build(constant_mean=True), checkpoint=tmp_path / "fit", max_steps=4)
-    assert some == near(values[:4])
-    assert recorded(build(constant_mean=True), checkpoint=tmp_path / "fit", max_steps=4) == ([], pytest.approx(value))
-    assert recorded(longer, checkpoint=tmp_path / "fit") == (near(values[4:]), pytest.approx(best))
-    assert_same_state(longer, whole)
+    assert len(some) == 4
+    assert recorded(build(constant_mean=True), checkpoint=tmp_path / "fit", max_steps=4) == ([], value)
+    rest, best = recorded(longer, checkpoint=tmp_path / "fit")
+    assert rest[0][0] == 4
+    assert best == pytest.approx(build(constant_mean=True).fit(), abs=1e-4)
 
 
-def steps_until_not_psd(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    step, number = torch.optim.LBFGS.step, iter(range(steps))
+def fails_at(monkeypatch: pytest.MonkeyPatch, error: type[Exception], *calls: int) -> None:
+    """Some evaluations of the prior, by their numbers, fail."""
+    forward, number = TangentGP.forward, iter(range(1000))
 
-    def limited(self: torch.optim.LBFGS, closure: Callable[[], float]) -> Any:
-        if next(number, None) is None:
-            raise NotPSDError("not positive definite")
-        return step(self, closure)
+    def failing(self: TangentGP, x: Tensor) -> Any:
+        if next(number) in calls:
+            raise error("cannot be factorised")
+        return forward(self, x)
 
-    monkeypatch.setattr(torch.optim.LBFGS, "step", limited)
+    monkeypatch.setattr(TangentGP, "forward", failing)
 
 
-def test_a_covariance_that_cannot_be_factorised_ends_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_until_not_psd(monkeypatch, 4)
-    first, again = build(), build()
-    seen, value = recorded(first, checkpoint=tmp_path / "fit")
-    assert len(seen) == 4
-    monkeypatch.undo()
-    assert recorded(again, checkpoint=tmp_path / "fit") == ([], pytest.approx(value))
-    assert_same_state(again, first)
+@pytest.mark.parametrize("error", [NotPSDError, NanError, SolveError])
+def test_a_search_turns_back_where_the_covariance_cannot_be_factorised(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = build().fit()
+    fails_at(monkeypatch, error, 2, 5)
+    assert build().fit() == pytest.approx(best, abs=1e-4)
 
 
 def test_nothing_is_written_where_there_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_until_not_psd(monkeypatch, 0)
+    fails_at(monkeypatch, NotPSDError, 0)
     with pytest.raises(NotPSDError):
         build().fit(checkpoint=tmp_path / "fit")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_progress_bar_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            bars.append(self)
-
-    monkeypatch.setattr("gpntk.models.regression.tqdm", Bar)
-    build().fit(checkpoint=tmp_path / "fit", max_steps=2)
-    build().fit(checkpoint=tmp_path / "fit", max_steps=5)
-    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 5, 5)]
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_every_bit_of_a_state_survives(tmp_path: Path) -> None:
-    state = {
-        "n_iter": 3,
-        "H_diag": 1,
-        "t": 0.1 + 0.2,
-        "prev_loss": -math.pi * 1e-300,
-        "nothing": None,
-        "ro": [torch.tensor(1 / 3, dtype=torch.float64), torch.tensor(2 / 3)],
-        "al": [torch.tensor(-0.0), None, math.inf],
-        "old_dirs": [],
-        "d": torch.tensor([1e-320, math.nan, -math.inf], dtype=torch.float64),
-    }
-    fit = FitState(4, 2, False, 1e23 / 7, {"a.b": torch.ones(())}, {"a.b": torch.zeros(())}, state)
-    save_fit(tmp_path / "fit", {"it": "this", "number": 1.0}, fit)
-    loaded = load_fit(tmp_path / "fit", {"it": "this", "number": 1.0})
-    assert loaded is not None
-    assert loaded[:4] == fit[:4]
-    torch.testing.assert_close(loaded.best, fit.best, rtol=0, atol=0)
-    torch.testing.assert_close(loaded.model, fit.model, rtol=0, atol=0)
-    assert {key: type(value) for key, value in loaded.optimizer.items()} == {k: type(v) for k, v in state.items()}
-    for key in ("n_iter", "H_diag", "t", "prev_loss", "nothing", "old_dirs"):
-        assert loaded.optimizer[key] == state[key]
-    assert [str(item) for item in loaded.optimizer["al"]] == ["tensor(-0.)", "None", "inf"]
-    torch.testing.assert_close(loaded.optimizer["ro"], state["ro"], rtol=0, atol=0)
-    torch.testing.assert_close(loaded.optimizer["d"], state["d"], rtol=0, atol=0, equal_nan=True)
-
-
-def test_the_optimizer_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states: list[dict[str, Any]] = []
-    step = torch.optim.LBFGS.step
-
-    def before_step(self: torch.optim.LBFGS, closure: Callable[[], float]) -> Any:
-        states.append(copy.deepcopy(self.state_dict()["state"].get(0, {})))
-        return step(self, closure)
-
-    monkeypatch.setattr(torch.optim.LBFGS, "step", before_step)
-    build().fit(max_steps=6)
-    kept = states[5]
-    assert len(kept["old_dirs"]) == len(kept["old_stps"]) == len(kept["ro"]) > 1
-    killed(build(), tmp_path / "fit", at=4)
-    states.clear()
-    build().fit(checkpoint=tmp_path / "fit", max_steps=6)
-    (restored,) = states
-    assert restored.keys() == kept.keys()
-    assert {key: type(value) for key, value in restored.items()} == {key: type(value) for key, value in kept.items()}
-    assert [item is None for item in restored["al"]] == [item is None for item in kept["al"]]
-    for key in kept.keys() - {"al"}:
-        torch.testing.assert_close(restored[key], kept[key], rtol=0, atol=0)
 
 
 def test_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "fit"
     killed(build(), path)
     content = path.read_bytes()
-    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(FileFormatError, match="checksum does not match"):
         build().fit(checkpoint=path)
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(FileFormatError, match="no readable safetensors file"):
-        build().fit(checkpoint=path)
-    path.write_bytes(b"")
-    with pytest.raises(FileFormatError, match="no readable safetensors file"):
-        build().fit(checkpoint=path)
+    for cut in (content[: len(content) // 2], b""):
+        path.write_bytes(cut)
+        with pytest.raises(FileFormatError, match="no readable safetensors file"):
+            build().fit(checkpoint=path)
     save_tensors(path, "TransferRegressor", {}, {})
     with pytest.raises(FileFormatError, match="holds a TransferRegressor, not a fit"):
         build().fit(checkpoint=path)
@@ -352,7 +331,7 @@ FOREIGN: dict[str, tuple[Callable[[], TangentGP], str]] = {
     "dtype": (lambda: build(dtype=torch.float32), r"its inputs x: float64 .*, but here: float32"),
     "weights": (lambda: on(other_weight()), "another fit: its network's weights: sha256 .*, but here: sha256"),
     "activation": (lambda: on(other_activation()), r"another fit: its mean prior variance: \d.*, but here: \d"),
-    "selection": (lambda: on(parameters="*weight"), "its differentiated parameters: 6, .*, but here: 3, "),
+    "selection": (lambda: on(parameters="*weight"), "its differentiated parameters: 6: .*, but here: 3: "),
     "outputs": (lambda: build(outputs=3), "its kernel: .* here: .*; its hyperparameters: "),
     "layer variances": (
         lambda: build(layer_variances=True),
@@ -373,7 +352,7 @@ def test_checkpoints_of_other_fits(other: Callable[[], TangentGP], message: str,
         model.fit(checkpoint=path)
     assert_same_state(model, twin)
     assert path.read_bytes() == content
-    assert recorded(build(), checkpoint=path)[0] == near(recorded(build())[0][KILLED_AT + 1 :])
+    assert recorded(build(), checkpoint=path)[0][0][0] == KILLED_AT + 1
 
 
 def test_a_sketch_of_another_seed(tmp_path: Path) -> None:
@@ -383,7 +362,7 @@ def test_a_sketch_of_another_seed(tmp_path: Path) -> None:
     killed(sketched(0), tmp_path / "fit", at=1)
     with pytest.raises(FileFormatError, match="its mean prior variance"):
         sketched(1).fit(checkpoint=tmp_path / "fit")
-    assert recorded(sketched(0), checkpoint=tmp_path / "fit")[0] == near(recorded(sketched(0))[0][2:])
+    assert recorded(sketched(0), checkpoint=tmp_path / "fit")[0][0][0] == 2
 
 
 def test_some_columns_of_x(tmp_path: Path) -> None:
@@ -392,7 +371,7 @@ def test_some_columns_of_x(tmp_path: Path) -> None:
         return TangentGP(wide, Y, gpntk.NTKKernel(mlp(1).double().eval(), active_dims=(2, 3, 4, 5, 6)))
 
     killed(model(), tmp_path / "fit")
-    assert recorded(model(), checkpoint=tmp_path / "fit")[0] == near(recorded(model())[0][KILLED_AT + 1 :])
+    assert recorded(model(), checkpoint=tmp_path / "fit")[0][0][0] == KILLED_AT + 1
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
@@ -401,21 +380,3 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no folder .*nowhere'"):
         build().fit(checkpoint=tmp_path / "nowhere" / "fit")
     assert not os.listdir(tmp_path)
-
-
-def test_a_step_that_cannot_be_solved_ends_the_fit_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, _ = recorded(build())
-    solve = gpntk.operators.noisy_gram.inv_quad_logdet
-    left = iter(range(1000))
-
-    def failing(*args: Any) -> tuple[Tensor, Tensor]:
-        if next(left) >= 6:
-            raise SolveError("too ill-conditioned")
-        return solve(*args)
-
-    monkeypatch.setattr("gpntk.operators.noisy_gram.inv_quad_logdet", failing)
-    seen, best = recorded(build())
-    assert 0 < len(seen) < len(values)
-    assert best == max(value for _, value in seen)
-    with pytest.raises(SolveError):
-        build().fit()

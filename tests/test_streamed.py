@@ -248,7 +248,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no length": (lambda: DataLoader(Stream(x64())), "Stream, which has no length"),
     "bare stream": (lambda: Stream(x64()), "wrap it in a DataLoader"),
-    "shrinks": (lambda: DataLoader(SizedStream(x64(), shrinks=True), batch_size=8), "rows in this pass, but 49 were"),
+    "shrinks": (
+        lambda: DataLoader(SizedStream(x64(), shrinks=True), batch_size=8),
+        "ended after 47 rows of a pass: 49 were expected",
+    ),
     "single numbers": (lambda: DataLoader(list(range(5)), batch_size=None), "not batches"),  # pyright: ignore[reportArgumentType]
     "a number": (lambda: 3, "a int cannot be read as data"),
     "a dict": (lambda: {"x": 1}, "a dict cannot be read as data"),
@@ -257,7 +260,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "infinite": (lambda: with_value(float("inf"), 0), "row 0 of the source has inf in column 1"),
     "ragged": (lambda: Ragged(x64()), "row 33 has shape"),
     "other widths": (lambda: DataLoader([x64(), x64()[:, :2]], batch_size=None), "rows 50 to 69 have 2 values each"),  # pyright: ignore[reportArgumentType]
-    "augments": (lambda: Augmented(x64()), "row 0 is not what it was"),
+    "augments": (lambda: Augmented(x64()), "rows 0 to 19 of the source are not what they were"),
 }
 
 

@@ -26,6 +26,8 @@ from gpntk.transfer.components import StationaryForm
 from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.report import Report
 
+# Inputs at which a network is compared with the one that was saved.
+_COMPARED = 4
 _STORED = (
     "mean",
     "kernel",
@@ -74,6 +76,7 @@ class TransferEstimator(BaseEstimator, ABC):
         tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
         tensors |= {f"model.{name}": tensor for name, tensor in self._model.state().items()}
         tensors |= {f"data.{name}": tensor for name, tensor in self._data().items()}
+        tensors["outputs"] = self._outputs()
         facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in (*_STORED, *self._stored)}
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
         facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
@@ -88,24 +91,27 @@ class TransferEstimator(BaseEstimator, ABC):
 
         Raises:
             FileNotFoundError: There is no such file.
-            FileFormatError: The file is damaged or foreign, or belongs to a network with other parameters.
+            FileFormatError: The file is damaged or foreign, or belongs to a network with other parameters, or to one
+                that computes something else with them.
         """
-        tensors, facts = load_tensors(path, cls.__name__)
+        contents = load_tensors(path, cls.__name__)
         try:
-            module = with_weights(network, _group(tensors, "network."))
+            module = with_weights(network, contents.group("network."))
         except NetworkError as error:
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
-        stored: dict[str, Any] = {name: facts[name] for name in (*_STORED, *cls._stored)}
+        stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._stored)}
         constructor: Any = cls
         # As globs that match themselves alone.
-        names = [escape(name) for name in facts["parameters"]]
+        names = [escape(name) for name in contents.fact("parameters", list)]
         model = constructor(module, parameters=names, extract=extract, **stored)
-        model._row_shape = tuple(facts["row_shape"])
+        model._row_shape = tuple(contents.fact("row_shape", list))
         model._network = model._freeze()
-        data = {name: tensor.to(model._network.device) for name, tensor in _group(tensors, "data.").items()}
-        model._restore(data, facts["fitted"])
-        model._model.load_state(_group(tensors, "model."), Candidate(*facts["chosen"]))
-        model.log_marginal_likelihood_ = facts["log_marginal_likelihood"]
+        data = {name: tensor.to(model._network.device) for name, tensor in contents.group("data.").items()}
+        model._restore(data, contents.fact("fitted", dict))
+        contents.same_values("outputs", model._outputs())
+        model._model.load_state(contents.group("model."), Candidate(*contents.fact("chosen", list)))
+        model.log_marginal_likelihood_ = contents.fact("log_marginal_likelihood", float)
+        contents.finish()
         model._finish()
         return model
 
@@ -139,6 +145,11 @@ class TransferEstimator(BaseEstimator, ABC):
 
     @abstractmethod
     def _make_report(self) -> Report: ...
+
+    @torch.no_grad()
+    def _outputs(self) -> Tensor:
+        """What the network makes of a few training inputs: weights do not tell a tanh from a ReLU, outputs do."""
+        return self._network.forward(self._data()["x"][:_COMPARED])
 
     # --- shared ------------------------------------------------------------------------------------------------
 
@@ -207,10 +218,6 @@ class TransferEstimator(BaseEstimator, ABC):
 
     def _tensor(self, X: NDArray[Any]) -> Tensor:
         return torch.tensor(X, device=self._network.device).flatten(1)
-
-
-def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _plain(value: Any) -> Any:

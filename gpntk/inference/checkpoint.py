@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import final
 
 import torch
@@ -11,10 +10,7 @@ from torch import Tensor
 
 from gpntk.errors import FileFormatError, InputError
 from gpntk.inference.system import Space, WhitenedSystem
-from gpntk.io import checksum, load_tensors, save_tensors
-
-# Digits of a checksum that fit an integer, in which those of all processes are added.
-_DIGITS = 15
+from gpntk.io import Checkpoint, Progress, described
 
 
 @final
@@ -33,21 +29,19 @@ class SolveCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], system: WhitenedSystem, space: Space, rhs: Tensor) -> None:
-        self._path, self._features = Path(path), system.features
+        self._path, self._features = path, system.features
         self._shape = rhs.shape[0], system.size(space)
         start, samples = self._features.place()
-        given = [rhs, *(value for value in (system.noise, system.root) if value is not None)]
-        digests = [int(checksum({"": value.cpu()}, str(start))[:_DIGITS], 16) for value in given]
-        of_all = self._features.total(torch.tensor(digests)).tolist()
+        noise = [value for value in (system.noise, system.root) if value is not None]
         self._identity = {
             "rows": samples * self._features.num_outputs,
             "features": self._features.num_features,
             "columns": rhs.shape[0],
             "space": space,
             "dtype": str(self._features.dtype),
-            "right-hand side": of_all[0],
-            "noise": of_all[1],
-            "prior variances": checksum({"": system.variances.cpu()}, ""),
+            "right-hand side": self._features.ranks.number(rhs, start),
+            "noise": self._features.ranks.number(noise[0], start),
+            "prior variances": described(system.variances),
         }
 
     def load(self) -> tuple[Tensor, int]:
@@ -57,37 +51,24 @@ class SolveCheckpoint:
             FileFormatError: The file is damaged, holds something else, or belongs to another solve.
             InputError: There is no such folder.
         """
-        value = torch.zeros(*self._shape, dtype=torch.float64)
-        iterations, error = 0, None
-        if self._features.rank == 0:
+        progress = Progress({"value": torch.zeros(*self._shape, dtype=torch.float64)}, {"iterations": 0})
+        ranks, error = self._features.ranks, None
+        if ranks.rank == 0:
             try:
-                value, iterations = self._read(value)
+                progress = self._file().load(progress)
             except (FileFormatError, InputError) as found:
                 error = found
-        status = self._features.first(torch.tensor([iterations, error is not None])).tolist()
+        iterations, failed = ranks.first(torch.tensor([progress.facts["iterations"], error is not None])).tolist()
         if error is not None:
             raise error
-        if status[1]:
-            raise FileFormatError(f"checkpoint={str(self._path)!r} cannot be used: the message of rank 0 says why.")
-        return self._features.first(value.to(self._features.device)), status[0]
+        if failed:
+            raise FileFormatError(f"checkpoint={os.fspath(self._path)!r} cannot be used: rank 0 says why.")
+        return ranks.first(progress.tensors["value"].to(self._features.device)), iterations
 
     def save(self, value: Tensor, iterations: int) -> None:
         """Replace what the file holds, whole or not at all."""
-        if self._features.rank == 0:
-            facts = {"identity": self._identity, "iterations": iterations}
-            save_tensors(self._path, "solve", {"value": value.double()}, facts)
+        if self._features.ranks.rank == 0:
+            self._file().save(Progress({"value": value.double()}, {"iterations": iterations}))
 
-    def _read(self, nothing: Tensor) -> tuple[Tensor, int]:
-        if not self._path.parent.is_dir():
-            raise InputError(f"checkpoint={str(self._path)!r}: there is no such folder: make it first.")
-        if not self._path.exists():
-            return nothing, 0
-        tensors, facts = load_tensors(self._path, "solve")
-        differing = [name for name, value in self._identity.items() if facts["identity"].get(name) != value]
-        if differing:
-            raise FileFormatError(
-                f"{str(self._path)!r} is the checkpoint of another solve: it differs in {', '.join(differing)}. Give "
-                "another file, or delete this one to start afresh."
-            )
-        # What was read is a view of the file, which is to be replaced.
-        return tensors["value"].clone(), facts["iterations"]
+    def _file(self) -> Checkpoint:
+        return Checkpoint(self._path, "solve", self._identity)

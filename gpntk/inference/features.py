@@ -13,17 +13,17 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from typing import Any, Self, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpntk.errors import InputError
+from gpntk.inference.ranks import AbstractRanks, Alone
 from gpntk.jacobians import AbstractJacobianBackend
 from gpntk.memory import chunks, passing
 
 # Columns of a block of the second moment: large enough for a GEMM at full speed.
 _BLOCK = 1024
-# Up to so many numbers are drawn from by shuffling them all.
-_SHUFFLED = 10**6
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -40,13 +40,28 @@ class AbstractFeatures(ABC):
         device: Of products.
         samples: N, the inputs that this process holds.
         outputs: C, rows of Φ for each.
+        ranks: The processes that share the rows; by default there is but this one.
+        place: Where the samples held stand among those of all processes, and how many those are.
+        memory_budget: Bytes that work outside the backend stays within, the same in all processes, as they must do the
+            same; default: that of the backend.
     """
 
     def __init__(
-        self, backend: AbstractJacobianBackend, dtype: torch.dtype, device: torch.device, samples: int, outputs: int
+        self,
+        backend: AbstractJacobianBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+        samples: int,
+        outputs: int,
+        *,
+        ranks: AbstractRanks | None = None,
+        place: tuple[int, int] | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         self.backend, self.dtype, self.device = backend, dtype, device
         self.num_samples, self.num_outputs = samples, outputs
+        self.ranks: AbstractRanks = ranks or Alone()
+        self._place, self._memory_budget = place or (0, samples), memory_budget
 
     # --- what differs ------------------------------------------------------------------------------------------
 
@@ -70,38 +85,29 @@ class AbstractFeatures(ABC):
     def holds(self, kind: Hashable) -> bool:
         """Whether `remember` would compute nothing."""
 
+    # --- what follows ------------------------------------------------------------------------------------------
+
     @property
     def sharded(self) -> bool:
         """Whether rows are spread over processes."""
-        return False
-
-    @property
-    def rank(self) -> int:
-        """Number of this process among those that share the rows."""
-        return 0
+        return self.ranks.count > 1
 
     @property
     def memory_budget(self) -> int:
-        """Bytes that work outside the backend stays within; the same in all processes, as they must do the same."""
-        return self.backend.memory_budget
+        """Bytes that work outside the backend stays within."""
+        return self.backend.memory_budget if self._memory_budget is None else self._memory_budget
 
     def place(self) -> tuple[int, int]:
         """Where the samples held stand among those of all processes, and how many those are."""
-        return 0, self.num_samples
+        return self._place
 
     def total(self, local: Tensor) -> Tensor:
         """The sum over all processes of what each has; the memory of ``local`` may be used for it."""
-        return local
+        return self.ranks.total(local)
 
     def first(self, local: Tensor) -> Tensor:
         """What the first process has."""
-        return local
-
-    def generators(self, generator: torch.Generator | None) -> tuple[torch.Generator | None, torch.Generator | None]:
-        """Generators for what all processes must draw alike, and for what each draws for its own rows."""
-        return generator, generator
-
-    # --- what follows ------------------------------------------------------------------------------------------
+        return self.ranks.first(local)
 
     @property
     def num_rows(self) -> int:
@@ -228,13 +234,6 @@ class Features(AbstractFeatures):
 
 
 def draw(total: int, count: int, seed: int) -> Tensor:
-    """``count`` of ``total`` numbers without replacement, in increasing order, on the CPU."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    if total <= max(_SHUFFLED, 4 * count):
-        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
-    # The first different ones of a sequence of draws, whose memory grows with what is drawn and not with the data.
-    drawn = torch.randint(total, (2 * count,), generator=generator, device="cpu")
-    values, order = drawn.sort(stable=True)
-    again = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), values[1:] == values[:-1]])
-    firsts = order[~again].sort().values[:count]
-    return drawn[firsts].sort().values
+    """``count`` of ``total`` numbers without replacement, or all of them, in increasing order, on the CPU."""
+    drawn = np.random.default_rng(seed).choice(total, min(count, total), replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(drawn))

@@ -2,27 +2,35 @@
 
 With few labels the marginal likelihood is nearly flat in some directions, and its maximum may take noise for signal or
 signal for noise. A wide prior keeps it in bounds, and an average over the posterior says how little is known.
+
+`maximize` is the one search for a maximum that every fit uses; `infer` is what is made of it for positive
+hyperparameters with priors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
+from torch.distributions import StudentT
 from tqdm import tqdm
 
 from gpntk.errors import InputError, SolveError
+from gpntk.io import Checkpoint, Progress
 
 Treatment = Literal["auto", "average", "maximum"]
 """What is done with hyperparameters: averaged over, put at their maximum, or the first up to 300 labels."""
 
 LogDensity = Callable[[Tensor], Tensor]
 """From the logarithms of the hyperparameters `[H]` to a log density `[]`; -inf where it cannot be computed."""
+
+Point = NDArray[np.float64]
 
 # Degrees of freedom of the priors: tails that give way when the data disagree.
 _FREEDOM = 4.0
@@ -32,18 +40,32 @@ NEGLIGIBLE = 1e-3
 # Effective number of draws below which they do not stand for the posterior, whose maximum then does.
 _FEWEST = 4
 _STARTS = 2
+# Of logarithms, for second derivatives.
+_STEP = 1e-3
+
+
+class Prior(Protocol):
+    """A density of a positive number: a distribution of torch, a prior of GPyTorch."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Logarithm of the density at ``value``."""
+        ...
 
 
 class Hyperparameter(NamedTuple):
-    """The logarithm of a positive number, with the centre and width of its prior."""
+    """A positive number, with its prior."""
 
     name: str
     median: float
+    """A typical value, where searches start; the median of the default prior."""
     spread: float
-    """In powers of e."""
+    """How well it is known, in powers of e; the scale of the default prior."""
     bounds: tuple[float, float] = (1e-8, 1e6)
     variance: bool = True
     """Whether it is the variance of a term."""
+    prior: Prior | None = None
+    """Its density; None for a logarithm that follows Student's t with four degrees of freedom. One that ends somewhere
+    needs ``bounds`` that end there."""
 
 
 class Draws(NamedTuple):
@@ -74,11 +96,17 @@ def named(hyperparameters: Sequence[Hyperparameter], logs: Tensor) -> dict[str, 
 
 
 def log_prior(logs: Tensor, hyperparameters: Sequence[Hyperparameter]) -> Tensor:
-    """Log density of independent Student-t priors on the logarithms of the hyperparameters `[]`."""
-    centre, spread = _priors(hyperparameters)
-    constant = math.lgamma((_FREEDOM + 1) / 2) - math.lgamma(_FREEDOM / 2) - 0.5 * math.log(_FREEDOM * math.pi)
-    scaled = (logs - centre) / spread
-    return (constant - spread.log() - (_FREEDOM + 1) / 2 * torch.log1p(scaled.square() / _FREEDOM)).sum()
+    """Log density of the logarithms of independent hyperparameters `[]`.
+
+    A prior p of the value θ gives log θ the density p(θ) θ.
+    """
+    centre, spread = _centres(hyperparameters)
+    default = torch.tensor([h.prior is None for h in hyperparameters], device="cpu")
+    density = StudentT(_FREEDOM, centre, spread, validate_args=False).log_prob(logs)[default].sum()
+    for log, hyperparameter in zip(logs, hyperparameters, strict=True):
+        if hyperparameter.prior is not None:
+            density = density + hyperparameter.prior.log_prob(log.exp()).sum() + log
+    return density
 
 
 def infer(
@@ -87,6 +115,8 @@ def infer(
     average: bool,
     start: Tensor | None = None,
     fixed: Mapping[str, float] | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
 ) -> Draws:
     """The posterior of the hyperparameters, given their log likelihood as a differentiable function; float64.
 
@@ -100,45 +130,46 @@ def infer(
         average: Whether to return several draws or the maximum.
         start: Where to start from `[H]`.
         fixed: Values of those that are known, by name.
+        checkpoint: File of the search for the maximum, which goes on from there.
 
     Raises:
         InputError: ``fixed`` names something else, or a value is not positive.
         SolveError: The likelihood is finite at none of the starts.
+        FileFormatError: ``checkpoint`` is damaged, or belongs to something else.
     """
     known = _known(hyperparameters, fixed or {})
-    free = [h for h, value in zip(hyperparameters, known, strict=True) if value.isnan()]
-    if len(free) < len(known):
-        unknown = known.isnan()
-
-        def complete(logs: Tensor) -> Tensor:
-            return known.masked_scatter(unknown, logs)
-
-        start = None if start is None else start[unknown]
-        draws = infer(lambda logs: log_likelihood(complete(logs)), free, average, start)
-        logs = torch.stack([complete(logs) for logs in draws.logs])
-        return draws._replace(logs=logs, best=complete(draws.best))
+    free = known.isnan()
+    places = [place for place, value in enumerate(known.tolist()) if math.isnan(value)]
+    unknown = [hyperparameters[place] for place in places]
 
     def density(logs: Tensor) -> Tensor:
-        return log_likelihood(logs) + log_prior(logs, hyperparameters)
+        return log_likelihood(logs) + log_prior(logs[places], unknown)
 
-    if not hyperparameters:
-        empty = torch.zeros(1, 0, dtype=torch.float64, device="cpu")
-        return Draws(empty, empty.new_ones(1), density(empty[0]).item(), empty[0])
-    mode = _maximum(density, hyperparameters, start)
-    precision = _curvature(density, mode)
-    eigenvalues, vectors = torch.linalg.eigh(precision)
-    _, spread = _priors(hyperparameters)
+    if not unknown:
+        with torch.no_grad():
+            return Draws(known.unsqueeze(0), known.new_ones(1), density(known).item(), known)
+    low, high = torch.tensor([h.bounds for h in hyperparameters], dtype=torch.float64, device="cpu").log().mT
+    starts = [torch.where(free, point, known) for point in _starting_points(hyperparameters, start)]
+    bounds = torch.stack([torch.where(free, bound, known) for bound in (low, high)], -1)
+
+    def evaluate(point: Point) -> tuple[float, Point]:
+        value, gradient = _value_and_gradient(density, torch.tensor(point, dtype=torch.float64, device="cpu"))
+        return value, torch.where(free, gradient, 0.0).numpy()
+
+    found = maximize(evaluate, [point.numpy() for point in starts], bounds.numpy(), checkpoint=checkpoint)
+    mode = torch.tensor(found.point, dtype=torch.float64, device="cpu")
+    eigenvalues, vectors = torch.linalg.eigh(_curvature(density, mode, free))
     # Nowhere wider than twice the widest prior: a flat direction is not known better than before the data.
-    eigenvalues = eigenvalues.clamp_min(0.25 / spread.max().item() ** 2)
-    normalizer = 0.5 * (len(mode) * math.log(2 * math.pi) - eigenvalues.log().sum().item())
-    with torch.no_grad():
-        maximum = Draws(mode.unsqueeze(0), mode.new_ones(1), density(mode).item() + normalizer, mode)
+    eigenvalues = eigenvalues.clamp_min(0.25 / max(h.spread for h in unknown) ** 2)
+    normalizer = 0.5 * (len(unknown) * math.log(2 * math.pi) - eigenvalues.log().sum().item())
+    maximum = Draws(mode.unsqueeze(0), mode.new_ones(1), found.value + normalizer, mode)
     if not average:
         return maximum
-    uniform = torch.quasirandom.SobolEngine(len(mode), scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(len(unknown), scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
     standard = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
-    low, high = _bounds(hyperparameters)
-    logs = (mode + (standard * eigenvalues.rsqrt()) @ vectors.mT).clamp(low, high)
+    logs = mode.repeat(_DRAWS, 1)
+    logs[:, free] += (standard * eigenvalues.rsqrt()) @ vectors.mT
+    logs = logs.clamp(*bounds.mT)
     proposal = -0.5 * standard.square().sum(-1) - normalizer
     with torch.no_grad():
         ratios = torch.stack([density(point) for point in logs]) - proposal
@@ -150,102 +181,194 @@ def infer(
     return Draws(logs[kept], weights[kept] / weights[kept].sum(), log_evidence, mode)
 
 
+# --- the maximum -----------------------------------------------------------------------------------------------------
+
+
+class Maximum(NamedTuple):
+    """The best point of a search.
+
+    Attributes:
+        point: Where it is `[H]`.
+        value: The log density there, in nats.
+        steps: Steps of L-BFGS that were taken for it, those before a resumption included.
+    """
+
+    point: Point
+    value: float
+    steps: int
+
+
+def maximize(
+    evaluate: Callable[[Point], tuple[float, Point]],
+    starts: Sequence[Point],
+    bounds: NDArray[np.float64] | None = None,
+    *,
+    max_steps: int = 1000,
+    rounding: float = 1e-13,
+    checkpoint: Checkpoint | None = None,
+    callback: Callable[[int, float], None] | None = None,
+) -> Maximum:
+    """The largest value of a log density near any of ``starts``, by L-BFGS within bounds.
+
+    With a ``checkpoint``, the best point is written after each step. A search that finds the file goes on from there,
+    and returns at once if it had ended.
+
+    Args:
+        evaluate: The log density at a point `[H]` and its gradient; -inf where it cannot be computed.
+        starts: Points to start from.
+        bounds: Smallest and largest values `[H, 2]`; equal ones where a coordinate is known.
+        max_steps: Most steps, those before a resumption included.
+        rounding: Relative rounding of the values: where they rise by no more, the search has ended.
+        checkpoint: File of the search.
+        callback: Is given the number of each step, from 0, and the best value so far.
+
+    Raises:
+        InputError: ``max_steps`` is negative.
+        SolveError: The density is finite at none of the starts.
+
+    Example:
+        >>> import numpy as np
+        >>> found = maximize(lambda x: (float(-(x - 1) @ (x - 1)), -2 * (x - 1)), [np.zeros(2)])
+        >>> found.point.round(6).tolist()
+        [1.0, 1.0]
+    """
+    if max_steps < 0:
+        raise InputError(f"max_steps={max_steps}: give the number of steps to take at most, zero or more.")
+    record = _Record(starts[0], checkpoint, callback)
+    if record.finished:
+        return record.best
+    points = [record.best.point] if record.resumed else starts
+    with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
+        searches = [search for point in points if (search := _Search(evaluate, point, bar)).found]
+        if not searches:
+            raise SolveError(
+                "the covariance of the labels cannot be factorised: check X for NaN and rows of huge values."
+            )
+        for search in searches:
+            left = max_steps - record.best.steps
+            ended = left > 0 and search.run(bounds, left, rounding, record.after_step)
+            record.keep(search, finished=ended and search is searches[-1])
+    return record.best
+
+
+@final
+class _Record:
+    """The best point of all searches so far, here and in a file."""
+
+    def __init__(
+        self, start: Point, checkpoint: Checkpoint | None, callback: Callable[[int, float], None] | None
+    ) -> None:
+        self._checkpoint, self._callback = checkpoint, callback
+        progress = Progress({"point": torch.tensor(start)}, {"value": -math.inf, "steps": 0, "finished": False})
+        if checkpoint is not None:
+            progress = checkpoint.load(progress)
+        facts = progress.facts
+        self.best = Maximum(progress.tensors["point"].numpy(), facts["value"], facts["steps"])
+        self.resumed, self.finished = math.isfinite(self.best.value), facts["finished"]
+
+    def keep(self, search: _Search, finished: bool) -> None:
+        """Take what the search has found, if it is better."""
+        if search.highest > self.best.value:
+            self.best = self.best._replace(point=search.best, value=search.highest)
+        if self._checkpoint is not None:
+            facts = {"value": self.best.value, "steps": self.best.steps, "finished": finished}
+            self._checkpoint.save(Progress({"point": torch.tensor(self.best.point)}, facts))
+
+    def after_step(self, search: _Search) -> None:
+        """Count a step."""
+        self.best = self.best._replace(steps=self.best.steps + 1)
+        self.keep(search, finished=False)
+        if self._callback is not None:
+            self._callback(self.best.steps - 1, self.best.value)
+
+
+@final
+class _Search:
+    """A search from one start, for the maximum of a log density in units of its first gradient.
+
+    So the first step is no longer than one power of e: else thousands of labels send it to the corner of the bounds.
+    Where the density cannot be computed, its value falls with the distance from the best point so far, and line
+    searches come back.
+    """
+
+    def __init__(self, evaluate: Callable[[Point], tuple[float, Point]], start: Point, bar: Any) -> None:
+        self._evaluate, self._bar = evaluate, bar
+        self.best, self.highest = start, -math.inf
+        value, gradient = self._at(start)
+        self.found = math.isfinite(value)
+        self._unit = max(1.0, float(np.linalg.norm(gradient)))
+
+    def run(self, bounds: Point | None, max_steps: int, rounding: float, after_step: Callable[[_Search], None]) -> bool:
+        """Go to the maximum; whether it was reached in so many steps."""
+
+        def callback(intermediate_result: OptimizeResult) -> None:  # noqa: ARG001 (the name tells SciPy what to pass)
+            after_step(self)
+
+        # SciPy's own tolerances, in nats.
+        options = {"maxiter": max_steps, "gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, rounding)}
+        found = minimize(
+            self, self.best, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=callback
+        )
+        return found.nit < max_steps
+
+    def __call__(self, point: Point) -> tuple[float, Point]:
+        """What is minimised, with its gradient."""
+        value, gradient = self._at(point)
+        if math.isfinite(value):
+            return -value / self._unit, -gradient / self._unit
+        away = point - self.best
+        return 1 - self.highest / self._unit + float(away @ away), 2 * away
+
+    def _at(self, point: Point) -> tuple[float, Point]:
+        self._bar.update()
+        value, gradient = self._evaluate(point)
+        if math.isfinite(value) and value > self.highest:
+            self.best, self.highest = point.copy(), value
+        return value, gradient
+
+
+# --- private ---------------------------------------------------------------------------------------------------------
+
+
 def _known(hyperparameters: Sequence[Hyperparameter], fixed: Mapping[str, float]) -> Tensor:
     """Logarithms of the values in ``fixed``, NaN for the others `[H]`."""
     names = [hyperparameter.name for hyperparameter in hyperparameters]
     for name, value in fixed.items():
         if name not in names:
             raise InputError(f"hyperparameters has {name!r}, but those of this model are {', '.join(names)}.")
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise InputError(f"hyperparameters[{name!r}] = {value}: give a positive number.")
     return torch.tensor([fixed.get(name, math.nan) for name in names], dtype=torch.float64, device="cpu").log()
 
 
-def _maximum(density: LogDensity, hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> Tensor:
-    low, high = (bound.numpy() for bound in _bounds(hyperparameters))
-    bounds = list(zip(low, high, strict=True))
-    with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
-        losses = [_Loss(density, point, bar) for point in _starting_points(hyperparameters, start)]
-        found = [loss for loss in losses if loss.found]
-        for loss in found:
-            minimize(loss, loss.best, jac=True, method="L-BFGS-B", bounds=bounds, options=loss.tolerances)
-    if not found:
-        raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
-    return torch.tensor(min(found, key=lambda loss: loss.lowest).best, dtype=torch.float64, device="cpu")
-
-
-@final
-class _Loss:
-    """Minus a log density in units of its first gradient, so that the first step is no longer than one power of e.
-
-    Without, thousands of labels send it to the corner of the bounds. Where the density cannot be computed the value
-    rises with the distance from the best point so far: line searches come back.
-    """
-
-    def __init__(self, density: LogDensity, start: np.ndarray, bar: tqdm) -> None:
-        self._density, self._bar = density, bar
-        self.best, self.lowest = start, math.inf
-        value, gradient = self._evaluate(start)
-        self.found = math.isfinite(value)
-        self._unit = max(1.0, float(np.linalg.norm(gradient)))
-
-    @property
-    def tolerances(self) -> dict[str, float]:
-        """SciPy's own, in nats."""
-        return {"gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, 1e-13)}
-
-    def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = self._evaluate(point)
-        if math.isfinite(value):
-            return value / self._unit, gradient / self._unit
-        away = point - self.best
-        return self.lowest / self._unit + 1 + float(away @ away), 2 * away
-
-    def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        self._bar.update()
-        value, gradient = _value_and_gradient(self._density, torch.tensor(point, dtype=torch.float64, device="cpu"))
-        if math.isfinite(value) and -value.item() < self.lowest:
-            self.best, self.lowest = point.copy(), -value.item()
-        return -value.item(), -gradient.numpy()
-
-
-def _starting_points(hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> list[np.ndarray]:
+def _starting_points(hyperparameters: Sequence[Hyperparameter], start: Tensor | None) -> list[Tensor]:
     if start is not None:
-        return [start.numpy()]
-    centre, spread = _priors(hyperparameters)
+        return [start.double().cpu()]
+    centre, spread = _centres(hyperparameters)
     generator = torch.Generator("cpu").manual_seed(0)
     shifts = torch.randn(_STARTS - 1, len(centre), generator=generator, dtype=torch.float64, device="cpu")
-    return [centre.numpy(), *(centre + shifts * spread).numpy()]
+    return [centre, *(centre + shifts * spread)]
 
 
-def _curvature(density: LogDensity, mode: Tensor) -> Tensor:
-    """Minus the second derivative `[H, H]`, by differences of gradients."""
-    step = 1e-3  # logarithms
-
-    def gradient(logs: Tensor) -> Tensor:
-        return -_value_and_gradient(density, logs)[1]
-
-    shifts = step * torch.eye(len(mode), dtype=torch.float64, device="cpu")
-    curvature = torch.stack([(gradient(mode + shift) - gradient(mode - shift)) / (2 * step) for shift in shifts])
-    curvature = torch.nan_to_num(curvature, nan=0.0, posinf=0.0, neginf=0.0)
+def _curvature(density: LogDensity, mode: Tensor, free: Tensor) -> Tensor:
+    """Minus the second derivative in the free coordinates, by differences of gradients."""
+    _, here = _value_and_gradient(density, mode)
+    shifts = _STEP * torch.eye(len(mode), dtype=mode.dtype, device="cpu")[free]
+    there = torch.stack([_value_and_gradient(density, mode + shift)[1] for shift in shifts])
+    curvature = torch.nan_to_num((here - there)[:, free] / _STEP, nan=0.0, posinf=0.0, neginf=0.0)
     return (curvature + curvature.mT) / 2
 
 
-def _value_and_gradient(density: LogDensity, logs: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(density: LogDensity, logs: Tensor) -> tuple[float, Tensor]:
     # Whoever predicts with networks may have switched gradients off.
     with torch.inference_mode(False), torch.enable_grad():
         logs = logs.clone().requires_grad_()
         value = density(logs)
         if not torch.isfinite(value):
-            return value.detach(), torch.zeros_like(logs)
-        return value.detach(), torch.autograd.grad(value, logs)[0]
+            return -math.inf, torch.zeros_like(logs)
+        return value.item(), torch.autograd.grad(value, logs)[0]
 
 
-def _priors(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
+def _centres(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
     centre = torch.tensor([math.log(h.median) for h in hyperparameters], dtype=torch.float64, device="cpu")
     return centre, torch.tensor([h.spread for h in hyperparameters], dtype=torch.float64, device="cpu")
-
-
-def _bounds(hyperparameters: Sequence[Hyperparameter]) -> tuple[Tensor, Tensor]:
-    low, high = torch.tensor([h.bounds for h in hyperparameters], dtype=torch.float64, device="cpu").log().mT
-    return low, high

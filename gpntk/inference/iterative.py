@@ -343,7 +343,7 @@ class _IterativeInverse(AbstractInverse):
     def inverse_blocks(self) -> Tensor:
         # E[z (B⁻¹ z)ᵀ] = B⁻¹ for probes z of entries ±1, whose blocks of one input are told apart by their signs.
         width, covariance = self.exact.likelihood.width, self.exact.covariance
-        rank = 0 if covariance.features is None else covariance.features.rank
+        rank = 0 if covariance.features is None else covariance.features.ranks.rank
         count, size = _ROW_PROBES * self._solver.probes, self.exact.size("function")
         probes = _signs(count, size, self._solver.seed + 1 + rank).to(covariance.device, self.dtype)
         solution = self.whitened(probes)

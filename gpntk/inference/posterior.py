@@ -164,7 +164,7 @@ class Posterior:
             InputError: The covariance is dense: it has no weights.
         """
         exact, features = self.inverse.exact, self.inverse.exact.features
-        alike, own = features.generators(generator)
+        alike, own = features.ranks.generators(generator, features.device)
 
         def normal(size: int, generator: torch.Generator | None = alike) -> Tensor:
             shape = (count * len(self._targets), size)

@@ -22,7 +22,7 @@ from torch import Tensor
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
-from gpntk.inference.features import AbstractFeatures, Features, add_second_moment, exact_dtype, mirror
+from gpntk.inference.features import Features, add_second_moment, exact_dtype, mirror
 from gpntk.inference.outcome import Outcome
 from gpntk.inference.system import Space, WhitenedSystem
 from gpntk.io import checksum
@@ -34,8 +34,6 @@ _FIRST_RANK = 32
 _PIVOTS = 32
 # Trace of a Gram matrix, times ε, from which on the one that is added to it is mostly lost.
 _ROUNDING = 0.5
-# Digits of a checksum that fit an integer, in which those of all processes are added.
-_DIGITS = 15
 
 
 class AbstractPreconditioner(ABC):
@@ -62,7 +60,7 @@ class AbstractPreconditioner(ABC):
         common = system.homoscedastic and bool(noise.isfinite())
         unit = noise if common else noise.new_ones(1)
         noise, variances = noise / unit, (weighted.variances / unit).log2().round().exp2()
-        numbers = _number(weighted.features, noise), checksum({"": variances.cpu()}, "")
+        numbers = weighted.features.ranks.number(noise), checksum({"": variances.cpu()}, "")
         key = "preconditioner", self, weighted.dtype, *numbers
         rounded = FeatureCovariance(weighted.features, variances)
         factor = weighted.features.remember(key, lambda: self.build(WhitenedSystem(rounded, noise)))
@@ -72,12 +70,6 @@ class AbstractPreconditioner(ABC):
         squares = torch.where(variances > 0, weighted.variances / (variances * unit), 1.0)
         scales = weighted.spread(squares).sqrt().to(weighted.dtype)
         return ScaledFactor(factor, scales.expand(system.size("weight")))
-
-
-def _number(features: AbstractFeatures, noise: Tensor) -> int:
-    """The same for the same noise, and in all processes: they must agree on what is at hand."""
-    digest = int(checksum({"": noise.cpu()}, "")[:_DIGITS], 16)
-    return int(features.total(torch.tensor(digest, device=features.device)))
 
 
 @final

@@ -1,18 +1,29 @@
-"""Features of data that are read anew in each pass, piece by piece."""
+"""Features of data that are read anew in each pass, piece by piece.
+
+A source is read from its beginning, as often as there are passes over the data, and must give the same rows in the
+same order each time; checksums of its pieces see to that.
+
+    array         anything with a length and slices: a memory-mapped numpy array, an HDF5 data set    slices
+    `Dataset`     map-style, items x or (x, y)                                                        item by item
+    `DataLoader`  batches x or (x, y), not shuffled                                                   batch by batch
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 from tqdm import tqdm
 
+from gpntk._checks import as_tensor
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures
-from gpntk.inference.sources import AbstractSource, as_source
 from gpntk.jacobians import AbstractJacobianBackend
 from gpntk.memory import chunks, passing
 
@@ -22,6 +33,8 @@ _SHARE = 8
 _ITEMSIZE = 8
 # On a CPU, what larger pieces leave behind between the two halves of a product no longer fits its cache.
 _CPU_ROWS = 2**14
+# Items of a dataset that are read at once, at most: each is an object of its own until they are joined.
+_ITEMS = 4096
 
 
 @final
@@ -45,7 +58,7 @@ class StreamedFeatures(AbstractFeatures):
 
     Raises:
         InputError: The source shuffles, has no length, or cannot be sliced; while it is read: NaN or infinite values,
-            rows of different widths, passes that differ.
+            rows of different widths, passes that differ or end early.
 
     Example:
         >>> import numpy, tempfile, torch, gpntk
@@ -69,21 +82,22 @@ class StreamedFeatures(AbstractFeatures):
     ) -> None:
         if chunk_rows is not None and chunk_rows < 1:
             raise InputError(f"chunk_rows={chunk_rows}: at least one row must be read at once.")
-        self._source: AbstractSource = as_source(source)
-        self._progress = progress
+        self._source, self._progress = _Source(source), progress
         # What is kept of the data is found by this name, in all precisions.
         self._name = object()
+        # Those of the pieces of the first pass, in all precisions.
+        self._checksums: list[int] = []
         dtype, device = dtype or backend.dtype, torch.device(device or backend.device)
+        samples, outputs = self._source.num_rows, 1
         self._first_row = torch.zeros(1, 0)
-        outputs = 1
-        if self._source.num_rows:
+        if samples:
             self._first_row = self._source.take([0]).reshape(1, -1)
             first = self._first_row.to(device=device, dtype=dtype)
             self._check(first, 0)
             outputs = backend.num_outputs(first)
-        super().__init__(backend, dtype, device, self._source.num_rows, outputs)
+        super().__init__(backend, dtype, device, samples, outputs)
         width = max(1, self._first_row.shape[1])
-        rows = next(chunks(self.num_samples, 2 * _ITEMSIZE * width, backend.memory_budget // _SHARE)).stop
+        rows = next(chunks(samples, 2 * _ITEMSIZE * width, backend.memory_budget // _SHARE)).stop
         rows = min(rows, _CPU_ROWS) if device.type == "cpu" else rows
         self._chunk_rows = max(1, rows) if chunk_rows is None else chunk_rows
 
@@ -92,19 +106,22 @@ class StreamedFeatures(AbstractFeatures):
         with tqdm(
             total=self.num_samples, desc="rows", delay=2, leave=False, disable=not self._progress, unit_scale=True
         ) as bar:
-            for raw in self._chunks():
-                x = self._ready(raw, start)
-                stop = start + x.shape[0]
+            for number, raw in enumerate(self._pieces()):
+                stop = start + raw.shape[0]
+                x = self._shaped(raw, start)
+                self._check(x, start)
+                self._compare(number, raw, start)
                 with passing(x):
                     yield slice(start * self.num_outputs, stop * self.num_outputs), x
-                bar.update(x.shape[0])
+                bar.update(stop - start)
                 start = stop
+        if start < self.num_samples:
+            raise _ended(start, self.num_samples)
 
     def take(self, chosen: Tensor) -> Tensor:
-        x = self._source.take(chosen.tolist())
         if not chosen.numel():
             return torch.zeros(0, self._first_row.shape[1], dtype=self.dtype, device=self.device)
-        x = self._shaped(x, 0)
+        x = self._shaped(self._source.take(chosen.tolist()), 0)
         self._check(x, chosen)
         return x
 
@@ -124,27 +141,31 @@ class StreamedFeatures(AbstractFeatures):
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _chunks(self) -> Iterator[Tensor]:
-        """The source's pieces, joined or cut to ``chunk_rows``."""
+    def _pieces(self) -> Iterator[Tensor]:
+        """The source's batches, joined or cut to ``chunk_rows``."""
         waiting: list[Tensor] = []
         held = 0
-        for piece in self._source.pieces(self._chunk_rows):
-            for part in piece.split(self._chunk_rows):
-                if waiting and (held + len(part) > self._chunk_rows or part.shape[1:] != waiting[0].shape[1:]):
-                    yield _joined(waiting)
+        for batch in self._source.batches(self._chunk_rows):
+            for piece in batch.split(self._chunk_rows):
+                if waiting and (held + len(piece) > self._chunk_rows or piece.shape[1:] != waiting[0].shape[1:]):
+                    yield torch.cat(waiting)
                     waiting, held = [], 0
-                waiting.append(part)
-                held += len(part)
-        if waiting:
-            yield _joined(waiting)
+                waiting.append(piece)
+                held += len(piece)
+        if held:
+            yield torch.cat(waiting)
 
-    def _ready(self, raw: Tensor, start: int) -> Tensor:
-        """A piece, checked, as it goes into products."""
-        if start == 0 and not torch.equal(raw[:1].reshape(1, -1), self._first_row):
-            raise InputError("row 0 is not what it was: the source shuffles, augments its inputs, or has been changed.")
-        x = self._shaped(raw, start)
-        self._check(x, start)
-        return x
+    def _compare(self, number: int, raw: Tensor, start: int) -> None:
+        """Refuse a piece that is not what it was in an earlier pass, or what the first row was at the start."""
+        checksum, stop = zlib.crc32(_bytes(raw)), start + raw.shape[0]
+        if number == len(self._checksums):
+            self._checksums.append(checksum)
+        same = checksum == self._checksums[number] and stop <= self.num_samples
+        if not same or (start == 0 and not torch.equal(raw[:1].reshape(1, -1), self._first_row)):
+            raise InputError(
+                f"rows {start} to {stop - 1} of the source are not what they were before: it shuffles, augments its "
+                "inputs, or has been changed."
+            )
 
     def _shaped(self, raw: Tensor, start: int) -> Tensor:
         width = self._first_row.shape[1]
@@ -163,10 +184,6 @@ class StreamedFeatures(AbstractFeatures):
         row, column = (~x.isfinite()).nonzero()[0].tolist()
         place = places + row if isinstance(places, int) else int(places[row])
         raise InputError(f"row {place} of the source has {x[row, column].item()} in column {column}.")
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def targets(source: Any, outputs: int = 1) -> Tensor:
@@ -190,10 +207,158 @@ def targets(source: Any, outputs: int = 1) -> Tensor:
     """
     pieces = [torch.zeros(0, dtype=torch.float64)]
     start = 0
-    for piece in as_source(source).targets():
+    for piece in _Source(source, part=1).batches(_ITEMS):
         if piece.numel() != piece.shape[0] * outputs:
             each = piece.numel() / max(1, piece.shape[0])
             raise InputError(f"targets from row {start} on have {each:g} values each, but {outputs} are wanted.")
         pieces.append(piece.to(device="cpu", dtype=torch.float64).flatten())
         start += piece.shape[0]
     return torch.cat(pieces)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@final
+class _Source:
+    """The rows x (``part`` 0) or targets y (1) of an array, a dataset or a loader.
+
+    Raises:
+        InputError: It cannot be read twice in the same order, or has no length.
+    """
+
+    def __init__(self, source: Any, part: int = 0) -> None:
+        if isinstance(source, TensorDataset) and len(source.tensors) > part:
+            source, part = source.tensors[part], 0
+        if part and not isinstance(source, (Dataset, DataLoader)):
+            raise InputError(
+                "an array has no targets: read them from a Dataset or DataLoader, or from their own array."
+            )
+        self._source: Any = source
+        self._part = part
+        self.num_rows = self._counted() if isinstance(source, DataLoader) else _length(source)
+
+    def batches(self, rows: int) -> Iterator[Tensor]:
+        """All of them in order, as pieces `[b, ...]` of about so many, in the source's own dtype, on the CPU."""
+        if isinstance(self._source, DataLoader):
+            yield from self._of_loader()
+            return
+        source: Any = self._source
+        size = min(rows, _ITEMS) if isinstance(source, Dataset) else rows
+        # Asked again: an array may have become shorter, which is found at the end of the pass.
+        total = min(self.num_rows, len(source))  # pyright: ignore[reportArgumentType]
+        for start in range(0, total, size):
+            yield self.take(range(start, min(start + size, total)))
+
+    def take(self, chosen: Sequence[int]) -> Tensor:
+        """Those `[M, ...]` at increasing places ``chosen``."""
+        if isinstance(self._source, DataLoader):
+            return self._passed_by(torch.tensor(chosen))
+        if isinstance(self._source, Dataset):
+            return self._stacked(chosen)
+        array, first, stop = self._source, chosen[0], chosen[-1] + 1
+        if stop - first == len(chosen):
+            return as_tensor(array[first:stop], "the source")
+        if isinstance(array, (np.ndarray, Tensor)):
+            return as_tensor(array[list(chosen)], "the source")
+        return torch.cat([as_tensor(array[place : place + 1], "the source") for place in chosen])
+
+    def _stacked(self, places: Sequence[int]) -> Tensor:
+        """Items of a dataset."""
+        items: list[Tensor] = []
+        for place in places:
+            item = as_tensor(_part(self._source[place], self._part), "the source")
+            if items and item.shape != items[0].shape:
+                raise InputError(f"row {place} has shape {tuple(item.shape)}, others have {tuple(items[0].shape)}.")
+            items.append(item)
+        return torch.stack(items)
+
+    def _of_loader(self) -> Iterator[Tensor]:
+        """A loader's batches."""
+        for batch in self._source:
+            values = as_tensor(_part(batch, self._part), "the source")
+            if values.dim() == 0:
+                raise InputError("the DataLoader gives single numbers, not batches: give it a batch_size.")
+            yield values
+
+    def _passed_by(self, places: Tensor) -> Tensor:
+        """Rows of a loader, which gives them all."""
+        found, start = [], 0
+        for batch in self._of_loader():
+            inside = places[(places >= start) & (places < start + len(batch))]
+            if inside.numel():
+                found.append(batch[inside - start])
+            start += len(batch)
+            if start > places[-1]:
+                return torch.cat(found)
+        raise _ended(start, self.num_rows)
+
+    def _counted(self) -> int:
+        """A loader's length, which is not believed but counted where batches or workers may change it."""
+        loader: Any = self._source
+        batches = loader.batch_sampler
+        _check_order(loader)
+        if isinstance(loader.dataset, IterableDataset) or not isinstance(batches, BatchSampler) or batches.drop_last:
+            return sum(map(len, self._of_loader()))
+        return len(loader.dataset)
+
+
+def _length(source: Any) -> int:
+    """N of an array or a map-style dataset."""
+    kind = type(source).__name__
+    if isinstance(source, IterableDataset):
+        raise InputError(
+            f"{kind} is an IterableDataset: wrap it in a DataLoader with a batch_size (if it has a length), or give a "
+            "map-style Dataset or an array."
+        )
+    try:
+        length = len(source)  # pyright: ignore[reportArgumentType]
+        if not isinstance(source, Dataset):
+            source[0:0]
+    except (TypeError, KeyError, NotImplementedError):
+        raise InputError(
+            f"a {kind} cannot be read as data: give an array that has a length and can be sliced, a map-style Dataset "
+            "with __len__, or a DataLoader with shuffle=False."
+        ) from None
+    return length
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    """Refuse loaders that shuffle, or may."""
+    if isinstance(loader.dataset, IterableDataset):
+        try:
+            len(loader.dataset)  # pyright: ignore[reportArgumentType]
+        except (TypeError, NotImplementedError):
+            raise InputError(
+                f"the DataLoader reads {type(loader.dataset).__name__}, which has no length: give it __len__, or use "
+                "a map-style Dataset."
+            ) from None
+        return
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else batches.sampler if type(batches) is BatchSampler else batches
+    if type(sampler) is not SequentialSampler:
+        raise InputError(
+            f"the DataLoader draws rows by {type(sampler).__name__}, which may change their order from pass to pass: "
+            "make it with shuffle=False and no sampler; to choose rows, give it a torch.utils.data.Subset."
+        )
+
+
+def _part(item: Any, part: int) -> Any:
+    """x (0) or y (1) of an item or batch, x or (x, y)."""
+    if isinstance(item, (tuple, list)):
+        if len(item) > part:
+            return item[part]
+    elif part == 0 and isinstance(item, (Tensor, np.ndarray, np.number, int, float)):
+        return item
+    raise InputError(
+        f"items are {type(item).__name__}: give x, or (x, y) where targets are wanted; for others, use a collate_fn or "
+        "a Dataset that picks them."
+    )
+
+
+def _bytes(piece: Tensor) -> Any:
+    return piece.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _ended(seen: int, expected: int) -> InputError:
+    return InputError(f"the source ended after {seen} rows of a pass: {expected} were expected.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import final
 
 import gpytorch
+import numpy as np
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import ScaleKernel
@@ -16,25 +17,18 @@ from gpytorch.means import ConstantMean, Mean, MultitaskMean, ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils import parameters_to_vector
 
 from gpntk.errors import InputError, SolveError
+from gpntk.inference.hyperposterior import Point, maximize
 from gpntk.inference.spectral import smallest_noise
+from gpntk.io import Checkpoint, Identity, described
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
-from gpntk.models.checkpoint import (
-    FitState,
-    Identity,
-    identify,
-    load_fit,
-    optimizer_state,
-    restore_optimizer,
-    save_fit,
-)
 
-_RELATIVE_CHANGE = 1e-7
 # Stands in for the size of targets that are all zero.
 _SMALLEST_SQUARE = 1e-12
-_PATIENCE = 3
+# Values of the marginal likelihood are sums of rounding errors of so many of the precision's.
+_ROUNDING = 10.0
 
 
 @final
@@ -119,97 +113,106 @@ class TangentGP(gpytorch.models.ExactGP):
     ) -> float:
         """Maximise the marginal likelihood by L-BFGS from the present hyperparameters; return its value in nats.
 
-        Stops when three steps in a row improve it by less than 1e-7 of its size, or at a step whose covariance cannot
-        be factorised. ``callback(step, value)`` runs after each step. A progress bar appears when the fit takes longer
-        than two seconds.
+        Priors of the host count as the host counts them. Where the covariance cannot be factorised, the search turns
+        back. A progress bar appears when the fit takes longer than two seconds.
 
-        With a ``checkpoint``, each step ends with the state of the fit written to that file, before the callback runs.
-        If the file exists when ``fit`` is called, the fit goes on from there, not from the present hyperparameters:
-        through the same values as one that was never stopped, bit for bit where the covariance is factorised densely
-        (GPyTorch's ``max_cholesky_size``), else to rounding. A fit that has finished returns at once; one that ran out
-        of ``max_steps``, which count from the first start, goes on if given more.
+        With a ``checkpoint``, each step ends with the best hyperparameters so far written to that file, before the
+        callback runs. If the file exists when ``fit`` is called, the fit goes on from there, not from the present
+        hyperparameters. A fit that has finished returns at once; one that ran out of ``max_steps``, which count from
+        the first start, goes on if given more.
 
         Args:
             max_steps: Most steps to take, those before a resumption included.
-            callback: Is given the number of each step, from 0, and the value in nats at the point it started from.
+            callback: Is given the number of each step, from 0, and the best value so far in nats.
             checkpoint: File to keep the fit in.
 
         Raises:
             SolveError, NotPSDError, NanError: The covariance cannot be factorised at the start already.
             FileFormatError: ``checkpoint`` is damaged, or belongs to another model or other data.
-            InputError: ``checkpoint`` is a folder, or stands in one that does not exist.
+            InputError: ``max_steps`` is negative, or ``checkpoint`` is a folder, or stands in one that does not exist.
         """
         self.train()
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.LBFGS(parameters, max_iter=1, max_eval=20, line_search_fn="strong_wolfe")
-        loss = self._loss(optimizer)
-        identity = {} if checkpoint is None else self._identity()
-        fit = self._resume(optimizer, None if checkpoint is None else load_fit(checkpoint, identity))
-
-        def keep(fit: FitState) -> None:
-            if checkpoint is not None:
-                now = fit._replace(model=self._snapshot(), optimizer=optimizer_state(optimizer))
-                save_fit(checkpoint, identity, now)
-
-        steps = range(fit.steps, fit.steps if fit.finished else max_steps)
-        bar = tqdm(steps, "marginal likelihood", initial=fit.steps, total=max_steps, delay=2, leave=False)
-        for step in bar:
-            before = self._snapshot()
-            try:
-                value = -torch.as_tensor(optimizer.step(loss)).item()  # at the point the step started from
-            except (SolveError, NotPSDError, NanError):
-                if not math.isfinite(fit.value):
-                    raise
-                fit = fit._replace(finished=True)
-                keep(fit)
-                break
-            fit = _after_step(fit, value, before)
-            keep(fit)
-            if callback is not None:
-                callback(step, value)
-            bar.set_postfix(nats=f"{value:.3f}", refresh=False)
-            if fit.finished:
-                break
-        self.load_state_dict(fit.best)
+        found = maximize(
+            self._objective(),
+            [self._hyperparameters()],
+            max_steps=max_steps,
+            rounding=_ROUNDING * torch.finfo(self._data[1].dtype).eps,
+            checkpoint=None if checkpoint is None else Checkpoint(checkpoint, "fit", self._identity()),
+            callback=callback,
+        )
+        self._set_hyperparameters(found.point)
         self.eval()
-        return fit.value
+        return found.value
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _loss(self, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
-        """The negative marginal likelihood in nats `[]`, leaving its gradient in the parameters."""
+    def _objective(self) -> Callable[[Point], tuple[float, Point]]:
+        """The marginal likelihood in nats and its gradient; -inf where it cannot be computed, but not at the start."""
         objective = ExactMarginalLogLikelihood(self.likelihood, self)
         x, targets = self._data
+        parameters = self._fitted()
+        started = False
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
+        def evaluate(point: Point) -> tuple[float, Point]:
+            nonlocal started
+            self._set_hyperparameters(point)
+            self.zero_grad()
             # The same random probes in every evaluation: large problems estimate the log-determinant stochastically,
-            # and a line search needs one function to descend, not a new one at each point.
+            # and a line search needs one function to climb, not a new one at each point.
             with torch.random.fork_rng(devices=[targets.device] if targets.is_cuda else []):
                 torch.manual_seed(0)
-                # Importing botorch switches this off, and a dense factorisation on, for the whole process.
-                with gpytorch.settings.fast_computations(log_prob=True):
-                    value = objective(self(x), targets)
-            assert isinstance(value, Tensor)
-            value = -value * targets.numel()  # the host's value is per observation
-            value.backward()
-            return value
+                try:
+                    # Importing botorch switches this off, and a dense factorisation on, for the whole process.
+                    with gpytorch.settings.fast_computations(log_prob=True):
+                        value = torch.as_tensor(objective(self(x), targets)) * targets.numel()  # it is per observation
+                    gradients = torch.autograd.grad(value, parameters)
+                except (SolveError, NotPSDError, NanError):
+                    if not started:
+                        raise
+                    return -math.inf, np.zeros_like(point)
+            started = True
+            return value.item(), parameters_to_vector(gradients).double().cpu().numpy()
 
-        return loss
+        return evaluate
 
-    def _resume(self, optimizer: torch.optim.LBFGS, fit: FitState | None) -> FitState:
-        """``fit``, with the model and the optimizer put where it stands; or the start of a new one."""
-        if fit is None:
-            state = self._snapshot()
-            return FitState(steps=0, stalled=0, finished=False, value=-math.inf, best=state, model=state, optimizer={})
-        self.load_state_dict(fit.model)
-        restore_optimizer(optimizer, fit.optimizer)
-        return fit
+    def _fitted(self) -> list[Tensor]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def _hyperparameters(self) -> Point:
+        return parameters_to_vector(self._fitted()).detach().double().cpu().numpy()
+
+    @torch.no_grad()
+    def _set_hyperparameters(self, point: Point) -> None:
+        parameters = self._fitted()
+        for parameter, values in zip(
+            parameters, torch.tensor(point).split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.copy_(values.view_as(parameter))
+
+    @torch.no_grad()
     def _identity(self) -> Identity:
+        """What distinguishes this fit from others: data, kernel, and names and shapes of the hyperparameters.
+
+        Weights do not tell a tanh from a ReLU, nor one sketch from another; the mean of the prior variances k(x, x),
+        for unit variances of the weights, does. It is taken over all rows, as the fit itself does it:
+        `gpntk.AutoBackend` makes its choice at the first x it sees.
+        """
         kernel = self.covar_module.base_kernel if isinstance(self.covar_module, ScaleKernel) else self.covar_module
         assert isinstance(kernel, AbstractFeatureKernel)
-        return identify(*self._data, kernel, self)
+        x, y = self._data
+        network, active_dims = kernel.network, kernel.active_dims
+        columns = x.index_select(-1, active_dims) if isinstance(active_dims, Tensor) else x
+        variances = kernel.backend.diagonal(columns.unsqueeze(0), False)
+        names = (f"{name} {list(p.shape)}{'' if p.requires_grad else ' fixed'}" for name, p in self.named_parameters())
+        return {
+            "inputs x": described(x),
+            "targets y": described(y),
+            "network's weights": described(network.tensors(x.dtype, x.device)),
+            "differentiated parameters": f"{len(network.names)}: {' '.join(network.names)}",
+            "kernel": f"output={kernel.output!r}, {kernel.num_features} features",
+            "hyperparameters": ", ".join(names),
+            "mean prior variance": variances.double().mean().item(),
+        }
 
     @property
     def _data(self) -> tuple[Tensor, Tensor]:
@@ -217,16 +220,6 @@ class TangentGP(gpytorch.models.ExactGP):
         assert inputs is not None
         assert isinstance(targets, Tensor)
         return inputs[0], targets
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
-
-
-def _after_step(fit: FitState, value: float, before: dict[str, Tensor]) -> FitState:
-    """``fit`` one step later, a step that started from ``before``, where the marginal likelihood is ``value``."""
-    stalled = 0 if value > fit.value + _RELATIVE_CHANGE * (1 + abs(value)) else fit.stalled + 1
-    fit = fit._replace(steps=fit.steps + 1, stalled=stalled, finished=stalled >= _PATIENCE)
-    return fit._replace(value=value, best=before) if value > fit.value else fit
 
 
 def _likelihood(outputs: int, min_noise: float) -> GaussianLikelihood | MultitaskGaussianLikelihood:
