@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.infinite import (
+from gpntk.infinite import AbstractActivation, PiecewiseLinear, Quadrature, activation_of
+from gpntk.infinite.closed_forms import (
     GELU,
     ABReLU,
-    AbstractActivation,
     Erf,
     Exponential,
     Gaussian,
-    PiecewiseLinear,
     Polynomial,
-    Quadrature,
     RectifiedMonomial,
     Sign,
     Sine,
     Step,
-    activation_of,
     cosine,
     hermite,
     monomial,
@@ -46,8 +43,8 @@ def of(target: object, kinks: tuple[float, ...] = (), **options: object) -> Case
     """By quadrature, with the activation that `activation_of` finds."""
     activation = activation_of(target, **options)
     assert isinstance(activation, Quadrature)
-    assert activation.error == 1e-10
-    return Case(activation, partial(target, **options) if options else target, kinks, activation.error)  # type: ignore[arg-type]
+    assert activation.tolerance == 1e-10
+    return Case(activation, partial(target, **options) if options else target, kinks, activation.tolerance)  # type: ignore[arg-type]
 
 
 def gabor(x: Tensor) -> Tensor:

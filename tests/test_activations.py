@@ -1,5 +1,6 @@
 """Gaussian moments of activations: against dense rules, stored values of neural-tangents, and laws."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -12,24 +13,27 @@ from torch.nn import functional
 
 from gpntk.errors import InputError
 from gpntk.infinite import (
-    ACTIVATIONS,
+    AbstractActivation,
+    PiecewiseLinear,
+    Quadrature,
+    activation_of,
+    activations,
+    closed_forms,
+    rules,
+)
+from gpntk.infinite.closed_forms import (
     GELU,
     ABReLU,
-    AbstractActivation,
     Erf,
     Exponential,
-    PiecewiseLinear,
     Polynomial,
-    Quadrature,
     RectifiedMonomial,
     Sign,
     Sine,
-    activation_of,
     cosine,
     hermite,
     monomial,
     rbf,
-    rules,
 )
 from tests.gaussian_moments import (
     BY_QUADRATURE,
@@ -475,10 +479,15 @@ def test_unknown_arguments() -> None:
     assert activation_of(torch.pow, "n") is None
 
 
-def test_the_docs_name_every_layer_and_every_source() -> None:
+def test_the_docs_name_every_layer_and_every_activation() -> None:
     page = (Path(__file__).parent.parent / "docs" / "infinite.md").read_text()
-    missing = [row for row in (f"| {phi} | {source} |" for phi, source in ACTIVATIONS.items()) if row not in page]
-    assert missing == []
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    named = {name.strip().casefold() for row, _ in rows for name in re.split(r"[,()]", row)}
+    forms = {name for name, kind in vars(closed_forms).items() if dataclasses.is_dataclass(kind)}
+    modules = {kind.__name__ for kind in activations._MODULES}
+    known = {name.replace("_", "").casefold() for name in (*forms, *modules, *activations._FUNCTIONS)}
+    # By other names: ABReLU is ReLU or abs, an RReLU in eval mode is a LeakyReLU, a minus is a Polynomial.
+    assert known - named == {"abrelu", "rrelu", "sine", "exponential", "clampmin", "neg"}
     assert [kind.__name__ for kind in rules.MODULES if kind.__name__ not in page] == []
 
 

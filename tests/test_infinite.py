@@ -17,6 +17,7 @@ from tests.gaussian_moments import CASES
 
 DIRECTORY = Path(__file__).parent / "oracles" / "nt"
 ROOT2 = math.sqrt(2)
+D = torch.float64
 
 
 class SumPool(nn.Module):
@@ -431,3 +432,67 @@ def test_kernels_say_what_they_are() -> None:
     kernel = gpntk.InfiniteNTKKernel(network, weight_std={"0": 1.5, "2": 2.0}, bias_std=0.1)
     layers = "2 layers of inputs (3,), weight_std=1.5 to 2, bias_std=0.1"
     assert repr(kernel) == f'InfiniteNTKKernel({layers}, "ntk" parametrization)'
+
+
+# --- both kernels in one pass ---------------------------------------------------------------------------------------
+
+BOTH: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "dense": (nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)), (6,)),
+    "pooled": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 1)), (2, 3, 3)),
+    "linear": (nn.Sequential(nn.Flatten(), nn.Identity()), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("budget", [None, 2**12])
+@pytest.mark.parametrize("name", BOTH)
+def test_both_kernels_are_the_two_kernels(name: str, budget: int | None) -> None:
+    network, shape = BOTH[name]
+    x, z = (torch.randn(n, *shape, dtype=D, requires_grad=True) for n in (7, 5))
+    options = {"input_shape": shape, "memory_budget": budget}
+    singles = [k(network, 1.3, 0.2, **options).double() for k in (gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel)]
+    stds = [torch.full_like(singles[0].weight_std, std).requires_grad_() for std in (1.3, 0.2)]
+    both = gpntk.infinite.kernels(network, *stds, **options)
+    for arguments in ((x,), (x, z), (x.detach(),)):
+        expected = [single(*(a.flatten(1) for a in arguments)).to_dense() for single in singles]
+        for value, other in zip(both(*arguments), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-13, atol=1e-14)
+    for value, other in zip(both.diagonal(x), (single(x.flatten(1), diag=True) for single in singles), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-13, atol=1e-14)
+    if not len(stds[0]):
+        return
+    weights = torch.randn(2, 7, 5, dtype=D)
+    value = sum((w * k).sum() for w, k in zip(weights, both(x, z), strict=True))
+    expected = sum((w * k(x.flatten(1), z.flatten(1)).to_dense()).sum() for w, k in zip(weights, singles, strict=True))
+    given = [raw for single in singles for raw in (single.raw_weight_std, single.raw_bias_std)]
+    one, two = torch.autograd.grad(value, (x, z, *stds)), torch.autograd.grad(expected, (x, z, *given))
+    for gradient, other in zip(one[:2], two[:2], strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
+    # Derivatives in log σ, of either kernel.
+    for gradient, std, others in ((one[2], 1.3, (two[2], two[4])), (one[3], 0.2, (two[3], two[5]))):
+        torch.testing.assert_close(gradient * std, others[0] + others[1], rtol=1e-10, atol=1e-12)
+
+
+def test_both_kernels_follow_what_was_learned() -> None:
+    network, x = BOTH["dense"][0], torch.randn(4, 6)
+    kernel = gpntk.InfiniteNTKKernel(network)
+    kernel.weight_std = torch.tensor([1.0, 2.0, 0.5])
+    assert torch.equal(kernel.both(x).ntk, kernel(x).to_dense())
+
+
+def test_both_kernels_refuse_by_name() -> None:
+    network = BOTH["pooled"][0]
+    both = gpntk.infinite.kernels(network, input_shape=(2, 3, 3))
+    with pytest.raises(InputError, match=r"x1 must be floating point \[N, 18\] or \[N, 2, 3, 3\], got torch.float32"):
+        both(torch.zeros(3, 17))
+    with pytest.raises(InputError, match=r"x2 must be floating point .* got torch.int64"):
+        both(torch.zeros(3, 18), torch.zeros(3, 18).long())
+    with pytest.raises(InputError, match="x1 is a ndarray: pass a tensor"):
+        both(np.zeros((3, 18)))
+    with pytest.raises(InputError, match="x1 has 3 rows and x2 2: a diagonal takes as many of both"):
+        both.diagonal(torch.zeros(3, 18), torch.zeros(2, 18))
+    with pytest.raises(InputError, match=r"weight_std has shape \(5,\): give one number for each of \('0', '4'\)"):
+        gpntk.infinite.kernels(network, torch.ones(5), input_shape=(2, 3, 3))
+    with pytest.raises(InputError, match="memory_budget=0"):
+        gpntk.infinite.kernels(network, input_shape=(2, 3, 3), memory_budget=0)
+    with pytest.raises(SelectionError, match="parametrization='mean': choose"):
+        gpntk.infinite.kernels(network, parametrization="mean", input_shape=(2, 3, 3))

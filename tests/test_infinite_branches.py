@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import gpntk
 from gpntk.errors import InputError, UnsupportedLayerError
-from gpntk.infinite import ABReLU, Activation, Erf, Gaussian, Quadrature, RectifiedMonomial, Step, rbf
+from gpntk.infinite import Activation, Quadrature
+from gpntk.infinite.closed_forms import ABReLU, Erf, Gaussian, RectifiedMonomial, Step, rbf
 
 W, B = 1.3, 0.4
 KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import gpntk
-from gpntk.infinite import ABReLU, LocallyConnected, TiedAttention, monte_carlo
+from gpntk.infinite import LocallyConnected, TiedAttention, monte_carlo
+from gpntk.infinite.closed_forms import ABReLU
 from gpntk.infinite.phases import phase_diagram
 
 KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError, SelectionError
-from gpntk.infinite import ABReLU, Sign, Sine, Step
+from gpntk.infinite.closed_forms import ABReLU, Sign, Sine, Step
 
 KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]
 D = torch.float64

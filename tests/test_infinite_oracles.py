@@ -129,7 +129,7 @@ def test_covariances_of_positions(pairs: bool) -> None:
     tail = [Mean(), readout()] if pairs else [nn.Flatten(), readout(384)]
     module = nn.Sequential(conv(3), nn.ReLU(), conv(), *tail)
     kernel = gpntk.InfiniteNTKKernel(module, ROOT2, 0.1, input_shape=x[0].shape[1:]).double()
-    program, weights = kernel.program, kernel._weights(x[0])
+    program, weights = kernel.program, kernel.both._weights(x[0])
     program = replace(program, steps=program.steps[:3], pairs=program.pairs[:4])
     flat = tuple(one.flatten(1) for one in x)
     known = tuple(variances(kernel.program, one, weights) for one in flat)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.infinite import ABReLU, AbstractActivation, Quadrature, near_parallel
-from gpntk.infinite.equal_rows import EqualRows
+from gpntk.infinite import AbstractActivation, Quadrature, near_parallel
+from gpntk.infinite.closed_forms import ABReLU
 from gpntk.infinite.gaussian import determinant
 from gpntk.infinite.panels import Elementwise
+from gpntk.infinite.recursion import equal_pairs, row_numbers
 
 D = torch.float64
 KERNELS = [gpntk.InfiniteNNGPKernel, gpntk.InfiniteNTKKernel]
@@ -172,7 +173,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
         return plain(self, q1, q2, k)
 
     monkeypatch.setattr(AbstractActivation, "moments", counting)
-    monkeypatch.setattr(gpntk.InfiniteNNGPKernel, "_cpu_block", 16)
+    monkeypatch.setattr("gpntk.infinite.infinite_kernels._IN_CACHE", {False: 16})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -191,12 +192,12 @@ def test_equal_rows_are_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     x = torch.randint(-1, 2, (60, 3)).to(dtype) * torch.tensor([-0.0, 1.0, 2.0], dtype=dtype)
     z = torch.cat([x[5:9], -x[:20], torch.full((2, 3), torch.nan, dtype=dtype)])
     for hashes in (None, lambda rows: torch.zeros(len(rows), dtype=torch.long)):
-        # Where all hashes are the same, only neighbours are compared: what is found is right.
+        # Where all hashes are the same, only the first row is compared: what is found is right.
         if hashes is not None:
-            monkeypatch.setattr("gpntk.infinite.equal_rows._hashes", hashes)
+            monkeypatch.setattr("gpntk.infinite.recursion._hashes", hashes)
         for one, two in ((x, x), (x, z), (z, x)):
             pairs, found = (one.unsqueeze(1) == two).all(-1), torch.zeros(len(one), len(two), dtype=torch.bool)
-            equal = EqualRows(one, two).pairs(slice(0, len(one)), slice(0, len(two)))
+            equal = equal_pairs(*row_numbers(one, two))
             assert isinstance(equal, tuple)
             found[equal] = True
             assert found.sum() == len(equal[0])
@@ -209,10 +210,10 @@ def test_equal_rows_block_by_block(repeated: bool) -> None:
     x = torch.randn(10, 3)
     if repeated:
         x[7] = x[2]
-    rows, found = EqualRows(x, x), torch.zeros(10, 10, dtype=torch.bool)
-    assert rows.pairs(slice(0, 2), slice(3, 7)) is False
+    (one, two), found = row_numbers(x, x), torch.zeros(10, 10, dtype=torch.bool)
+    assert equal_pairs(one[:2], two[3:7]) is False
     for i, j in itertools.product((slice(0, 4), slice(4, 10)), (slice(0, 3), slice(3, 10))):
-        pairs = rows.pairs(i, j)
+        pairs = equal_pairs(one[i], two[j])
         if pairs is not False:
             found[i, j][pairs] = True
     assert torch.equal(found, (x.unsqueeze(1) == x).all(-1))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gpntk.errors import InputError
-from gpntk.infinite import AbstractActivation, Exponential, Gaussian, Quadrature, Sign, Step, activation_of, cosine
+from gpntk.infinite import AbstractActivation, Quadrature, activation_of
+from gpntk.infinite.closed_forms import Exponential, Gaussian, Sign, Step, cosine
 from gpntk.infinite.phases import phase, phase_diagram
 
 RELU, TANH, ERF = activation_of(nn.ReLU()), activation_of(nn.Tanh()), activation_of(torch.erf)

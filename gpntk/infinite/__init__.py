@@ -1,62 +1,30 @@
-"""Infinitely wide networks: Gaussian moments of activations, and what layers make of them."""
+"""Infinitely wide networks: both kernels in one pass, and what they are made of.
 
-from gpntk.infinite import phases
-from gpntk.infinite.activations import ACTIVATIONS, Activation, activation_of
-from gpntk.infinite.attention import TiedAttention
-from gpntk.infinite.closed_forms import (
-    GELU,
-    ABReLU,
-    Erf,
-    Exponential,
-    Gaussian,
-    Polynomial,
-    RectifiedMonomial,
-    Sign,
-    Sine,
-    Step,
-    cosine,
-    hermite,
-    monomial,
-    rbf,
-)
+Closed forms of activations are in `gpntk.infinite.closed_forms`, order and chaos in `gpntk.infinite.phases`.
+"""
+
+from gpntk.infinite import closed_forms as closed_forms
+from gpntk.infinite import phases as phases
+from gpntk.infinite.activations import activation_of
 from gpntk.infinite.gaussian import AbstractActivation
-from gpntk.infinite.layers import Parametrization, Weights
-from gpntk.infinite.locally_connected import LocallyConnected
-from gpntk.infinite.moments import LayerMoments
+from gpntk.infinite.infinite_kernels import InfiniteKernels, kernels
+from gpntk.infinite.modules import Activation, LocallyConnected, TiedAttention
 from gpntk.infinite.monte_carlo import SampledKernels, monte_carlo
-from gpntk.infinite.piecewise_linear import PiecewiseLinear
 from gpntk.infinite.quadrature import Quadrature
-from gpntk.infinite.trace import Program, trace
+from gpntk.infinite.straight_lines import PiecewiseLinear
+from gpntk.infinite.trace import trace
 
 __all__ = [
-    "ACTIVATIONS",
-    "GELU",
-    "ABReLU",
     "AbstractActivation",
     "Activation",
-    "Erf",
-    "Exponential",
-    "Gaussian",
-    "LayerMoments",
+    "InfiniteKernels",
     "LocallyConnected",
-    "Parametrization",
     "PiecewiseLinear",
-    "Polynomial",
-    "Program",
     "Quadrature",
-    "RectifiedMonomial",
     "SampledKernels",
-    "Sign",
-    "Sine",
-    "Step",
     "TiedAttention",
-    "Weights",
     "activation_of",
-    "cosine",
-    "hermite",
-    "monomial",
+    "kernels",
     "monte_carlo",
-    "phases",
-    "rbf",
     "trace",
 ]

@@ -9,17 +9,17 @@ import math
 import operator
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpntk.errors import InputError
 from gpntk.infinite.closed_forms import GELU, ABReLU, Erf, Exponential, Polynomial, Sign, Sine, cosine, monomial
 from gpntk.infinite.gaussian import AbstractActivation
-from gpntk.infinite.piecewise_linear import PiecewiseLinear
+from gpntk.infinite.modules import Activation
 from gpntk.infinite.quadrature import Quadrature
+from gpntk.infinite.straight_lines import PiecewiseLinear
 
 Make = Callable[..., AbstractActivation | None]
 """Makes an activation of the arguments that follow the input in a call."""
@@ -151,39 +151,6 @@ def _callables() -> dict[Any, Make]:
 _CALLABLES = _callables()
 
 
-@final
-class Activation(nn.Module):
-    """An activation of `gpntk.infinite` as a layer, for a φ that torch has no module for, or of your own.
-
-    Args:
-        activation: φ: a closed form such as `Gaussian`, `Step` or `rbf`, or `Quadrature` of any elementwise function.
-
-    Example:
-        >>> from gpntk.infinite import Activation, Quadrature, rbf
-        >>> network = nn.Sequential(nn.Linear(2, 64), Activation(Quadrature(torch.atan)), nn.Linear(64, 1))
-        >>> network(torch.zeros(3, 2)).shape
-        torch.Size([3, 1])
-        >>> Activation(rbf(0.5))  # after a layer with weights: the Gaussian kernel of its covariance
-        Activation(Sine(a=1.4142135623730951, b=1.0, c=0.7853981633974483))
-    """
-
-    def __init__(self, activation: AbstractActivation) -> None:
-        super().__init__()
-        if not isinstance(activation, AbstractActivation):
-            raise InputError(
-                f"activation must be one of gpntk.infinite, got {activation!r}: wrap a function in Quadrature."
-            )
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """φ(x)."""
-        return self.activation(x)
-
-    def extra_repr(self) -> str:
-        """The activation."""
-        return repr(self.activation)
-
-
 _MODULES: dict[type[nn.Module], Callable[[Any], AbstractActivation | None]] = {
     Activation: lambda module: module.activation,
     nn.CELU: lambda module: _celu(module.alpha),
@@ -245,24 +212,3 @@ def activation_of(target: Any, *args: Any, **options: Any) -> AbstractActivation
     except TypeError:
         # An argument that the function with a known limit does not have, or a tensor for a number.
         return None
-
-
-_SERIES = "Mehler's formula; Hermite coefficients by panels, see `Quadrature`"
-
-ACTIVATIONS: dict[str, str] = {
-    "Identity, PReLU (one slope), LeakyReLU, ReLU, abs": "Cho and Saul 2009, eq. 6, n = 1; Tsuchida et al. 2018",
-    "RectifiedMonomial": "Cho and Saul 2009, eq. 6, n = p",
-    "sign, Step": "Cho and Saul 2009, eq. 6, n = 0",
-    "erf": "Williams 1997, eq. 11",
-    "GELU": "Tsuchida et al. 2021",
-    "sin, cos, rbf": "Rahimi and Recht 2007; Pearce et al. 2019",
-    "exp": "Daniely et al. 2016",
-    "Gaussian": "Williams 1997, section 4",
-    "pow, square, Polynomial, hermite": "Mehler's formula, a finite sum",
-    "tanh, Sigmoid, SiLU, Softplus, Mish, LogSigmoid, Tanhshrink, GELU (tanh)": _SERIES,
-    "ELU, SELU, CELU, Softsign": f"{_SERIES}; kink at 0",
-    "Hardtanh, ReLU6, Hardsigmoid, clamp, PiecewiseLinear": "Rosenbaum 1961; Owen 1956",
-    "Hardswish, Softshrink": f"{_SERIES}; kinks off zero",
-    "Activation(Quadrature(any continuous function))": f"{_SERIES}; kinks to be declared",
-}
-"""Where the formulas come from, for the activations that are known."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gpntk.memory import tracks_gradient
 
@@ -58,9 +59,9 @@ class AbstractActivation(ABC):
             first, second = self._moments(_cast(q1, dtype), _cast(q2, dtype), _cast(k, dtype))
             return _like(first, k), _like(second, k)
         results = torch.empty_like(k), torch.empty_like(k)
-        for (one, two, part), outputs in _parts((q1, q2, k), results, entries):
-            values = self._moments(one.to(dtype), two.to(dtype), part.to(dtype))
-            for output, value in zip(outputs, values, strict=True):
+        for *part, first, second in _parts((q1, q2, k, *results), k.shape, entries):
+            values = self._moments(*(tensor.to(dtype) for tensor in part))
+            for output, value in zip((first, second), values, strict=True):
                 output.copy_(value)
         return results
 
@@ -112,22 +113,56 @@ def _unexpanded(q: Tensor) -> Tensor:
     return q
 
 
-def _parts(
-    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], entries: int
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """Views of ``inputs``, which broadcast to the shape of ``outputs``, and of those, of at most ``entries`` each."""
-    shape = outputs[0].shape
-    if shape.numel() <= max(entries, 1):
-        yield inputs, outputs
-        return
+def _halves(tensors: Sequence[Tensor], shape: torch.Size, trailing: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """Views of either half of tensors that broadcast to ``shape``, along its first axis that is longer than one.
+
+    ``trailing`` dimensions of each tensor come after those of the shape.
+    """
+    # Counted from the last dimension of the shape.
     dim = next(index for index, size in enumerate(shape) if size > 1) - len(shape)
     half = shape[dim] // 2
     for start, length in ((0, half), (half, shape[dim] - half)):
-        cut = [
-            tensor.narrow(dim, start, length) if tensor.dim() >= -dim and tensor.shape[dim] > 1 else tensor
-            for tensor in (*inputs, *outputs)
-        ]
-        yield from _parts(tuple(cut[: len(inputs)]), tuple(cut[len(inputs) :]), entries)
+        yield tuple(
+            tensor.narrow(dim - last, start, length)
+            if tensor.dim() - last >= -dim and tensor.shape[dim - last] > 1
+            else tensor
+            for tensor, last in zip(tensors, trailing, strict=True)
+        )
+
+
+def _parts(tensors: tuple[Tensor, ...], shape: torch.Size, entries: int) -> Iterator[tuple[Tensor, ...]]:
+    """Views of parts of tensors that broadcast to ``shape``, of at most ``entries`` each."""
+    if shape.numel() <= max(entries, 1):
+        yield tensors
+        return
+    for half in _halves(tensors, shape, (0,) * len(tensors)):
+        yield from _parts(half, torch.broadcast_shapes(*(tensor.shape for tensor in half)), entries)
+
+
+def by_chunks(
+    function: Callable[..., Tensor], arguments: Sequence[Tensor], entries: int, trailing: Sequence[int] | None = None
+) -> Tensor:
+    """``function(*arguments)``, computed for about ``entries`` of the entries at a time.
+
+    Under automatic differentiation nothing is kept but the arguments: a part is computed again in the backward pass.
+
+    Args:
+        function: Acts on every entry by itself, and may append dimensions.
+        arguments: Tensors that broadcast together, not counting their ``trailing`` dimensions.
+        entries: Entries computed together, at least one.
+        trailing: Number of last dimensions of each argument that do not belong to entries; zeros if None.
+    """
+    trailing = trailing or [0] * len(arguments)
+    shapes = [tensor.shape[: tensor.dim() - last] for tensor, last in zip(arguments, trailing, strict=True)]
+    shape = torch.broadcast_shapes(*shapes)
+    if shape.numel() > max(entries, 1):
+        halves = [by_chunks(function, half, entries, trailing) for half in _halves(arguments, shape, trailing)]
+        return torch.cat(halves, next(index for index, size in enumerate(shape) if size > 1))
+    if tracked(*arguments):
+        result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(result, Tensor)
+        return result
+    return function(*arguments)
 
 
 def tracked(*tensors: Tensor) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gpntk.infinite.gaussian import AbstractActivation, tracked
+from gpntk.infinite.modules import WEIGHTINGS, Mechanism
 from gpntk.infinite.moments import Block, LayerMoments
 
 Parametrization = Literal["ntk", "standard"]
-Spatial = Callable[[Tensor], Tensor]
 
 
 @final
@@ -35,22 +35,6 @@ class Weights:
     parametrization: Parametrization
 
 
-def weighted(state: LayerMoments, weights: Weights, average: Spatial = lambda tensor: tensor) -> LayerMoments:
-    """A linear layer; ``average`` is the mean over the positions that a filter sees (none for ``Linear``)."""
-    variance, bias = weights.weight_variance, weights.bias_variance
-    before = state.block
-    mean = average(before.nngp)
-    # What is fresh is added to in place.
-    nngp = variance * mean
-    if bias is not None:
-        nngp += bias
-    if not state.tangent:
-        return state._replace(block=Block(nngp, None))
-    own = nngp if weights.parametrization == "ntk" else weights.fan_in * mean + (0.0 if bias is None else 1.0)
-    ntk = own if before.ntk is None else (variance * average(before.ntk)).add_(own)
-    return state._replace(block=Block(nngp, ntk))
-
-
 @final
 @dataclass(frozen=True)
 class Windows:
@@ -69,31 +53,60 @@ class Windows:
     circular: bool = False
 
 
-def filter_mean(state: LayerMoments, windows: Windows) -> Spatial:
+def weighted(
+    state: LayerMoments,
+    weights: Weights,
+    windows: Windows | None = None,
+    strides: Sequence[int] = (),
+    shared: bool = True,
+) -> LayerMoments:
+    """A linear layer: k ← σ_w² mean(k) + σ_b², over the positions that a filter sees.
+
+    Args:
+        state: Moments of its input.
+        weights: Prior of its parameters.
+        windows: Positions that each filter sees; None for ``Linear``.
+        strides: Of a transposed convolution, which sees zeros between its inputs' positions.
+        shared: Whether all positions of the output have the same filter.
+    """
+    state = dilate(state if shared else state.equal_positions(), strides)
+    variance, bias = weights.weight_variance, weights.bias_variance
+    before = state.block
+    mean = _filter_mean(state, windows, before.nngp)
+    # What is new is added to in place.
+    nngp = variance * mean
+    if bias is not None:
+        nngp += bias
+    if not state.tangent:
+        return state._replace(block=Block(nngp, None))
+    own = nngp if weights.parametrization == "ntk" else weights.fan_in * mean + (0.0 if bias is None else 1.0)
+    ntk = own if before.ntk is None else (variance * _filter_mean(state, windows, before.ntk)).add_(own)
+    return state._replace(block=Block(nngp, ntk))
+
+
+def _filter_mean(state: LayerMoments, windows: Windows | None, tensor: Tensor) -> Tensor:
     """(1/#β) Σ_β K[α+β, α'+β], axis by axis: a filter with independent weights sees each position once."""
-
-    def average(tensor: Tensor) -> Tensor:
-        for axis in range(state.axes):
-            tensor = _window_sums(tensor, state.position_dims(axis), windows, axis, 1 / windows.sizes[axis])
+    if windows is None:
         return tensor
+    for axis in range(state.axes):
+        tensor = _window_sums(tensor, state.position_dims(axis), windows, axis, 1 / windows.sizes[axis])
+    return tensor
 
-    return average
 
-
-def pool(state: LayerMoments, windows: Windows, total: bool = False, count_padding: bool = True) -> LayerMoments:
-    """The mean (or ``total``) over windows, of both positions of a pair; needs pairs."""
+def pool(state: LayerMoments, windows: Windows, divisor: int | None = None, count_padding: bool = True) -> LayerMoments:
+    """The mean over windows (or their sum by ``divisor``), of both positions of a pair; needs pairs."""
 
     def average(tensor: Tensor) -> Tensor:
         for axis in range(state.axes):
             for dim in state.position_dims(axis):
                 length = tensor.shape[dim]
                 tensor = _window_sums(tensor, (dim,), windows, axis)
-                if not total:
+                if divisor is None:
                     counts = _counts(length, windows, axis, count_padding).to(tensor)
                     tensor = tensor / counts.reshape(-1, *[1] * (-dim - 1))
         return tensor
 
-    return state.map(average)
+    return scale(state.map(average), 1 / (divisor or 1))
 
 
 def _counts(length: int, windows: Windows, axis: int, count_padding: bool) -> Tensor:
@@ -103,7 +116,7 @@ def _counts(length: int, windows: Windows, axis: int, count_padding: bool) -> Te
     return torch.full_like(sums, windows.sizes[axis]) if count_padding else sums
 
 
-def reduce_axes(state: LayerMoments, axes: Sequence[int], total: bool, keep: bool = False) -> LayerMoments:
+def reduce_axes(state: LayerMoments, axes: Sequence[int], total: bool = False, keep: bool = False) -> LayerMoments:
     """The mean (or ``total``) over whole spatial axes, of both positions of a pair; needs pairs of several positions.
 
     ``keep``: what is left of an axis is one position.
@@ -185,27 +198,49 @@ def dropout(state: LayerMoments, keep: float) -> LayerMoments:
     return scale(state, keep**-0.5) if same else state
 
 
-def add(states: Sequence[LayerMoments]) -> LayerMoments:
-    """A sum of independent branches."""
-    ntks = [state.block.ntk for state in states if state.block.ntk is not None]
-    block = Block(sum_of([state.block.nngp for state in states]), sum_of(ntks) if ntks else None)
-    return states[0]._replace(block=block)
+def attend(keys: LayerMoments, values: LayerMoments, mechanism: Mechanism) -> LayerMoments:
+    """k ← G₁ k G₂ᵀ, Θ ← G₁ Θ G₂ᵀ with G the weights of either input's positions; keys' own share of Θ vanishes."""
+    assert keys.own is not None
+    first, second = map(WEIGHTINGS[mechanism], keys.own)
+    return values.map(lambda block: first @ block @ second.mT, own=None)
 
 
-def concatenate(states: Sequence[LayerMoments], channels: Sequence[int]) -> LayerMoments:
+def add(*states: LayerMoments, factor: float = 1.0) -> LayerMoments:
+    """A sum of independent branches, the last of them times ``factor``."""
+    states = _alike(states)
+    blocks = [state.block for state in (*states[:-1], scale(states[-1], factor))]
+    return states[0]._replace(block=Block(_sum([b.nngp for b in blocks]), _sum([b.ntk for b in blocks])))
+
+
+def concatenate(*states: LayerMoments, channels: Sequence[int]) -> LayerMoments:
     """Branches beside each other as units of one layer, each with its share of them."""
     shares = [count / sum(channels) for count in channels]
-    return add([state.map(lambda t, s=share: s * t) for state, share in zip(states, shares, strict=True)])
+    return add(*(state.map(lambda t, s=share: s * t) for state, share in zip(states, shares, strict=True)))
 
 
 def multiply(one: LayerMoments, two: LayerMoments) -> LayerMoments:
-    """A product of independent branches, unit by unit."""
-    terms = [own.block.ntk * other.block.nngp for own, other in ((one, two), (two, one)) if own.block.ntk is not None]
-    return one._replace(block=Block(one.block.nngp * two.block.nngp, sum_of(terms) if terms else None))
+    """A product of two independent branches, unit by unit."""
+    one, two = _alike((one, two))
+    pairs = ((one.block.ntk, two.block.nngp), (two.block.ntk, one.block.nngp))
+    ntks = [None if ntk is None else ntk * nngp for ntk, nngp in pairs]
+    return one._replace(block=Block(one.block.nngp * two.block.nngp, _sum(ntks)))
+
+
+def _alike(states: tuple[LayerMoments, ...]) -> tuple[LayerMoments, ...]:
+    """All with pairs of positions, or none: another use of one may have asked for its pairs."""
+    return states if all(state.pairs for state in states) else tuple(state.equal_positions() for state in states)
+
+
+def _sum(tensors: Sequence[Tensor | None]) -> Any:
+    """The sum of tensors of one shape; None stands for zero."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 def dilate(state: LayerMoments, strides: Sequence[int]) -> LayerMoments:
     """Zeros between positions, ``strides`` - 1 of them on each axis."""
+    if all(stride == 1 for stride in strides):
+        return state
 
     def dilated(tensor: Tensor) -> Tensor:
         for axis, stride in enumerate(strides):
@@ -222,15 +257,12 @@ def dilate(state: LayerMoments, strides: Sequence[int]) -> LayerMoments:
 
 def scale(state: LayerMoments, factor: float) -> LayerMoments:
     """Every unit times a constant."""
-    return state.map(lambda tensor: tensor * factor**2)
+    return state if factor == 1 else state.map(lambda tensor: tensor * factor**2)
 
 
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+def unchanged(state: LayerMoments) -> LayerMoments:
+    """The same values, or minus them, which have the same second moments."""
+    return state
 
 
 def _window_sums(tensor: Tensor, dims: tuple[int, ...], windows: Windows, axis: int, factor: float = 1.0) -> Tensor:

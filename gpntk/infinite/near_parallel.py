@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.infinite.chunks import by_chunks
-from gpntk.infinite.gaussian import arc_moments, determinant, divide, root, tracked, with_derivatives
+from gpntk.infinite.gaussian import arc_moments, by_chunks, determinant, divide, root, tracked, with_derivatives
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
 REACH = 9.0
@@ -39,10 +38,10 @@ _KEPT = 32
 
 @final
 class NearParallel:
-    """Both moments of φ.
+    """Second moments of a function and of its derivative at correlations near ±1.
 
     Args:
-        phi: φ and φ'.
+        phi: The function φ and its derivative.
         kinks: Where φ or a low derivative jumps.
         tolerance: Error accepted of a table, relative to √(E[φ(u)²] E[φ(v)²]).
         source: What φ is made of: tables are kept for the same.
@@ -72,7 +71,7 @@ class NearParallel:
         return by_chunks(table, (q1, q2, k), _BUDGET // 2**8)
 
     def direct(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
-        """The same without a table."""
+        """The moments by direct integration, without a table."""
         largest = torch.maximum(q1.detach().max(), q2.detach().max()).sqrt().item()
         features = len(ladder(1.0, REACH * largest, q1)) + len(self._kinks)
         points = 16 * (2 * features + 8) * 16 * (features + 4)
@@ -176,7 +175,8 @@ class _Box(NamedTuple):
 
     Attributes:
         negative: Whether k is, of all entries.
-        deviations: Range of log √q; angles: of τ.
+        deviations: Range of log √q.
+        angles: Range of τ.
     """
 
     negative: bool
@@ -269,7 +269,7 @@ class Table:
 
 
 _tables: list[tuple[tuple[Any, ...], Table]] = []
-"""Those kept, oldest first, with what they are made of."""
+"""The tables that are kept, oldest first, with what they are made of."""
 
 
 def _tau(q1: Tensor, q2: Tensor, k: Tensor, steepness: float) -> Tensor:

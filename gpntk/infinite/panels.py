@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import final
 
 import torch
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-_NODES = 16
+# Nodes and weights on [-1, 1].
+_RULE = leggauss(16)
 
 
-@functools.lru_cache(maxsize=8)
-def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [-1, 1], float64, as eigenvalues of the Jacobi matrix.
-
-    References:
-        Golub and Welsch (1969), Calculation of Gauss Quadrature Rules.
-    """
-    n = torch.arange(1, nodes, dtype=torch.float64, device="cpu")
-    beside = n / (4 * n**2 - 1).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return values, 2 * vectors[0] ** 2
-
-
-def panels(breaks: Tensor, nodes: int = _NODES) -> tuple[Tensor, Tensor]:
+def panels(breaks: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights of Gauss-Legendre rules between neighbours of ``breaks`` `[*, B]`, each `[*, (B-1) nodes]`.
 
     Breaks need not be sorted; a panel of width zero counts nothing. Nodes move with the breaks under differentiation.
@@ -39,14 +27,14 @@ def panels(breaks: Tensor, nodes: int = _NODES) -> tuple[Tensor, Tensor]:
         # Those of width zero last, and as few as possible of them.
         order = wide.to(torch.uint8).argsort(-1, descending=True)[..., :count]
         left, right = left.gather(-1, order), right.gather(-1, order)
-    x, weights = (tensor.to(breaks) for tensor in gauss_legendre(nodes))
+    x, weights = (torch.from_numpy(values).to(breaks) for values in _RULE)
     half = ((right - left) / 2).unsqueeze(-1)
     z = ((left + right) / 2).unsqueeze(-1) + half * x
     return z.flatten(-2), (half * weights).flatten(-2)
 
 
 def density(z: Tensor) -> Tensor:
-    """Of N(0, 1)."""
+    """The density of N(0, 1) at z."""
     return (-0.5 * z**2).exp() / math.sqrt(2 * math.pi)
 
 
@@ -65,10 +53,10 @@ def ladder(deviation: float, end: float, like: Tensor) -> Tensor:
 
 @final
 class Elementwise:
-    """φ and φ' at once.
+    """An elementwise function and its derivative at once.
 
     Args:
-        phi: φ.
+        phi: The function φ, on tensors of any shape.
     """
 
     def __init__(self, phi: Callable[[Tensor], Tensor]) -> None:

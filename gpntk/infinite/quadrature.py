@@ -31,8 +31,7 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.infinite import near_parallel
-from gpntk.infinite.chunks import by_chunks
-from gpntk.infinite.gaussian import AbstractActivation, divide, root
+from gpntk.infinite.gaussian import AbstractActivation, by_chunks, divide, root
 from gpntk.infinite.panels import Elementwise, density, ladder, panels
 
 _TERMS = (32, 64, 128, 256, 512)
@@ -45,7 +44,7 @@ _BUDGET = 2**23
 
 
 class _Coefficients(NamedTuple):
-    """Of φ and φ' (the axis of length 2) at variances of any shape `[*]`.
+    """Hermite coefficients of φ and φ' (the axis of length 2) at variances of any shape `[*]`.
 
     Attributes:
         series: a_n `[*, 2, L]`.
@@ -77,7 +76,7 @@ class Quadrature(AbstractActivation):
 
     Example:
         >>> import torch
-        >>> from gpntk.infinite import ABReLU
+        >>> from gpntk.infinite.closed_forms import ABReLU
         >>> q, k = torch.tensor(1.5, dtype=torch.float64), torch.tensor(1.2, dtype=torch.float64)
         >>> relu, exact = Quadrature(torch.relu, kinks=(0.0,)), ABReLU(0.0, 1.0)
         >>> bool((relu.moments(q, q, k)[0] - exact.moments(q, q, k)[0]).abs() < 1e-10)
@@ -97,11 +96,6 @@ class Quadrature(AbstractActivation):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.phi(x)
-
-    @property
-    def error(self) -> float:
-        """The stated error: ``tolerance``."""
-        return self.tolerance
 
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         unit = self.scale**2
@@ -130,7 +124,7 @@ class _Unit:
         self._source = (phi, scale, self._kinks)
 
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> Tensor:
-        """Both, `[*k, 2]`."""
+        """E[φ(u) φ(v)] and E[φ'(u) φ'(v)], `[*k, 2]`."""
         # 1. Coefficients of every variance, for as many terms as some entry needs.
         first, second = self._coefficients(q1), self._coefficients(q2)
         with torch.no_grad():

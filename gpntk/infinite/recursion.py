@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from gpntk.infinite.layers import Weights
@@ -11,9 +12,11 @@ from gpntk.infinite.moments import Block, LayerMoments, products
 from gpntk.infinite.program import Program, Step, paired
 
 Variances = tuple[Tensor, ...]
-"""Of a unit, `[N, *S]` at every value of a program that some step may ask about."""
+"""Variances of a unit, `[N, *S]` at every value of a program that some step may ask about."""
 
 Settle = Callable[[int, LayerMoments], LayerMoments]
+# Numbers of a matrix that are copied at a time.
+_ENTRIES = 2**15
 
 
 def variances(program: Program, x: Tensor, weights: Sequence[Weights]) -> Variances:
@@ -49,10 +52,10 @@ def moments(
     """The moments of the output.
 
     Args:
-        program: What to run.
+        program: The network's recursion.
         x: Inputs x1 `[N, D]` and x2 `[M, D]`.
         known: Variances at both.
-        weights: Of every layer.
+        weights: Priors of every layer's parameters.
         equal: The pairs that are the same input: their rows in x1 and in x2 or, ``by_row``, in both; or a bool for all.
         tangent: Whether the tangent kernel is asked for.
         by_row: Whether to take x1 with x2 row by row: blocks `[N]`, not `[N, M]`.
@@ -82,7 +85,7 @@ def _run(
     last_use = {index: number for number, step in enumerate(steps) for index in step.inputs}
     for number, step in enumerate(steps):
         states = [values[index] for index in step.inputs]
-        state = step.rule.apply(states, None if step.layer is None else weights[step.layer])
+        state = step.rule.apply(*states, *([] if step.layer is None else [weights[step.layer]]))
         state = state.all_pairs() if pairs[number + 1] else state.equal_positions()
         for index in set(step.inputs):
             if last_use[index] == number:
@@ -92,7 +95,7 @@ def _run(
 
 
 def _products(program: Program, x: tuple[Tensor, Tensor], by_row: bool, pairs: bool) -> Tensor:
-    """Those of the inputs' channels."""
+    """The mean products of the inputs' channels, the moments of value 0."""
     one, two = (tensor.reshape(tensor.shape[0], *program.input_shape) for tensor in x)
     if program.channels_last and one.dim() > 2:
         one, two = one.movedim(-1, 1), two.movedim(-1, 1)
@@ -102,6 +105,47 @@ def _products(program: Program, x: tuple[Tensor, Tensor], by_row: bool, pairs: b
 def _start(
     nngp: Tensor, program: Program, pairs: bool, *, equal: tuple[Tensor, ...] | bool, tangent: bool
 ) -> LayerMoments:
-    """Value 0, but for its variances."""
+    """Value 0, with variances that are to be settled."""
     axes = len(program.input_shape) - 1
     return LayerMoments(Block(nngp, None), nngp, nngp, equal, axes, pairs and axes > 0, tangent)
+
+
+# --- which pairs are one input with itself ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows of x1 `[N, D]` and x2 `[M, D]`: the same for equal rows, without a copy of either."""
+    sides = [x1] if x2 is x1 else [x1, x2]
+    found, numbers = torch.unique(torch.cat([_hashes(x) for x in sides]), return_inverse=True)
+    places = torch.arange(len(numbers), device=x1.device)
+    first = torch.full_like(found, len(numbers)).scatter_reduce(0, numbers, places, "amin")[numbers]
+    # Equal hashes are no proof: what differs from the first row with its number has one of its own.
+    for at in (first != places).nonzero().squeeze(1).split(max(1, _ENTRIES // max(1, x1.shape[1]))):
+        differs = (_rows(x1, x2, at) != _rows(x1, x2, first[at])).any(1)
+        numbers[at[differs]] = len(found) + at[differs]
+    return numbers[: len(x1)], numbers if x2 is x1 else numbers[len(x1) :]
+
+
+def equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, ...] | bool:
+    """Indices of all pairs of equal numbers, `[E]` each; False if there are none."""
+    pairs = (numbers1.unsqueeze(1) == numbers2).nonzero(as_tuple=True)
+    return pairs if len(pairs[0]) else False
+
+
+def _hashes(x: Tensor) -> Tensor:
+    """Hashes of the bits of every row `[N]`, by arithmetic modulo 2**64, which does not round."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    words = x.shape[1] * exact.itemsize // 4
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device="cpu").to(x.device)
+    pieces = x.split(max(1, _ENTRIES // max(1, x.shape[1])))
+    # A negative zero becomes a positive one.
+    return torch.cat([((piece.to(exact) + 0.0).view(torch.int32) * factors).sum(1) for piece in pieces])
+
+
+def _rows(x1: Tensor, x2: Tensor, index: Tensor) -> Tensor:
+    """Rows of x1, and from its end on of x2."""
+    rows, beyond = x1[index.clamp(max=len(x1) - 1)], index >= len(x1)
+    rows[beyond] = x2[index[beyond] - len(x1)]
+    return rows

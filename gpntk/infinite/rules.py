@@ -1,58 +1,48 @@
-"""Which call of a network's ``forward`` is which rule of `gpntk.infinite.layers`: three tables, and activations."""
+"""Which call of a network's ``forward`` does what of `gpntk.infinite.layers`: three tables, and activations.
+
+A rule reads the arguments of one call, refuses what has no limit, and says what becomes of the moments, as a function
+of `gpntk.infinite.layers` with its settings.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
-from gpntk.infinite import branches, layers
+from gpntk.infinite import layers
 from gpntk.infinite.activations import activation_of
-from gpntk.infinite.attention import Mechanism, TiedAttention, attend
-from gpntk.infinite.calls import Apply, Call, Rule
-from gpntk.infinite.gaussian import AbstractActivation
-from gpntk.infinite.layers import Weights, Windows
-from gpntk.infinite.locally_connected import LocallyConnected
-from gpntk.infinite.moments import LayerMoments
-from gpntk.infinite.units import Law, Units
+from gpntk.infinite.layers import Windows
+from gpntk.infinite.modules import LocallyConnected, TiedAttention
+from gpntk.infinite.program import Call, Law, Rule, Units
 
 _Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | LocallyConnected
+
+# --- layers with weights ------------------------------------------------------------------------------------------
+
+
+def _weighted(call: Call, module: _Weighted, fan_in: int, forgets: bool = False, **settings: Any) -> Rule:
+    return Rule(
+        partial(layers.weighted, **settings),
+        call.roles[0],
+        Units.drawn_by(call.name),
+        forgets=forgets,
+        fan_in=fan_in,
+        bias=module.bias is not None,
+    )
 
 
 def _linear(call: Call) -> Rule:
     assert isinstance(call.module, nn.Linear)
     if call.roles[0][-1] != "c":
         raise call.refuse(f"Linear acts on the last axis, which is no channel here {call.roles[0]}")
-    return _weighted(call, call.module, call.module.in_features, None)
-
-
-def _weighted(
-    call: Call, module: _Weighted, fan_in: int, windows: Windows | None, dilations: tuple[int, ...] = ()
-) -> Rule:
-    return Rule(
-        partial(_layer, windows=windows, dilations=dilations),
-        call.roles[0],
-        Units.drawn_by(call.name),
-        fan_in=fan_in,
-        bias=module.bias is not None,
-    )
-
-
-def _layer(
-    states: Sequence[LayerMoments], weights: Weights | None, windows: Windows | None, dilations: Sequence[int]
-) -> LayerMoments:
-    assert weights is not None
-    state = layers.dilate(states[0], dilations) if dilations else states[0]
-    if windows is None:
-        return layers.weighted(state, weights)
-    return layers.weighted(state, weights, layers.filter_mean(state, windows))
+    return _weighted(call, call.module, call.module.in_features)
 
 
 def _convolution(call: Call) -> Rule:
@@ -65,7 +55,7 @@ def _convolution(call: Call) -> Rule:
         raise call.refuse(f"padding_mode={module.padding_mode!r} has no rule")
     sizes, circular = tuple(module.kernel_size), module.padding_mode == "circular"
     windows = Windows(sizes, tuple(module.stride), _paddings(module), circular=circular)
-    return _weighted(call, module, module.in_channels * math.prod(sizes), windows)
+    return _weighted(call, module, module.in_channels * math.prod(sizes), windows=windows)
 
 
 def _transposed_convolution(call: Call) -> Rule:
@@ -82,8 +72,8 @@ def _transposed_convolution(call: Call) -> Rule:
     if min(paddings) < 0:
         raise call.refuse("padding by the filter's size or more has no rule")
     both = tuple((pad, pad + int(extra)) for pad, extra in zip(paddings, more, strict=True))
-    windows = Windows(sizes, (1,) * len(sizes), both)
-    return _weighted(call, module, module.in_channels * math.prod(sizes), windows, tuple(module.stride))
+    windows, fan_in = Windows(sizes, (1,) * len(sizes), both), module.in_channels * math.prod(sizes)
+    return _weighted(call, module, fan_in, windows=windows, strides=tuple(module.stride))
 
 
 def _local(call: Call) -> Rule:
@@ -92,12 +82,8 @@ def _local(call: Call) -> Rule:
     assert isinstance(module, LocallyConnected)
     call.check_channels_first()
     windows = Windows(module.kernel_size, module.stride, tuple((pad, pad) for pad in module.padding))
-    rule = _weighted(call, module, module.in_channels * math.prod(module.kernel_size), windows)
-    return replace(rule, apply=partial(_apart, rule.apply), forgets=True)
-
-
-def _apart(shared: Apply, states: Sequence[LayerMoments], weights: Weights | None) -> LayerMoments:
-    return shared([states[0].equal_positions()], weights)
+    fan_in = module.in_channels * math.prod(module.kernel_size)
+    return _weighted(call, module, fan_in, forgets=True, windows=windows, shared=False)
 
 
 def _paddings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
@@ -108,6 +94,9 @@ def _paddings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
     return tuple((int(size), int(size)) for size in module.padding)
 
 
+# --- pooling, normalisation, attention, dropout, activations ------------------------------------------------------
+
+
 def _average_pool(call: Call) -> Rule:
     call.check_channels_first()
     axes = len(call.positions)
@@ -116,32 +105,20 @@ def _average_pool(call: Call) -> Rule:
             kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
         )
     else:
-        settings = {**vars(call.module), "divisor_override": getattr(call.module, "divisor_override", None)}
+        settings = {"divisor_override": None, **vars(call.module)}
     if settings["ceil_mode"]:
         raise call.refuse("ceil_mode=True has no rule")
     sizes = _tuple(settings["kernel_size"], axes)
     strides = _tuple(settings["stride"] or sizes, axes)
     windows = Windows(sizes, strides, tuple((pad, pad) for pad in _tuple(settings["padding"], axes)))
-    apply = partial(
-        _pooled, windows=windows, divisor=settings["divisor_override"], count_padding=settings["count_include_pad"]
-    )
+    divisor, count_padding = settings["divisor_override"], settings["count_include_pad"]
+    apply = partial(layers.pool, windows=windows, divisor=divisor, count_padding=count_padding)
     return Rule(apply, call.roles[0], call.units[0], mixes=True)
 
 
 def _tuple(value: Any, axes: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return tuple(int(item) for item in values) * (axes if len(values) == 1 else 1)
-
-
-def _pooled(
-    states: Sequence[LayerMoments],
-    _weights: Weights | None,
-    windows: Windows,
-    divisor: int | None = None,
-    count_padding: bool = True,
-) -> LayerMoments:
-    pooled = layers.pool(states[0], windows, total=divisor is not None, count_padding=count_padding)
-    return pooled if divisor is None else layers.scale(pooled, 1 / divisor)
 
 
 def _adaptive_pool(call: Call) -> Rule:
@@ -151,7 +128,7 @@ def _adaptive_pool(call: Call) -> Rule:
         raise call.refuse(f"adaptive pooling from {before} to {after} has windows of several sizes")
     sizes = tuple(size // target for size, target in zip(before, after, strict=True))
     windows = Windows(sizes, sizes, ((0, 0),) * len(sizes))
-    return Rule(partial(_pooled, windows=windows), call.roles[0], call.units[0], mixes=True)
+    return Rule(partial(layers.pool, windows=windows), call.roles[0], call.units[0], mixes=True)
 
 
 def _layer_norm(call: Call) -> Rule:
@@ -170,25 +147,16 @@ def _layer_norm(call: Call) -> Rule:
             "LayerNorm subtracts the mean of its input's units, which is known only where it is zero: after a layer "
             "with weights, not after an activation or of the network's input"
         )
-    apply = partial(_normalized, eps=float(eps), positions=len(covered) > 1)
+    apply = partial(layers.layer_norm, eps=float(eps), positions=len(covered) > 1)
     return Rule(apply, roles, call.units[0])
-
-
-def _normalized(states: Sequence[LayerMoments], _weights: Weights | None, eps: float, positions: bool) -> LayerMoments:
-    return layers.layer_norm(states[0], eps, positions)
 
 
 def _attention(call: Call) -> Rule:
     assert isinstance(call.module, TiedAttention)
     if call.kwargs or len(call.args) != 2 or set(call.roles) != {("n", "s0", "c")}:
         raise call.refuse(f"it takes keys and values, both with axes rows, positions, channels, not {call.roles}")
-    apply = partial(_attended, mechanism=call.module.mechanism)
+    apply = partial(layers.attend, mechanism=call.module.mechanism)
     return Rule(apply, call.roles[0], call.units[1], mixes=True, attends=True)
-
-
-def _attended(states: Sequence[LayerMoments], _weights: Weights | None, mechanism: Mechanism) -> LayerMoments:
-    keys, values = states
-    return attend(keys, values, mechanism)
 
 
 def _dropout(call: Call) -> Rule:
@@ -199,15 +167,11 @@ def _dropout(call: Call) -> Rule:
         assert isinstance(call.module, nn.Dropout)
         rate, training = call.module.p, call.module.training
     if not training or not rate:
-        return branches.identity(call)
+        return _identity(call)
     if rate >= 1:
         raise call.refuse(f"p={rate} leaves no unit")
     # A unit that may be zero is no Gaussian.
-    return Rule(partial(_dropped, keep=1 - float(rate)), call.roles[0], call.units[0].at_most(Law.CENTRED))
-
-
-def _dropped(states: Sequence[LayerMoments], _weights: Weights | None, keep: float) -> LayerMoments:
-    return layers.dropout(states[0], keep)
+    return Rule(partial(layers.dropout, keep=1 - float(rate)), call.roles[0], call.units[0].at_most(Law.CENTRED))
 
 
 def activation_rule(target: Any, call: Call) -> Rule | None:
@@ -222,14 +186,142 @@ def activation_rule(target: Any, call: Call) -> Rule | None:
             "its input is not Gaussian: an activation must follow a layer with weights, before branches are "
             "concatenated, positions flattened or units dropped"
         )
-    return Rule(partial(_activated, activation=activation), call.roles[0], call.units[0].at_most(Law.ANY))
+    return Rule(partial(layers.activate, activation=activation), call.roles[0], call.units[0].at_most(Law.ANY))
 
 
-def _activated(
-    states: Sequence[LayerMoments], _weights: Weights | None, activation: AbstractActivation
-) -> LayerMoments:
-    return layers.activate(states[0], activation)
+# --- what joins, scales and reshapes branches -----------------------------------------------------------------------
 
+
+def _identity(call: Call) -> Rule:
+    """The same values, or minus them, which have the same second moments."""
+    return Rule(layers.unchanged, call.roles[0], call.units[0])
+
+
+def _add(call: Call) -> Rule:
+    """A sum or difference of branches that are uncorrelated: the sign is nothing to second moments."""
+    factor = call.arguments(other=None, alpha=1)["alpha"]
+    if len(call.roles) != 2:
+        if any(isinstance(value, (int, float)) and value == 0 for value in call.args[:2]):
+            # Where Python's sum begins.
+            return _identity(call)
+        raise call.refuse("adding a constant gives units a mean, for which there is no rule")
+    if not isinstance(factor, (int, float)):
+        raise call.refuse(f"alpha={factor} is not a number")
+    _check_uncorrelated(call)
+    return Rule(partial(layers.add, factor=float(factor)), call.roles[0], Units.together(call.units))
+
+
+def _check_uncorrelated(call: Call) -> None:
+    """That two branches have the same axes, no layer in common, and not both a mean."""
+    if call.roles[0] != call.roles[1] or call.shapes[0] != call.shapes[1]:
+        raise call.refuse(f"operands of shapes {call.shapes[0]} and {call.shapes[1]} have no rule")
+    common = sorted(call.units[0].sources & call.units[1].sources)
+    if common:
+        raise call.refuse(
+            f"both operands are made of the outputs of {', '.join(common)}, so that they are correlated; only branches "
+            "that end in different layers with weights can be joined"
+        )
+    if all(units.law is Law.ANY for units in call.units):
+        raise call.refuse("two branches that do not end in a layer with weights are not independent")
+
+
+def _concatenate(call: Call) -> Rule:
+    """Channels beside each other: their variances differ, so that they are no draws of one Gaussian process."""
+    dim = call.arguments(dim=0)["dim"]
+    if call.roles[0][dim] != "c" or any(roles != call.roles[0] for roles in call.roles):
+        raise call.refuse("only channels can be concatenated")
+    channels = tuple(shape[dim] for shape in call.shapes)
+    return Rule(
+        partial(layers.concatenate, channels=channels), call.roles[0], Units.together(call.units).at_most(Law.CENTRED)
+    )
+
+
+def _scale(call: Call, power: int) -> Rule:
+    """A product with a number, or a quotient by one; or a product of two branches that are uncorrelated."""
+    call.arguments(other=None)
+    if power == 1 and len(call.roles) == 2:
+        _check_uncorrelated(call)
+        law = min(Law.CENTRED, max(units.law for units in call.units))
+        return Rule(layers.multiply, call.roles[0], Units(law, Units.together(call.units).sources))
+    factors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, (int, float))]
+    reciprocal = power < 0 and any(isinstance(value, (int, float)) for value in call.args[:1])
+    if len(call.roles) != 1 or len(factors) != 1 or reciprocal:
+        raise call.refuse("only products of two branches, and products with, and quotients by, a number have a rule")
+    return Rule(partial(layers.scale, factor=float(factors[0]) ** power), call.roles[0], call.units[0])
+
+
+def _flatten(call: Call) -> Rule:
+    """All positions become units; their variances may differ."""
+    if call.output == call.shapes[0]:
+        return _identity(call)
+    if len(call.output) != 2:
+        raise call.refuse(f"reshaping {call.shapes[0]} to {call.output} has no rule: flatten all positions, or none")
+    sizes = [size for size, role in zip(call.shapes[0], call.roles[0], strict=True) if role.startswith("s")]
+    several = any(size > 1 for size in sizes)
+    units = call.units[0].at_most(Law.CENTRED) if several else call.units[0]
+    return Rule(layers.flatten, ("n", "c"), units, forgets=True)
+
+
+def _permute(call: Call) -> Rule:
+    """Another order of axes."""
+    order = call.args[1:] or (call.kwargs["dims"],)
+    order = order[0] if isinstance(order[0], (tuple, list)) else order
+    return Rule(layers.unchanged, tuple(call.roles[0][dim] for dim in order), call.units[0])
+
+
+def _transpose(call: Call) -> Rule:
+    """Two axes exchanged."""
+    roles, dims = list(call.roles[0]), call.arguments(dim0=0, dim1=0)
+    one, two = dims["dim0"], dims["dim1"]
+    roles[one], roles[two] = roles[two], roles[one]
+    return Rule(layers.unchanged, tuple(roles), call.units[0])
+
+
+def _reduce(call: Call, total: bool) -> Rule:
+    """The mean, or ``total``, over positions."""
+    settings = call.arguments(dim=None, keepdim=False)
+    roles, dims = call.roles[0], settings["dim"]
+    dims = list(range(len(roles))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    chosen = [roles[dim] for dim in dims]
+    if not all(role.startswith("s") for role in chosen):
+        raise call.refuse("means and sums are over positions only")
+    axes, keep = tuple(call.positions.index(role) for role in chosen), bool(settings["keepdim"])
+    rest = tuple(role for role in roles if keep or role not in chosen)
+    return Rule(partial(layers.reduce_axes, axes=axes, total=total, keep=keep), rest, call.units[0], mixes=True)
+
+
+def _squeeze(call: Call) -> Rule:
+    """Without axes of one position, or an output's axis of one channel."""
+    roles, dims = call.roles[0], call.arguments(dim=None)["dim"]
+    dims = range(len(roles)) if dims is None else [dims] if isinstance(dims, int) else dims
+    chosen = [roles[dim] for dim in dims if call.shapes[0][dim] == 1]
+    axes = tuple(call.positions.index(role) for role in chosen if role != "c")
+    rest = tuple(role for role in roles if role not in chosen)
+    return Rule(partial(layers.reduce_axes, axes=axes), rest, call.units[0])
+
+
+def _pad(call: Call) -> Rule:
+    """Positions with the value zero, or those of the other end, around the others."""
+    call.check_channels_first()
+    if call.module is None:
+        settings = call.arguments(pad=(), mode="constant", value=0)
+        amounts, mode = settings["pad"], settings["mode"]
+        if mode not in ("constant", "circular") or settings["value"]:
+            raise call.refuse(f"padding with mode={mode!r} and value={settings['value']} has no rule")
+    else:
+        assert isinstance(call.module, (nn.ZeroPad2d, nn.CircularPad2d))
+        amounts, mode = call.module.padding, "circular" if isinstance(call.module, nn.CircularPad2d) else "constant"
+    paddings = [(0, 0)] * len(call.positions)
+    if isinstance(amounts, fx.Node) or len(amounts) > 2 * len(paddings):
+        raise call.refuse("only positions can be padded, by numbers")
+    # The last axis comes first.
+    for index in range(len(amounts) // 2):
+        paddings[-1 - index] = int(amounts[2 * index]), int(amounts[2 * index + 1])
+    apply = partial(layers.pad, paddings=tuple(paddings), circular=mode == "circular")
+    return Rule(apply, call.roles[0], call.units[0])
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
 
 Make = Callable[[Call], Rule]
 
@@ -245,72 +337,40 @@ MODULES: dict[type[nn.Module], Make] = {
     nn.AvgPool2d: _average_pool,
     nn.AdaptiveAvgPool1d: _adaptive_pool,
     nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.Flatten: branches.flatten,
+    nn.Flatten: _flatten,
     nn.LayerNorm: _layer_norm,
     nn.Dropout: _dropout,
-    nn.Identity: branches.identity,
-    nn.ZeroPad2d: branches.pad,
-    nn.CircularPad2d: branches.pad,
+    nn.Identity: _identity,
+    nn.ZeroPad2d: _pad,
+    nn.CircularPad2d: _pad,
 }
 
-FUNCTIONS: dict[Any, Make] = {
-    torch.flatten: branches.flatten,
-    torch.reshape: branches.flatten,
-    torch.mean: partial(branches.reduce, total=False),
-    torch.sum: partial(branches.reduce, total=True),
-    torch.squeeze: branches.squeeze,
-    torch.permute: branches.permute,
-    torch.transpose: branches.transpose,
-    torch.cat: branches.concatenate,
-    torch.concat: branches.concatenate,
-    torch.add: branches.add,
-    torch.sub: branches.add,
-    operator.add: branches.add,
-    operator.iadd: branches.add,
-    operator.sub: branches.add,
-    operator.isub: branches.add,
-    torch.mul: partial(branches.scale, power=1),
-    operator.mul: partial(branches.scale, power=1),
-    operator.imul: partial(branches.scale, power=1),
-    torch.div: partial(branches.scale, power=-1),
-    operator.truediv: partial(branches.scale, power=-1),
-    operator.itruediv: partial(branches.scale, power=-1),
-    operator.neg: branches.identity,
-    torch.neg: branches.identity,
-    functional.avg_pool1d: _average_pool,
-    functional.avg_pool2d: _average_pool,
-    functional.adaptive_avg_pool1d: _adaptive_pool,
-    functional.adaptive_avg_pool2d: _adaptive_pool,
-    functional.layer_norm: _layer_norm,
-    functional.dropout: _dropout,
-    functional.pad: branches.pad,
-}
+_CALLS: tuple[tuple[Make, tuple[Any, ...]], ...] = (
+    (_flatten, (torch.flatten, torch.reshape, "flatten", "reshape", "view")),
+    (partial(_reduce, total=False), (torch.mean, "mean")),
+    (partial(_reduce, total=True), (torch.sum, "sum")),
+    (_squeeze, (torch.squeeze, "squeeze")),
+    (_permute, (torch.permute, "permute")),
+    (_transpose, (torch.transpose, "transpose")),
+    (_concatenate, (torch.cat, torch.concat)),
+    (_add, (torch.add, operator.add, operator.iadd, "add", "add_")),
+    (_add, (torch.sub, operator.sub, operator.isub, "sub", "sub_")),
+    (partial(_scale, power=1), (torch.mul, operator.mul, operator.imul, "mul", "mul_")),
+    (partial(_scale, power=-1), (torch.div, operator.truediv, operator.itruediv, "div", "div_")),
+    (_identity, (torch.neg, operator.neg, "neg", "contiguous", "clone")),
+    (_average_pool, (functional.avg_pool1d, functional.avg_pool2d)),
+    (_adaptive_pool, (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d)),
+    (_layer_norm, (functional.layer_norm,)),
+    (_dropout, (functional.dropout,)),
+    (_pad, (functional.pad,)),
+)
 
-METHODS: dict[Any, Make] = {
-    "flatten": branches.flatten,
-    "reshape": branches.flatten,
-    "view": branches.flatten,
-    "mean": partial(branches.reduce, total=False),
-    "sum": partial(branches.reduce, total=True),
-    "squeeze": branches.squeeze,
-    "permute": branches.permute,
-    "transpose": branches.transpose,
-    "add": branches.add,
-    "add_": branches.add,
-    "sub": branches.add,
-    "sub_": branches.add,
-    "mul": partial(branches.scale, power=1),
-    "mul_": partial(branches.scale, power=1),
-    "div": partial(branches.scale, power=-1),
-    "div_": partial(branches.scale, power=-1),
-    "neg": branches.identity,
-    "contiguous": branches.identity,
-    "clone": branches.identity,
-}
+CALLS: dict[Any, Make] = {target: make for make, targets in _CALLS for target in targets}
+"""Rules of functions, and of tensors' methods by name."""
 
 SPATIAL = {
     kind
-    for kind, make in (*MODULES.items(), *FUNCTIONS.items())
+    for kind, make in (*MODULES.items(), *CALLS.items())
     if make in (_convolution, _transposed_convolution, _local, _average_pool, _adaptive_pool)
 }
 """What acts on positions, after the channels."""

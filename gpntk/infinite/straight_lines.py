@@ -1,4 +1,9 @@
-"""Functions made of straight lines, whose Gaussian moments are probabilities of quadrants."""
+"""Functions made of straight lines, whose Gaussian moments are probabilities of quadrants under a bivariate normal.
+
+References:
+    Owen (1956), Tables for Computing Bivariate Normal Probabilities.
+    Rosenbaum (1961), Moments of a Truncated Bivariate Normal Distribution.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple, cast, final
 
+import numpy as np
 import torch
+from scipy.special import owens_t
 from torch import Tensor
 
 from gpntk.errors import InputError
-from gpntk.infinite.bivariate_normal import quadrant, tail
 from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import density
 from gpntk.infinite.quadrature import Quadrature
@@ -20,6 +26,9 @@ from gpntk.infinite.quadrature import Quadrature
 # Units that are wider than knots by more than the root of this: terms as large cancel, and with them so many digits.
 _STEEP = 1e4
 _ROUNDING = 1e-12
+# Standard deviations beyond which there is nothing.
+_FAR = 40.0
+_SMALLEST = 1e-300
 
 
 class _Hinge(NamedTuple):
@@ -207,3 +216,66 @@ class _Lines(torch.autograd.Function):
             sides.append((first * by_first + second * by_second).sum_to_size(q.shape))
         slope = cast("tuple[Tensor, Tensor]", _Lines.apply(q1, q2, k, activation))[1]
         return *sides, first * slope + second * activation.curvature(q1, q2, k), None
+
+
+class Quadrant(NamedTuple):
+    """The part u > a, v > b, with a, b >= 0, of a normal pair (u, v) with variances q1, q2 and covariance k.
+
+    Attributes:
+        probability: P(u > a, v > b).
+        mean: E[(u - a)₊ (v - b)₊].
+        density: Of (u, v) at (a, b); zero where the correlation is ±1.
+    """
+
+    probability: Tensor
+    mean: Tensor
+    density: Tensor
+
+
+def tail(q: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """P(u > a) and the density at a, for u ~ N(0, q) and a >= 0; the latter zero for q = 0."""
+    h = _standard(q, a)
+    return torch.special.ndtr(-h), divide(density(h), root(q))
+
+
+def quadrant(q1: Tensor, q2: Tensor, k: Tensor, a: float, b: float) -> Quadrant:
+    """Probability, mean and density of the quadrant u > a, v > b, for variances q1, q2 and the covariance k.
+
+    With g = a/√q1, h = b/√q2, ρ = k/√(q1 q2) and r = √(1 - ρ²), L the probability, n and Φ the normal density and
+    distribution function,
+
+        E[(u - a)₊ (v - b)₊] = (k + a b) L - b √q1 n(g) Φ((ρg - h)/r) - a √q2 n(h) Φ((ρh - g)/r) + √(q1 q2) r e / 2π,
+
+    where e = exp(-(g² - 2ρgh + h²) / 2r²). Differences that vanish with r are written out.
+    """
+    g, h = _standard(q1, a), _standard(q2, b)
+    one, two = root(q1), root(q2)
+    scale = one * two
+    rho = divide(k, scale)
+    r = torch.where(scale > 0, divide(root(determinant(q1, q2, k)), scale), 1.0)
+    sign = torch.where(rho < 0, -1.0, 1.0)
+    # (h - ρg)/r = (h ∓ g)/r ± g r/(1 + |ρ|), and so on.
+    apart = (h - sign * g) / r.clamp_min(_SMALLEST)
+    # With a derivative in ρ at zero, where |ρ| has none.
+    size = 1 + sign * rho
+    bend = sign * r / size
+    of_g, of_h = apart + g * bend, -sign * apart + h * bend
+    e = (-0.5 * (apart**2 + 2 * sign * g * h / size)).exp()
+    if a == b == 0:
+        probability = 0.25 + torch.atan2(rho, r) / (2 * math.pi)
+    else:
+        probability = 0.5 * (torch.special.ndtr(-g) + torch.special.ndtr(-h))
+        probability = (probability - _owen(g, of_g) - _owen(h, of_h)).clamp_min(0)
+    mean = (k + a * b) * probability + scale * r * e / (2 * math.pi)
+    mean = mean - b * one * density(g) * torch.special.ndtr(-of_g) - a * two * density(h) * torch.special.ndtr(-of_h)
+    return Quadrant(probability, mean, divide(e, 2 * math.pi * scale * r))
+
+
+def _standard(q: Tensor, a: float) -> Tensor:
+    return (a / root(q).clamp_min(_SMALLEST)).clamp_max(_FAR)
+
+
+def _owen(h: Tensor, y: Tensor) -> Tensor:
+    """Owen's T(h, y/h), h >= 0; its derivatives are never asked for: those of `_Lines` are written out."""
+    slope = y / h.clamp_min(_SMALLEST)
+    return torch.from_numpy(np.asarray(owens_t(h.cpu().numpy(), slope.cpu().numpy()))).to(h)

@@ -1,16 +1,106 @@
-"""Convolutions whose filters differ from position to position, which torch has no module for."""
+"""Modules with a limit of infinite width that torch does not have: `Activation`, `LocallyConnected`, attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpntk.errors import InputError
+from gpntk.errors import InputError, SelectionError
+from gpntk.infinite.gaussian import AbstractActivation
+
+Mechanism = Literal["softmax", "abs", "relu", "identity"]
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": partial(torch.softmax, dim=-1),
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "identity": torch.positive,
+}
+"""What attention makes of the scores `[..., S, S]`."""
+
+
+@final
+class Activation(nn.Module):
+    """An activation of `gpntk.infinite` as a layer, for a φ that torch has no module for, or of your own.
+
+    Args:
+        activation: φ: a closed form such as `Gaussian`, `Step` or `rbf`, or `Quadrature` of any elementwise function.
+
+    Example:
+        >>> from torch import nn
+        >>> from gpntk.infinite import Activation, Quadrature
+        >>> from gpntk.infinite.closed_forms import rbf
+        >>> network = nn.Sequential(nn.Linear(2, 64), Activation(Quadrature(torch.atan)), nn.Linear(64, 1))
+        >>> network(torch.zeros(3, 2)).shape
+        torch.Size([3, 1])
+        >>> Activation(rbf(0.5))  # after a layer with weights: the Gaussian kernel of its covariance
+        Activation(Sine(a=1.4142135623730951, b=1.0, c=0.7853981633974483))
+    """
+
+    def __init__(self, activation: AbstractActivation) -> None:
+        super().__init__()
+        if not isinstance(activation, AbstractActivation):
+            raise InputError(
+                f"activation must be one of gpntk.infinite, got {activation!r}: wrap a function in Quadrature."
+            )
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """φ(x)."""
+        return self.activation(x)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return repr(self.activation)
+
+
+@final
+class TiedAttention(nn.Module):
+    """Every position's values as a mean over all positions, weighted by g(k kᵀ / d): queries are the keys.
+
+    The widths d of keys k `[N, S, d]` and values v `[N, S, C]` may differ; both come from layers with weights. As they
+    grow, k kᵀ / d becomes the NNGP of the keys, so that the limit of attention is a linear map of the values that
+    depends on x alone. (With k kᵀ / √d, as usual, there is no closed form.)
+
+    Args:
+        mechanism: g: ``"softmax"`` over positions, or ``"abs"``, ``"relu"``, ``"identity"`` of every score.
+
+    Raises:
+        SelectionError: There is no such mechanism.
+
+    Example:
+        >>> import torch, gpntk
+        >>> from gpntk.infinite import TiedAttention
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.key, self.value, self.out = (torch.nn.Linear(8, 8) for _ in range(3))
+        ...         self.attention, self.head = TiedAttention(), torch.nn.Linear(8 * 5, 1)
+        ...     def forward(self, x):
+        ...         x = self.out(self.attention(self.key(x), self.value(x)))
+        ...         return self.head(x.flatten(1))
+        >>> gpntk.InfiniteNTKKernel(Block(), input_shape=(5, 8))(torch.randn(3, 40)).shape
+        torch.Size([3, 3])
+
+    References:
+        Hron, Bahri, Sohl-Dickstein and Novak (2020), Infinite Attention, https://arxiv.org/abs/2006.10540, section 3.
+    """
+
+    def __init__(self, mechanism: Mechanism = "softmax") -> None:
+        super().__init__()
+        if mechanism not in WEIGHTINGS:
+            raise SelectionError(f"mechanism={mechanism!r}: choose one of {', '.join(WEIGHTINGS)}.")
+        self.mechanism: Mechanism = mechanism
+
+    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
+        """`[N, S, C]` for keys `[N, S, d]` and values `[N, S, C]`."""
+        return WEIGHTINGS[self.mechanism](keys @ keys.mT / keys.shape[-1]) @ values
 
 
 @final
