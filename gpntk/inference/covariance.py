@@ -8,7 +8,7 @@ a combination of the covariance's functions; what it is a combination of differs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import final
 
 import torch
@@ -85,6 +85,10 @@ class AbstractCovariance(ABC):
     @abstractmethod
     def widened(self, x: Tensor) -> AbstractCovariance:
         """The covariance whose `values` know `representers` of x `[T, D]`: this one, or that with x among its data."""
+
+    @abstractmethod
+    def inputs(self, rows: int) -> Iterator[Tensor]:
+        """The inputs of the data, ``rows`` at a time at most."""
 
     @abstractmethod
     def at(self, x: Tensor) -> AbstractCovariance:
@@ -247,6 +251,10 @@ class FeatureCovariance(AbstractCovariance):
     def widened(self, x: Tensor) -> FeatureCovariance:  # noqa: ARG002
         return self
 
+    def inputs(self, rows: int) -> Iterator[Tensor]:
+        for _, x in self.features.parts():
+            yield from x.split(rows)
+
     def at(self, x: Tensor) -> FeatureCovariance:
         return FeatureCovariance(Features(self.features.backend, x.to(self.dtype)), self.given)
 
@@ -315,13 +323,27 @@ class DenseCovariance(AbstractCovariance):
         super().__init__(x.shape[0], num_outputs, x.dtype if gram is None else gram.dtype, x.device, budget)
         self.kernel, self.x, self._given, self._kept = kernel, x, gram, gram
 
+    @classmethod
+    def of_matrix(cls, matrix: Tensor, num_outputs: int = 1) -> DenseCovariance:
+        """A covariance that is known at the data alone, K `[N*C, N*C]`; the inputs are their numbers `[N, 1]`."""
+
+        def kernel(one: Tensor, two: Tensor) -> Tensor:
+            offsets = torch.arange(num_outputs, device=matrix.device)
+            rows, columns = ((num_outputs * x.long() + offsets).flatten(-2) for x in (one, two))
+            return matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]
+
+        x = torch.arange(matrix.shape[0] // num_outputs, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
+        return cls(kernel, x, num_outputs, matrix)
+
     @property
     def weighted(self) -> FeatureCovariance:
         raise InputError("a dense covariance has no weight space: take FunctionSpace() or ConjugateGradients().")
 
     def gram(self) -> Tensor:
         if torch.is_grad_enabled() and self._given is None:
-            return self.kernel(self.x, self.x).to(self.dtype)
+            gram = self.kernel(self.x, self.x)
+            self._kept = gram.detach()
+            return gram.to(self.dtype)
         if self._kept is None:
             self._kept = self.kernel(self.x, self.x)
         return self._kept.to(self.dtype)
@@ -359,6 +381,9 @@ class DenseCovariance(AbstractCovariance):
 
     def widened(self, x: Tensor) -> DenseCovariance:
         return self.extended(x)
+
+    def inputs(self, rows: int) -> Iterator[Tensor]:
+        yield from self.x.split(rows)
 
     def at(self, x: Tensor) -> DenseCovariance:
         x = x.to(self.x.dtype)

@@ -114,7 +114,9 @@ class _FunctionInverse(AbstractInverse):
             image, primal, energy = self.image(dual)
         return Solution(dual, primal, *refinement.verdict(), self.dual_quad(rhs, dual, energy))
 
-    def logdet(self, by_row: bool = True) -> LogDet:  # noqa: ARG002
+    def logdet(self, by_row: bool = True, derivatives: bool = True) -> LogDet:  # noqa: ARG002
+        if not derivatives:
+            return LogDet(self._factor.logdet())
         diagonal = self._factor.inverse_diagonal()
         by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
         return LogDet(self._factor.logdet(), self._by_variance(diagonal), by_noise)
@@ -124,30 +126,28 @@ class _FunctionInverse(AbstractInverse):
             return diagonal.new_zeros(0)
         weighted = self.exact.weighted
         if weighted.per_layer:
-            # R B⁻¹ Rᵀ, whose inner product with a layer's Gram is the derivative by its variance.
-            half = self.exact.likelihood.unwhiten(self._inverse())
-            inverse = self.exact.likelihood.unwhiten(half.mT)
-            return (weighted.layer_grams() * inverse).sum((-2, -1)) * weighted.variances
+            # The derivative by a layer's variance is an inner product with the layer's Gram.
+            return (weighted.layer_grams() * self.precision()).sum((-2, -1)) * weighted.variances
         if not weighted.per_parameter:
             # tr(B⁻¹ Ψ Ψᵀ) = tr(I - B⁻¹)
             return (1 - diagonal).sum(0, keepdim=True)
         # diag Ψᵀ B⁻¹ Ψ, by rows of Ψ.
-        inverse, total, start = self._inverse(), torch.zeros_like(weighted.scales), 0
+        inverse, total, start = self._factor.inverse(), torch.zeros_like(weighted.scales), 0
         for rows, block in weighted.features.blocks():
             psi = self.exact.rows(rows, block)
             total += (self.exact.adjoint(inverse[start : start + len(psi)]) * psi).sum(0)
             start += len(psi)
         return total
 
-    def _inverse(self) -> Tensor:
-        size = self.exact.size("function")
-        return self._factor.solve(torch.eye(size, dtype=self.dtype, device=self.exact.covariance.device))
+    def precision(self) -> Tensor:
+        half = self.exact.likelihood.unwhiten(self._factor.inverse())
+        return self.exact.likelihood.unwhiten(half.mT)
 
     def inverse_blocks(self) -> Tensor:
         width = self.exact.likelihood.width
         if width == 1:
             return self._factor.inverse_diagonal().view(-1, 1, 1)
-        blocks = self._inverse().unflatten(0, (-1, width)).unflatten(-1, (-1, width))
+        blocks = self._factor.inverse().unflatten(0, (-1, width)).unflatten(-1, (-1, width))
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
@@ -187,7 +187,9 @@ class _WeightInverse(AbstractInverse):
             dual = rhs - self.exact.apply(primal)
         return Solution(dual, primal, *refinement.verdict(), self.primal_quad(dual, primal))
 
-    def logdet(self, by_row: bool = True) -> LogDet:
+    def logdet(self, by_row: bool = True, derivatives: bool = True) -> LogDet:
+        if not derivatives:
+            return LogDet(self._factor.logdet())
         weights = 1 - self._factor.inverse_diagonal()
         if self.exact.homoscedastic:
             # tr B⁻¹ = n - tr Ψᵀ Ψ A⁻¹
@@ -197,6 +199,10 @@ class _WeightInverse(AbstractInverse):
         else:
             by_noise = torch.ones(self.exact.size("function"), dtype=self.dtype, device=weights.device)
         return LogDet(self._factor.logdet(), self.exact.weighted.by_group(weights), by_noise)
+
+    def precision(self) -> Tensor:
+        covariance = self.exact.covariance
+        return self.solve(torch.eye(covariance.num_rows, dtype=self.dtype, device=covariance.device)).checked()
 
     def inverse_blocks(self) -> Tensor:
         width = self.exact.likelihood.width
@@ -228,7 +234,7 @@ def cholesky(matrix: Tensor) -> CholeskyFactor:
     lower, info = torch.linalg.cholesky_ex(matrix)
     if bool(info) or not bool(lower.diagonal().isfinite().all()):
         outcome = Outcome.NOT_POSITIVE if bool(matrix.isfinite().all()) else Outcome.NOT_FINITE
-        raise _not_factorised(matrix.shape[0], outcome)
+        raise not_factorised(matrix.shape[0], outcome)
     return CholeskyFactor(lower)
 
 
@@ -236,13 +242,14 @@ def _check_rounding(diagonal: Tensor) -> None:
     """Refuse I + H, by its diagonal or eigenvalues, if the smallest eigenvalue, one, is lost in the rounding of H."""
     size = diagonal.shape[0]
     if not bool(diagonal.isfinite().all()):
-        raise _not_factorised(size, Outcome.NOT_FINITE)
+        raise not_factorised(size, Outcome.NOT_FINITE)
     # Rounding errors of independent signs: a random matrix, whose norm grows with the root of its size.
     if float(diagonal.max()) * torch.finfo(diagonal.dtype).eps * size**0.5 > _LARGEST_ROUNDING:
-        raise _not_factorised(size, Outcome.NOT_POSITIVE)
+        raise not_factorised(size, Outcome.NOT_POSITIVE)
 
 
-def _not_factorised(size: int, outcome: Outcome) -> SolveError:
+def not_factorised(size: int, outcome: Outcome) -> SolveError:
+    """The error of a matrix that has no Cholesky factor."""
     return SolveError(f"the {size} x {size} system cannot be factorised ({outcome.name}): {outcome.value}")
 
 

@@ -33,6 +33,10 @@ class AbstractFactor(ABC):
     def inverse_diagonal(self) -> Tensor:
         """diag(A⁻¹) `[n]`."""
 
+    @abstractmethod
+    def inverse(self) -> Tensor:
+        """A⁻¹ `[n, n]`, in new memory."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -62,7 +66,10 @@ class CholeskyFactor(AbstractFactor):
         return 2 * self.lower.diagonal().log().sum()
 
     def inverse_diagonal(self) -> Tensor:
-        return torch.cholesky_inverse(self.lower).diagonal()
+        return self.inverse().diagonal()
+
+    def inverse(self) -> Tensor:
+        return torch.cholesky_inverse(self.lower)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +102,9 @@ class SpectralFactor(AbstractFactor):
 
     def inverse_diagonal(self) -> Tensor:
         return 1 / self.rest + self.vectors.square() @ (1 / self.values - 1 / self.rest)
+
+    def inverse(self) -> Tensor:
+        return self.solve(torch.eye(self.vectors.shape[0], dtype=self.vectors.dtype, device=self.vectors.device))
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +144,14 @@ class BlockFactor(AbstractFactor):
             result[index] = part
         return result
 
+    def inverse(self) -> Tensor:
+        parts = [factor.inverse() for factor, _ in self._blocks]
+        size = sum(len(part) for part in parts)
+        result = parts[0].new_zeros(size, size)
+        for part, (_, index) in zip(parts, self._blocks, strict=True):
+            result[index.unsqueeze(-1), index] = part
+        return result
+
     @property
     def nbytes(self) -> int:
         return sum(factor.nbytes + index.nbytes for factor, index in self._blocks)
@@ -157,6 +175,9 @@ class ScaledFactor(AbstractFactor):
 
     def inverse_diagonal(self) -> Tensor:
         return self.factor.inverse_diagonal() / self.scales.square()
+
+    def inverse(self) -> Tensor:
+        return self.factor.inverse() / self.scales / self.scales.unsqueeze(-1)
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gpntk.inference.covariance import AbstractCovariance
@@ -12,6 +13,8 @@ from gpntk.inference.features import exact_dtype
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import nystrom
 from gpntk.inference.system import WhitenedSystem
+
+_NONE = torch.zeros(0, device="cpu")
 
 
 class LogDet(NamedTuple):
@@ -27,8 +30,8 @@ class LogDet(NamedTuple):
     """
 
     value: Tensor
-    by_variance: Tensor
-    by_noise: Tensor
+    by_variance: Tensor = _NONE
+    by_noise: Tensor = _NONE
     standard_error: float = 0.0
 
 
@@ -69,8 +72,12 @@ class AbstractInverse(ABC):
         """B⁻¹ b for b `[K, m]`."""
 
     @abstractmethod
-    def logdet(self, by_row: bool = True) -> LogDet:
+    def logdet(self, by_row: bool = True, derivatives: bool = True) -> LogDet:
         """log|B| with derivatives; those with respect to a noise per row, which cost, only if ``by_row``."""
+
+    @abstractmethod
+    def precision(self) -> Tensor:
+        """(K + Λ⁻¹)⁻¹ = R B⁻¹ Rᵀ `[n, n]`, in new memory."""
 
     @abstractmethod
     def inverse_blocks(self) -> Tensor:

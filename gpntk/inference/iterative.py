@@ -290,7 +290,7 @@ class _IterativeInverse(AbstractInverse):
 
     # --- determinants ------------------------------------------------------------------------------------------
 
-    def logdet(self, by_row: bool = True) -> LogDet:
+    def logdet(self, by_row: bool = True, derivatives: bool = True) -> LogDet:
         # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
         covariance, size = self.system.covariance, self.system.size(self._space)
@@ -298,14 +298,15 @@ class _IterativeInverse(AbstractInverse):
         run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
         SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
+        value = self._factor.logdet().to(self.dtype) + value
+        if not derivatives:
+            return LogDet(value, standard_error=error)
         y = self._factor.half_transposed(probes)
         rest = self._factor.half_transposed(run.value) - y
         diagonal = (self._factor.inverse_diagonal() + (y * rest).mean(0)).to(self.dtype)
         if self._space == "weight":
-            derivatives = self._weight_derivatives(diagonal, by_row)
-        else:
-            derivatives = self._function_derivatives(diagonal, y, rest)
-        return LogDet(self._factor.logdet().to(self.dtype) + value, *derivatives, error)
+            return LogDet(value, *self._weight_derivatives(diagonal, by_row), error)
+        return LogDet(value, *self._function_derivatives(diagonal, y, rest), error)
 
     def _weight_derivatives(self, diagonal: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
         by_variance = self.exact.weighted.by_group(1 - diagonal)
@@ -339,6 +340,10 @@ class _IterativeInverse(AbstractInverse):
             traces = traces + weighted.by_group(gains[part] @ images)
         product = self.system.adjoint(rest) * self.system.adjoint(y)
         return traces + weighted.by_group(product.to(self.dtype).mean(0)), by_noise
+
+    def precision(self) -> Tensor:
+        covariance = self.exact.covariance
+        return self.solve(torch.eye(covariance.num_rows, dtype=self.dtype, device=covariance.device)).checked()
 
     def inverse_blocks(self) -> Tensor:
         # E[z (B⁻¹ z)ᵀ] = B⁻¹ for probes z of entries ±1, whose blocks of one input are told apart by their signs.

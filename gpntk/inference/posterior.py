@@ -16,7 +16,6 @@ from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import cholesky
 from gpntk.inference.factors import CholeskyFactor
 from gpntk.inference.inverse import AbstractInverse, LogDet
-from gpntk.inference.noise import AbstractNoise
 from gpntk.inference.outcome import SolveResult
 from gpntk.inference.solver import AbstractSolver, SolverChoice
 from gpntk.inference.system import WhitenedSystem
@@ -102,6 +101,19 @@ class Posterior:
         self._updates: tuple[_Update, ...] = ()
         self._directions: tuple[int, Tensor] | None = None
 
+    @classmethod
+    def at_mode(cls, inverse: AbstractInverse, choice: SolverChoice, dual: Tensor) -> Posterior:
+        """The Gaussian of mean K a and of the covariance of a prepared system, for a = ``dual`` `[n]`.
+
+        It has no targets: `log_evidence`, `leave_one_out` and `condition_on` are for whoever knows the likelihood.
+        """
+        posterior = cls.__new__(cls)
+        posterior.choice, posterior.inverse, posterior.system = choice, inverse, inverse.system
+        posterior._single, posterior._updates, posterior._directions = True, (), None
+        posterior._functions, posterior._dual = inverse.exact.covariance, dual.unsqueeze(0)
+        posterior._coefficients = posterior._functions.coefficients(posterior._dual)
+        return posterior
+
     @property
     def solver(self) -> AbstractSolver:
         """The solver in charge: what an automatic choice chose."""
@@ -167,21 +179,20 @@ class Posterior:
         alike, own = features.ranks.generators(generator, features.device)
 
         def normal(size: int, generator: torch.Generator | None = alike) -> Tensor:
-            shape = (count * len(self._targets), size)
+            shape = (count * len(self._coefficients), size)
             return torch.randn(*shape, generator=generator, dtype=self.inverse.dtype, device=features.device)
 
-        # w0 ~ N(0, I), e ~ N(0, I):  w0 + Ψᵀ B⁻¹ (Rᵀ y - Ψ w0 - e)  has the posterior's law.
+        # w0 ~ N(0, I), e ~ N(0, I):  w0 - Ψᵀ B⁻¹ (Ψ w0 + e)  has the posterior's law but for its mean.
         prior = normal(features.num_features)
-        gap = exact.likelihood.whiten(self._targets).repeat(count, 1) - exact.apply(prior)
-        solution = self.inverse.whitened(gap - normal(gap.shape[1], own))
+        gap = exact.apply(prior)
+        solution = self.inverse.whitened(gap + normal(gap.shape[1], own))
         assert solution.primal is not None
-        weights = (prior + solution.result(solution.primal).checked()) * exact.weighted.scales
+        weights = (prior - solution.result(solution.primal).checked()) * exact.weighted.scales
         for update in self._updates:
-            gap = update.targets.repeat(count, 1) - self._functions.values(update.x, weights)
-            gap = _noise(update).whiten(gap)
-            weights = weights + update.factor.solve(gap - normal(gap.shape[1])) @ update.columns
-        shape = (count,) if self._single else (count, len(self._targets))
-        return weights.unflatten(0, shape)
+            gap = update.system.likelihood.whiten(self._functions.values(update.x, weights))
+            weights = weights - update.factor.solve(gap + normal(gap.shape[1])) @ update.columns
+        weights = weights.unflatten(0, (count, -1)) + self._coefficients
+        return weights.squeeze(1) if self._single else weights
 
     # --- what the data say of the model ------------------------------------------------------------------------
 
@@ -192,7 +203,7 @@ class Posterior:
         `gpntk.inference.log_evidence` is differentiable.
         """
         system, columns = self.inverse.exact, len(self._targets)
-        logdet = self._determinant.value + system.noise_logdet
+        logdet = self.inverse.logdet(derivatives=False).value + system.noise_logdet
         total = self._quad + columns * (logdet + system.observed * math.log(2 * math.pi))
         for update in self._updates:
             white = update.factor.half(update.gaps)
@@ -348,10 +359,6 @@ class Posterior:
         bytes_each = 8 * 4 * (size + rows)
         size = next(chunks(x.shape[0], bytes_each, covariance.memory_budget // 2)).stop
         return list(x.split(max(1, min(size, _ROWS))))
-
-
-def _noise(update: _Update) -> AbstractNoise:
-    return update.system.likelihood
 
 
 def _checked(system: WhitenedSystem, y: Tensor) -> Tensor:

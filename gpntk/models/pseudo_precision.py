@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
-from gpntk.likelihoods.categorical import Categorical
+from gpntk.likelihoods.old_categorical import Categorical
 
 # Rows transformed at once.
 _ROWS = 1024

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gpntk.errors import SolveError
 from gpntk.inference.hyperposterior import NEGLIGIBLE, Draws, infer, log_prior
-from gpntk.likelihoods import Link, probabilities
-from gpntk.models import LaplacePosterior
-from gpntk.models.laplace import Latent
+from gpntk.likelihoods import Latent, Link, probabilities
+from gpntk.models.old_laplace import LaplacePosterior
 from gpntk.transfer.components import SumOfComponents
 
 # From a fiftieth of the variances of largest evidence to three times these.
