@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import InputError
+from gpntk.inference import DenseCovariance
 from gpntk.likelihoods import probabilities
 from gpntk.models import LaplacePosterior, VariationalGP, greedy_inducing_points
 from tests.test_classification import blobs
@@ -133,8 +134,9 @@ def test_few_inducing_points_say_what_sampling_the_posterior_says() -> None:
     model.fit(x[:60], labels[:60], epochs=60, batch_size=30)
     variational = probabilities(*model.predict(x[60:]), "monte_carlo")
     zeros = torch.zeros(100, 3, dtype=torch.float64)
-    posterior = LaplacePosterior(zeros[:60], gram[:60, :60], labels[:60])
-    latent = posterior.predict(gram[60:, :60], gram.diagonal()[60:], zeros[60:])
+    every = DenseCovariance.of_matrix(gram)
+    posterior = LaplacePosterior(DenseCovariance(every.kernel, every.x[:60]), labels[:60], zeros[:60])
+    latent = posterior.latent(every.x[60:])
     laplace = probabilities(*latent, "monte_carlo")
     assert (variational - expected).abs().max() < 0.05
     assert (laplace - expected).abs().max() < 0.1
