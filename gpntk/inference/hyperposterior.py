@@ -101,7 +101,7 @@ def log_prior(logs: Tensor, hyperparameters: Sequence[Hyperparameter]) -> Tensor
     A prior p of the value θ gives log θ the density p(θ) θ.
     """
     centre, spread = _centres(hyperparameters)
-    default = torch.tensor([h.prior is None for h in hyperparameters], device="cpu")
+    default = torch.tensor([h.prior is None for h in hyperparameters], dtype=torch.bool, device="cpu")
     density = StudentT(_FREEDOM, centre, spread, validate_args=False).log_prob(logs)[default].sum()
     for log, hyperparameter in zip(logs, hyperparameters, strict=True):
         if hyperparameter.prior is not None:
@@ -116,6 +116,8 @@ def infer(
     start: Tensor | None = None,
     fixed: Mapping[str, float] | None = None,
     *,
+    curvature: bool = True,
+    tolerance: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Draws:
     """The posterior of the hyperparameters, given their log likelihood as a differentiable function; float64.
@@ -130,6 +132,9 @@ def infer(
         average: Whether to return several draws or the maximum.
         start: Where to start from `[H]`.
         fixed: Values of those that are known, by name.
+        curvature: Whether the evidence at the maximum is wanted, which takes one gradient for each hyperparameter; else
+            it is NaN.
+        tolerance: Nats that a step must gain for the search to go on; default: as far as rounding allows.
         checkpoint: File of the search for the maximum, which goes on from there.
 
     Raises:
@@ -156,8 +161,12 @@ def infer(
         value, gradient = _value_and_gradient(density, torch.tensor(point, dtype=torch.float64, device="cpu"))
         return value, torch.where(free, gradient, 0.0).numpy()
 
-    found = maximize(evaluate, [point.numpy() for point in starts], bounds.numpy(), checkpoint=checkpoint)
+    found = maximize(
+        evaluate, [point.numpy() for point in starts], bounds.numpy(), tolerance=tolerance, checkpoint=checkpoint
+    )
     mode = torch.tensor(found.point, dtype=torch.float64, device="cpu")
+    if not (average or curvature):
+        return Draws(mode.unsqueeze(0), mode.new_ones(1), math.nan, mode)
     eigenvalues, vectors = torch.linalg.eigh(_curvature(density, mode, free))
     # Nowhere wider than twice the widest prior: a flat direction is not known better than before the data.
     eigenvalues = eigenvalues.clamp_min(0.25 / max(h.spread for h in unknown) ** 2)
@@ -204,6 +213,7 @@ def maximize(
     bounds: NDArray[np.float64] | None = None,
     *,
     max_steps: int = 1000,
+    tolerance: float | None = None,
     rounding: float = 1e-13,
     checkpoint: Checkpoint | None = None,
     callback: Callable[[int, float], None] | None = None,
@@ -218,6 +228,7 @@ def maximize(
         starts: Points to start from.
         bounds: Smallest and largest values `[H, 2]`; equal ones where a coordinate is known.
         max_steps: Most steps, those before a resumption included.
+        tolerance: Nats that a step must gain for the search to go on; default: SciPy's own.
         rounding: Relative rounding of the values: where they rise by no more, the search has ended.
         checkpoint: File of the search.
         callback: Is given the number of each step, from 0, and the best value so far.
@@ -234,19 +245,22 @@ def maximize(
     """
     if max_steps < 0:
         raise InputError(f"max_steps={max_steps}: give the number of steps to take at most, zero or more.")
+    if tolerance is not None and not tolerance > 0:
+        raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
     record = _Record(starts[0], checkpoint, callback)
     if record.finished:
         return record.best
     points = [record.best.point] if record.resumed else starts
     with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
-        searches = [search for point in points if (search := _Search(evaluate, point, bar)).found]
+        made = [_Search(evaluate, point, bar, tolerance, rounding) for point in points]
+        searches = [search for search in made if search.found]
         if not searches:
             raise SolveError(
                 "the covariance of the labels cannot be factorised: check X for NaN and rows of huge values."
             )
         for search in searches:
             left = max_steps - record.best.steps
-            ended = left > 0 and search.run(bounds, left, rounding, record.after_step)
+            ended = left > 0 and search.run(bounds, left, record.after_step)
             record.keep(search, finished=ended and search is searches[-1])
     return record.best
 
@@ -291,21 +305,32 @@ class _Search:
     searches come back.
     """
 
-    def __init__(self, evaluate: Callable[[Point], tuple[float, Point]], start: Point, bar: Any) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Point], tuple[float, Point]],
+        start: Point,
+        bar: Any,
+        tolerance: float | None,
+        rounding: float,
+    ) -> None:
         self._evaluate, self._bar = evaluate, bar
         self.best, self.highest = start, -math.inf
         value, gradient = self._at(start)
         self.found = math.isfinite(value)
         self._unit = max(1.0, float(np.linalg.norm(gradient)))
+        # SciPy's own tolerances, in nats: that of values is relative to the largest of them, or to the unit.
+        self._tolerances = {"gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, rounding)}
+        if tolerance is not None:
+            relative = tolerance / max(self._unit, abs(value))
+            self._tolerances = {"gtol": 1e-3 * tolerance / self._unit, "ftol": max(relative, rounding)}
 
-    def run(self, bounds: Point | None, max_steps: int, rounding: float, after_step: Callable[[_Search], None]) -> bool:
+    def run(self, bounds: Point | None, max_steps: int, after_step: Callable[[_Search], None]) -> bool:
         """Go to the maximum; whether it was reached in so many steps."""
 
         def callback(intermediate_result: OptimizeResult) -> None:  # noqa: ARG001 (the name tells SciPy what to pass)
             after_step(self)
 
-        # SciPy's own tolerances, in nats.
-        options = {"maxiter": max_steps, "gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, rounding)}
+        options = {"maxiter": max_steps, **self._tolerances}
         found = minimize(
             self, self.best, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=callback
         )
