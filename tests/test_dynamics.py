@@ -697,6 +697,38 @@ def test_dense_covariances_are_differentiable_and_others_have_no_derivative() ->
     assert not lazy.covariance.requires_grad
 
 
+def test_both_kernels_of_a_wide_network_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, x_test = data()
+    network = mlp(2, 3, 1)
+    ntk, nngp = (kind(network, 1.3, 0.2).double() for kind in (gpntk.InfiniteNTKKernel, gpntk.InfiniteNNGPKernel))
+    two = gpntk.GradientFlow(ntk, x, y, nngp=nngp, noise=0.01, diag_reg=0.02)
+    runs: list[tuple[int, int]] = []
+    compute = gpntk.infinite.InfiniteKernels.matrices
+
+    def counting(self: gpntk.infinite.InfiniteKernels, x1: Tensor, x2: Tensor, *arguments: Any) -> list[Tensor]:
+        runs.append((len(x1), len(x2)))
+        return compute(self, x1, x2, *arguments)
+
+    for given in (gpntk.infinite.kernels(network, 1.3, 0.2), ntk.both):
+        one = gpntk.GradientFlow(given, x, y, noise=0.01, diag_reg=0.02)
+        for result, expected in (
+            (one.predict(x_test, TIMES), two.predict(x_test, TIMES)),
+            (one.predict(x_test, trained="readout"), two.predict(x_test, trained="readout")),
+            (one.posterior(x_test), two.posterior(x_test)),
+        ):
+            close(result.mean, expected.mean, 1e-9)
+            assert result.covariance is not None
+            assert expected.covariance is not None
+            close(result.covariance, expected.covariance, 1e-9)
+        monkeypatch.setattr(gpntk.infinite.InfiniteKernels, "matrices", counting)
+        gpntk.GradientFlow(given, x, y, noise=0.01).predict(x_test, 3.0)
+        monkeypatch.undo()
+    # Each of the three matrices that mean and covariance need is computed once.
+    assert sorted(runs) == sorted(2 * [(10, 10), (4, 10), (4, 4)])
+    with pytest.raises(InputError, match="weights are those of a finite network: ntk is an infinitely wide"):
+        one.weights()
+
+
 def test_kernels_are_copied_and_left_alone() -> None:
     x, y, x_test = data()
     kernel = rbf(0.3)
@@ -716,6 +748,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "x a vector": ({"x": X[:, 0]}, r"x must be floating point \[N, D\]"),
     "rate": ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
     "noise": ({"noise": -1.0}, "noise=-1.0 must be at least zero"),
+    "tolerance": ({"tolerance": -1.0}, "tolerance=-1.0 must be between 0 and 1"),
+    "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan must be between 0 and 1"),
+    "iterations": ({"max_iterations": 0}, "max_iterations=0 must be at least 1"),
+    "no kernel": ({"ntk": torch.eye(6)}, "ntk is a Tensor: give a GPyTorch kernel, or gpntk.infinite.kernels"),
+    "x of NumPy": ({"x": X.numpy()}, "x is a ndarray: pass a tensor"),
+    "nngp twice": ({"ntk": gpntk.infinite.kernels(mlp(2, 3, 1)), "nngp": rbf(1.0)}, "ntk has both kernels"),
     "loss": ({"loss": "hinge"}, "choose one of 'mse', 'cross_entropy'"),
     "method": ({"method": "fast"}, "choose one of 'auto', 'dense', 'lanczos'"),
     "momentum": ({"momentum": 1.0, "discrete": True}, r"in \[0, 1\)"),

@@ -19,17 +19,17 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
-from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from gpntk.dynamics.cross_entropy import cross_entropy_coefficients
 from gpntk.dynamics.filters import GradientFilter
 from gpntk.dynamics.matrix_functions import Filtered
-from gpntk.dynamics.training_kernel import FilterSettings, Method, TrainingKernel
+from gpntk.dynamics.training_data import OutputLayout, as_outputs, check_test_inputs, check_training_data
+from gpntk.dynamics.training_kernel import FilterSettings, Method, TrainingKernel, feature_kernel, kernel_functions
 from gpntk.errors import InputError
 from gpntk.inference.features import exact_dtype
-from gpntk.inference.training_data import OutputLayout, as_outputs, check_test_inputs, check_training_data
-from gpntk.kernels import AbstractFeatureKernel
+from gpntk.infinite import InfiniteKernels
 
 Loss = Literal["mse", "cross_entropy"]
 # Largest curvature of a loss in an output, by loss and whether there is but one output.
@@ -93,11 +93,12 @@ class GradientFlow:
 
     Args:
         ntk: Θ, any GPyTorch kernel with one row per input (shared by all outputs) or C of them (rows n*C + c). Kernels
-            are copied, with the hyperparameters they have.
+            are copied, with the hyperparameters they have. Or both kernels of an infinitely wide network, as
+            `gpntk.infinite.kernels` gives them: then K is known too, and both are computed in one pass.
         x: Training inputs `[N, D]`.
         y: Targets `[N]` or `[N, C]`. For the cross-entropy: classes, integers `[N]`; or their probabilities `[N, C]`,
             or `[N]` for a single logit.
-        nngp: K, the kernel of the networks at initialization.
+        nngp: K, the kernel of the networks at initialization; makes it an ensemble.
         learning_rate: η.
         loss: ``"mse"`` or ``"cross_entropy"``.
         noise: s, a variance in the units of the kernel.
@@ -153,7 +154,7 @@ class GradientFlow:
 
     def __init__(
         self,
-        ntk: Kernel,
+        ntk: Kernel | InfiniteKernels,
         x: Tensor,
         y: Tensor,
         nngp: Kernel | None = None,
@@ -173,11 +174,13 @@ class GradientFlow:
         _check_options(
             loss,
             method,
-            rate=learning_rate,
-            noise=noise,
-            diag_reg=diag_reg,
-            momentum=momentum,
-            discrete=discrete,
+            momentum,
+            discrete,
+            learning_rate=(learning_rate, 0 < learning_rate < math.inf, "positive"),
+            noise=(noise, 0 <= noise < math.inf, "at least zero: it is a variance"),
+            diag_reg=(diag_reg, 0 <= diag_reg < math.inf, "at least zero: it is a variance"),
+            tolerance=(tolerance, 0 < tolerance < 1, "between 0 and 1"),
+            max_iterations=(max_iterations, max_iterations >= 1, "at least 1"),
         )
         check_training_data(x, y, loss)
         if loss == "cross_entropy" and nngp is not None:
@@ -185,8 +188,10 @@ class GradientFlow:
         self._x, self._initial, self._loss, self._tolerance = x.detach(), initial, loss, tolerance
         self._exact = exact_dtype(x.device)
         settings = FilterSettings(method, noise, diag_reg, tolerance, max_iterations)
-        self._ntk = TrainingKernel(ntk, "ntk", self._x, settings)
-        self._nngp = None if nngp is None else TrainingKernel(nngp, "nngp", self._x, settings)
+        theta, prior = kernel_functions(ntk, nngp)
+        self._ntk = TrainingKernel(theta, self._x, settings)
+        # Of the cross-entropy no covariance is known.
+        self._nngp = None if prior is None or loss != "mse" else TrainingKernel(prior, self._x, settings)
         self._start, self._targets, self._layout = self._targets_of(y)
         self._mean_over = (y.shape[0] if loss == "cross_entropy" else self._targets.numel()) if normalize else 1
         self._rate = learning_rate
@@ -247,7 +252,7 @@ class GradientFlow:
         The layout is the kernel's, ``kernel.network.unflatten(ω)`` names the parts. S are the kernel's prior variances,
         one unless it has ``layer_variances`` or a ``ScaleKernel`` around it; in the metric S the flow goes down.
         """
-        kernel, scale = _feature_kernel(self._ntk.kernel)
+        kernel, scale = feature_kernel(self._ntk.function.kernel)
         times, several = self._times(t)
         value = self._filtered(self._ntk, self._filter, times).value
         with torch.no_grad():
@@ -365,27 +370,13 @@ class GradientFlow:
         return FlowPrediction(mean[0], None if spread is None else spread[0], None if error is None else error[0])
 
 
-def _feature_kernel(kernel: Kernel) -> tuple[AbstractFeatureKernel, Tensor | float]:
-    """The feature kernel inside, and the constant that multiplies it."""
-    if isinstance(kernel, AbstractFeatureKernel):
-        return kernel, 1.0
-    if isinstance(kernel, ScaleKernel):
-        inner, scale = _feature_kernel(kernel.base_kernel)
-        return inner, scale * kernel.outputscale
-    raise InputError(f"weights are those of a finite network: ntk is {type(kernel).__name__}, give an NTKKernel.")
-
-
-def _check_options(
-    loss: str, method: str, *, rate: float, noise: float, diag_reg: float, momentum: float, discrete: bool
-) -> None:
+def _check_options(loss: str, method: str, momentum: float, discrete: bool, **numbers: tuple[float, bool, str]) -> None:
     for name, value, choices in (("loss", loss, ("mse", "cross_entropy")), ("method", method, get_args(Method))):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
-    if not 0 < rate < math.inf:
-        raise InputError(f"learning_rate={rate!r} must be positive.")
-    for name, value in (("noise", noise), ("diag_reg", diag_reg)):
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name}={value!r} must be at least zero: it is a variance.")
+    for name, (value, allowed, must) in numbers.items():
+        if not allowed:
+            raise InputError(f"{name}={value!r} must be {must}.")
     if not 0 <= momentum < 1:
         raise InputError(f"momentum={momentum!r} must be in [0, 1).")
     if momentum and not discrete:

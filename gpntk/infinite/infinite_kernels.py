@@ -23,7 +23,7 @@ from gpntk.infinite.moments import Block
 from gpntk.infinite.program import Program
 from gpntk.infinite.recursion import Variances, equal_pairs, moments, row_numbers, variances
 from gpntk.infinite.trace import trace
-from gpntk.memory import default_budget, workspace
+from gpntk.memory import budget_on, workspace
 
 Kind = Literal["nngp", "ntk"]
 Std = float | Mapping[str, float] | Tensor
@@ -61,7 +61,7 @@ class InfiniteKernels:
         bias_std: σ_b of every layer with weights `[L]`.
         parametrization: ``"ntk"`` or ``"standard"``.
         memory_budget: Bytes for a block of the recursion, and for what the backward pass needs of all, beyond which
-            blocks are computed again for it; default a quarter of what is free.
+            blocks are computed again for it; default a quarter of the memory.
     """
 
     program: Program
@@ -170,17 +170,14 @@ class InfiniteKernels:
     def _within_budget(self, part: Callable[_P, _T], entries: int, x: Tensor) -> Callable[_P, _T]:
         """``part``, or where the backward pass needs too much of all ``entries``, what computes it again for that."""
         kept = _LIVE * _BYTES * len(self.program.steps) * self.program.positions * entries
-        if kept <= self._budget(x.device):
+        if kept <= budget_on(x.device, self.memory_budget):
             return part
         # Whose annotations say nothing of what it returns.
         return cast("Callable[_P, _T]", partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False))
 
-    def _budget(self, device: torch.device) -> int:
-        return default_budget(device) if self.memory_budget is None else self.memory_budget
-
     def _entries(self, x: Tensor, tangent: bool) -> int:
         """Pairs of inputs in a block."""
-        numbers = workspace(x.device, self._budget(x.device)) // (_LIVE * _BYTES)
+        numbers = workspace(x.device, budget_on(x.device, self.memory_budget)) // (_LIVE * _BYTES)
         if x.device.type == "cpu":
             numbers = min(numbers, _IN_CACHE[tangent] * torch.get_num_threads())
         return max(1, numbers // self.program.positions)

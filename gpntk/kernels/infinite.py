@@ -181,7 +181,7 @@ class InfiniteNNGPKernel(_InfiniteKernel):
         extract: Turns what the network returns (a dict, say) into the output that is meant.
         learn: Whether the σ's require gradients.
         memory_budget: Bytes for a block of the recursion, and for what the backward pass needs of all, beyond which
-            blocks are computed again for it; default a quarter of what is free.
+            blocks are computed again for it; default a quarter of the memory.
         **kwargs: ``active_dims``: see ``gpytorch.kernels.Kernel``.
 
     Raises:

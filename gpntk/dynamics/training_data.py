@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_tensors
 from gpntk.errors import InputError
 
 
@@ -61,6 +62,7 @@ def as_outputs(values: Any, x: Tensor, name: str) -> Tensor:
 
 def check_training_data(x: Tensor, y: Tensor, loss: str) -> None:
     """Raise `InputError` unless x `[N, D]` and y are data for ``loss``, ``"mse"`` or ``"cross_entropy"``."""
+    check_tensors(x=x, y=y)
     if x.dim() != 2 or not x.is_floating_point() or not x.shape[0]:
         raise InputError(f"x must be floating point [N, D] with N > 0, got {x.dtype} of shape {tuple(x.shape)}.")
     if y.dim() not in (1, 2) or y.shape[0] != x.shape[0] or not y.numel():
@@ -93,6 +95,7 @@ def _check_classes(y: Tensor) -> None:
 
 def check_test_inputs(x: Tensor, train: Tensor) -> None:
     """Raise `InputError` unless x `[M, D]` is of the kind of the training inputs."""
+    check_tensors(x=x)
     if x.dim() != 2 or x.shape[-1] != train.shape[-1] or not x.is_floating_point():
         raise InputError(f"x must be floating point [M, {train.shape[-1]}], got {x.dtype} of shape {tuple(x.shape)}.")
     if (x.device, x.dtype) != (train.device, train.dtype):
