@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# `make docs GALLERY=0` does not run the tutorials.
+GALLERY ?= 1
 
 .PHONY: demo test env lint bench bench-gpu docs
 
@@ -28,7 +30,7 @@ bench-gpu: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html -D plot_gallery=$(GALLERY) docs docs/_build/html
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gpntk needs Python 3.11 or newer; set PYTHON=")'

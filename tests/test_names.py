@@ -23,8 +23,13 @@ NAME = re.compile(r"(?<![\w./-])gpntk(?:\.[A-Za-z_]\w*)+")
 
 def documented() -> set[str]:
     names = {name for page in PAGES for name in NAME.findall(page.read_text())}
+    listed = re.findall(r"^   ([A-Za-z][\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
     sources = {name for path in (ROOT / "gpntk").rglob("*.py") for name in NAME.findall(path.read_text())}
-    return {name for name in names | sources if not re.search(r"\.(py|git|readthedocs)$", name)}
+    return {
+        name
+        for name in names | sources | {f"gpntk.{name}" for name in listed}
+        if not re.search(r"\.(py|git|readthedocs)$", name)
+    }
 
 
 def look_up(name: str) -> None:

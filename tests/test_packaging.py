@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -83,13 +82,3 @@ def test_files_are_short_and_say_what_they_are(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     assert ast.get_docstring(ast.parse(text))
-
-
-def test_the_code_in_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    script = "\n".join(blocks) + (
-        "\nmodel = TargetGP(x, y, gpytorch.likelihoods.GaussianLikelihood(), network).eval()"
-        "\nassert model(torch.rand(5, 2)).mean.shape == (5,)"
-    )
-    run(sys.executable, "-c", script, cwd=ROOT)

@@ -2,15 +2,18 @@
 From a trained network to a Gaussian process
 ============================================
 
-A network trained on one task is often nearly right on a related one. This tutorial turns such a network into a
-Gaussian process (GP), teaches it the related task from a few labelled examples, and compares the result with other
-uses of the same network and the same labels.
+A network trained on one task is often nearly right on a related one. This tutorial
+turns such a network into a Gaussian process (GP), teaches it the related task from a
+few labelled examples, and compares the result with other uses of the same network and
+the same labels.
 
-* **Source task**, many labels: by what angle is an image of a digit 0, 1, 2, 3 or 4 rotated?
-* **Target task**, few labels: by what angle is an image of a digit 5, 6, 7, 8 or 9 rotated?
+* **Source task**, many labels: by what angle is an image of a digit 0, 1, 2, 3 or 4
+  rotated?
+* **Target task**, few labels: by what angle is an image of a digit 5, 6, 7, 8 or 9
+  rotated?
 
-The images are the 8 x 8 digits that come with scikit-learn; nothing is downloaded. The whole file runs in about a
-minute.
+The images are the 8 x 8 digits that come with scikit-learn; nothing is downloaded. The
+whole file runs in about a minute.
 """
 
 import copy
@@ -48,22 +51,36 @@ torch.set_num_threads(1)  # the network is too small to gain from more
 # The data
 # --------
 #
-# Each image is turned by a random angle between -45 and 45 degrees, which is its label. Images of the source task are
-# turned afresh whenever they are used. Images of the target task are turned once, and each is either for learning or
-# for testing, never for both. People do not write upright, so no method can be perfect.
+# Each image is turned by a random angle between -45 and 45 degrees, which is its label.
+# Images of the source task are turned afresh whenever they are used. Images of the
+# target task are turned once, and each is either for learning or for testing, never for
+# both. People do not write upright, so no method can be perfect.
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Rotate flat images `[N, 64]` by `[N]` degrees, bilinearly and without changing their size."""
+    """Rotate flat images `[N, 64]` by `[N]` degrees, bilinearly and without changing
+    their size.
+    """
     angle = degrees.deg2rad()
     zero = torch.zeros_like(angle)
-    rows = [torch.stack([angle.cos(), -angle.sin(), zero], -1), torch.stack([angle.sin(), angle.cos(), zero], -1)]
-    grid = nn.functional.affine_grid(torch.stack(rows, 1), [len(images), 1, 8, 8], align_corners=False)
-    return nn.functional.grid_sample(images.reshape(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+    rows = [
+        torch.stack([angle.cos(), -angle.sin(), zero], -1),
+        torch.stack([angle.sin(), angle.cos(), zero], -1),
+    ]
+    grid = nn.functional.affine_grid(
+        torch.stack(rows, 1), [len(images), 1, 8, 8], align_corners=False
+    )
+    return nn.functional.grid_sample(
+        images.reshape(-1, 1, 8, 8), grid, align_corners=False
+    ).flatten(1)
 
 
-def rotate_at_random(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The images `[N, 64]` turned by random angles, and these angles `[N]` in degrees."""
+def rotate_at_random(
+    images: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The images `[N, 64]` turned by random angles, and these angles `[N]` in
+    degrees.
+    """
     degrees = LARGEST_ANGLE * (2 * torch.rand(len(images), generator=generator) - 1)
     return rotate(images, degrees), degrees
 
@@ -74,7 +91,9 @@ source_images, target_images = pixels[digits.target <= 4], pixels[digits.target 
 
 
 def draw_target(seed: int) -> tuple[Array, Array]:
-    """All images of the target task in random order, turned, and their angles; the first ones are for learning."""
+    """All images of the target task in random order, turned, and their angles; the
+    first ones are for learning.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     order = torch.randperm(len(target_images), generator=generator)
     images, degrees = rotate_at_random(target_images[order], generator)
@@ -85,8 +104,8 @@ def draw_target(seed: int) -> tuple[Array, Array]:
 # The source network
 # ------------------
 #
-# A plain network with two hidden layers. Its last step turns units of 45 degrees into degrees, so that training sees
-# numbers of order one and everybody else sees degrees.
+# A plain network with two hidden layers. Its last step turns units of 45 degrees into
+# degrees, so that training sees numbers of order one and everybody else sees degrees.
 
 
 class Degrees(nn.Module):
@@ -102,17 +121,23 @@ def mean_squared_error(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def train_source(seed: int, steps: int = 3000) -> nn.Sequential:
-    """A network trained to tell the angle of images of the source task; in eval mode, as GPs need it."""
+    """A network trained to tell the angle of images of the source task; in eval
+    mode, as GPs need it.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
     network = nn.Sequential(*hidden, nn.Linear(128, 1), Degrees())
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-3, total_steps=steps
+    )
     for _ in range(steps):
         batch = torch.randint(len(source_images), (128,), generator=generator)
         optimizer.zero_grad()
-        mean_squared_error(network, *rotate_at_random(source_images[batch], generator)).backward()
+        mean_squared_error(
+            network, *rotate_at_random(source_images[batch], generator)
+        ).backward()
         optimizer.step()
         schedule.step()
     return network.eval()
@@ -128,47 +153,68 @@ def evaluate(network: nn.Module, x: Array) -> Array:
 # Six ways to use it
 # ------------------
 #
-# Each method is a function of the source network, n labelled images x with angles y, the test images and a seed. It
-# returns the mean and the standard deviation of the angle of each test image, noise included. No method sees a test
-# label.
+# Each method is a function of the source network, n labelled images x with angles y,
+# the test images and a seed. It returns the mean and the standard deviation of the
+# angle of each test image, noise included. No method sees a test label.
 #
-# **Source network.** The network as it is; only the size of its error is learned from the labels.
+# **Source network.** The network as it is; only the size of its error is learned from
+# the labels.
 
 Prediction = tuple[Array, Array]
 Method = Callable[[nn.Sequential, Array, Array, Array, int], Prediction]
 
 
-def source_network(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
-    """The network as it is, with the root mean squared residual as standard deviation."""
+def source_network(
+    network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int
+) -> Prediction:
+    """The network as it is, with the root mean squared residual as standard
+    deviation.
+    """
     residual = y - evaluate(network, x)[:, 0]
-    return evaluate(network, x_test)[:, 0], np.full(len(x_test), np.sqrt(np.square(residual).mean()))
+    return evaluate(network, x_test)[:, 0], np.full(
+        len(x_test), np.sqrt(np.square(residual).mean())
+    )
 
 
 # %%
-# **Last layer refitted.** All layers but the last are frozen, and the last is learned anew by Bayesian ridge
-# regression, which chooses its regularisation by the marginal likelihood.
+# **Last layer refitted.** All layers but the last are frozen, and the last is learned
+# anew by Bayesian ridge regression, which chooses its regularisation by the marginal
+# likelihood.
 
 
-def refitted_last_layer(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
+def refitted_last_layer(
+    network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int
+) -> Prediction:
     """Bayesian ridge regression on what enters the last layer."""
     features = network[:-2]
-    return BayesianRidge().fit(evaluate(features, x), y).predict(evaluate(features, x_test), return_std=True)
+    return (
+        BayesianRidge()
+        .fit(evaluate(features, x), y)
+        .predict(evaluate(features, x_test), return_std=True)
+    )
 
 
 # %%
-# **Fine-tuned.** Nothing is frozen: training goes on from the source network, with Adam on all n labelled images at
-# once. Learning rate and number of steps are chosen together by cross-validation in five folds (no step at all is one
-# of the choices), and then the network is trained on all n. The error in the folds left out is the noise variance.
+# **Fine-tuned.** Nothing is frozen: training goes on from the source network, with Adam
+# on all n labelled images at once. Learning rate and number of steps are chosen
+# together by cross-validation in five folds (no step at all is one of the choices), and
+# then the network is trained on all n. The error in the folds left out is the noise
+# variance.
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 MOST_STEPS = 200
 
 
-def fine_tune(network: nn.Sequential, x: Array, y: Array, rate: float) -> Iterator[nn.Sequential]:
+def fine_tune(
+    network: nn.Sequential, x: Array, y: Array, rate: float
+) -> Iterator[nn.Sequential]:
     """A copy of the network after 0, 1, 2, ... steps of Adam on x and y."""
     network = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), rate, fused=True)
-    data = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
+    data = (
+        torch.as_tensor(x, dtype=torch.float32),
+        torch.as_tensor(y, dtype=torch.float32),
+    )
     while True:
         yield network
         optimizer.zero_grad()
@@ -176,53 +222,92 @@ def fine_tune(network: nn.Sequential, x: Array, y: Array, rate: float) -> Iterat
         optimizer.step()
 
 
-def fine_tuned(network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int) -> Prediction:
-    """All weights trained further; learning rate, number of steps and noise by cross-validation."""
+def fine_tuned(
+    network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int
+) -> Prediction:
+    """All weights trained further; learning rate, number of steps and noise by
+    cross-validation.
+    """
     errors = np.zeros((len(LEARNING_RATES), MOST_STEPS + 1))
     for kept, left_out in KFold(5, shuffle=True, random_state=seed).split(x):
         for row, rate in enumerate(LEARNING_RATES):
             path = islice(fine_tune(network, x[kept], y[kept], rate), MOST_STEPS + 1)
-            errors[row] += [np.square(y[left_out] - evaluate(tuned, x[left_out])[:, 0]).sum() for tuned in path]
+            errors[row] += [
+                np.square(y[left_out] - evaluate(tuned, x[left_out])[:, 0]).sum()
+                for tuned in path
+            ]
     row, steps = np.unravel_index(errors.argmin(), errors.shape)
-    tuned = next(islice(fine_tune(network, x, y, LEARNING_RATES[row]), int(steps), None))
-    return evaluate(tuned, x_test)[:, 0], np.full(len(x_test), np.sqrt(errors.min() / len(x)))
+    tuned = next(
+        islice(fine_tune(network, x, y, LEARNING_RATES[row]), int(steps), None)
+    )
+    return evaluate(tuned, x_test)[:, 0], np.full(
+        len(x_test), np.sqrt(errors.min() / len(x))
+    )
 
 
 # %%
-# **RBF GP on pixels.** The usual GP, with a squared exponential kernel, which does without the network.
+# **RBF GP on pixels.** The usual GP, with a squared exponential kernel, which does
+# without the network.
 
 
-def rbf_gp(_network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int) -> Prediction:
-    """A GP with a squared exponential kernel on pixels, its hyperparameters by the marginal likelihood."""
-    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * RBF(2.0, (0.1, 100.0)) + WhiteKernel(0.1, (1e-5, 10.0))
-    model = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed)
+def rbf_gp(
+    _network: nn.Sequential, x: Array, y: Array, x_test: Array, seed: int
+) -> Prediction:
+    """A GP with a squared exponential kernel on pixels, its hyperparameters by the
+    marginal likelihood.
+    """
+    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * RBF(2.0, (0.1, 100.0)) + WhiteKernel(
+        0.1, (1e-5, 10.0)
+    )
+    model = GaussianProcessRegressor(
+        kernel, normalize_y=True, n_restarts_optimizer=2, random_state=seed
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # with few points some optimum lies on a bound
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # with few points some optimum lies on a bound
         model.fit(x, y)
     return model.predict(x_test, return_std=True)
 
 
 # %%
-# **GP, last layer (NNGP)** and **GP, all layers (NTK).** The network is frozen at its weights w and replaced by its
-# expansion to first order in a small move d of the weights,
+# **GP, last layer (NNGP)** and **GP, all layers (NTK).** The network is frozen at its
+# weights w and replaced by its expansion to first order in a small move d of them,
 #
-# .. math:: f(x; w + d) \approx f(x; w) + J(x)\, d, \qquad J(x) = \partial f(x; w) / \partial w.
+# .. math::
 #
-# With a normal distribution over d this is a GP. Its mean is the network, so that it learns what the network gets
-# wrong. Its kernel, J(x) J(x')ᵀ, is the neural tangent kernel (NTK): two images are similar if the same moves of the
-# weights change their outputs alike. If only the last layer moves, that is the inner product of the inputs of the last
-# layer (NNGP). How large moves and noise are is inferred from the labels, and with few labels averaged over: nothing is
-# tuned or held out. (By default the estimator also tries sums with a stationary kernel; here each is on its own.)
+#    f(x; w + d) \approx f(x; w) + J(x)\, d, \qquad
+#    J(x) = \partial f(x; w) / \partial w.
+#
+# With a normal distribution over d this is a GP. Its mean is the network, so that it
+# learns what the network gets wrong. Its kernel, J(x) J(x')ᵀ, is the neural tangent
+# kernel (NTK): two images are similar if the same moves of the weights change their
+# outputs alike. If only the last layer moves, that is the inner product of the inputs
+# of the last layer (NNGP). How large moves and noise are is inferred from the labels,
+# and with few labels averaged over: nothing is tuned or held out. (By default the
+# estimator also tries sums with a stationary kernel; here each is on its own.)
 
 
-def nngp(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
+def nngp(
+    network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int
+) -> Prediction:
     """The GP over moves of the last layer."""
-    return TransferRegressor(network, kernel="nngp").fit(x, y).predict(x_test, return_std=True)
+    return (
+        TransferRegressor(network, kernel="nngp")
+        .fit(x, y)
+        .predict(x_test, return_std=True)
+    )
 
 
-def ntk(network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int) -> Prediction:
+def ntk(
+    network: nn.Sequential, x: Array, y: Array, x_test: Array, _seed: int
+) -> Prediction:
     """The GP over moves of all layers."""
-    return TransferRegressor(network, kernel="ntk").fit(x, y).predict(x_test, return_std=True)
+    return (
+        TransferRegressor(network, kernel="ntk")
+        .fit(x, y)
+        .predict(x_test, return_std=True)
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -238,8 +323,9 @@ METHODS: dict[str, Method] = {
 # The experiment
 # --------------
 #
-# Each seed trains its own source network, and draws its own angles and its own images for learning. Within a seed all
-# methods see the same, and the images for testing are the same for all n.
+# Each seed trains its own source network, and draws its own angles and its own images
+# for learning. Within a seed all methods see the same, and the images for testing are
+# the same for all n.
 
 predictions: dict[tuple[str, int, int], Prediction] = {}
 truths: dict[int, Array] = {}
@@ -249,17 +335,20 @@ for seed in tqdm(SEEDS, desc="seeds"):
     x_test, truths[seed] = x[max(SIZES) :], y[max(SIZES) :]
     for size in SIZES:
         for name, method in METHODS.items():
-            predictions[name, seed, size] = method(network, x[:size], y[:size], x_test, seed)
+            predictions[name, seed, size] = method(
+                network, x[:size], y[:size], x_test, seed
+            )
 
 
 # %%
 # Results
 # -------
 #
-# RMSE measures the mean alone. NLL, the negative log predictive density of the truth, also measures the standard
-# deviation: being wrong is worse with small error bars than with large ones. For both, less is better. The numbers are
-# means over seeds and their standard errors. Since the methods share seeds, and with them most of the luck, differences
-# within a column are more certain than these errors suggest.
+# RMSE measures the mean alone. NLL, the negative log predictive density of the truth,
+# also measures the standard deviation: being wrong is worse with small error bars than
+# with large ones. For both, less is better. The numbers are means over seeds and their
+# standard errors. Since the methods share seeds, and with them most of the luck,
+# differences within a column are more certain than these errors suggest.
 
 
 def rmse(y: Array, mean: Array, _std: Array) -> float:
@@ -269,13 +358,27 @@ def rmse(y: Array, mean: Array, _std: Array) -> float:
 
 def nll(y: Array, mean: Array, std: Array) -> float:
     """Mean negative log density of y under N(mean, std²), in nats."""
-    return float((0.5 * np.square((y - mean) / std) + np.log(std) + 0.5 * math.log(2 * math.pi)).mean())
+    return float(
+        (
+            0.5 * np.square((y - mean) / std)
+            + np.log(std)
+            + 0.5 * math.log(2 * math.pi)
+        ).mean()
+    )
 
 
 def score(measure: Callable[[Array, Array, Array], float]) -> dict[str, Array]:
     """The scores `[seeds, sizes]` of each method."""
     return {
-        name: np.array([[measure(truths[seed], *predictions[name, seed, size]) for size in SIZES] for seed in SEEDS])
+        name: np.array(
+            [
+                [
+                    measure(truths[seed], *predictions[name, seed, size])
+                    for size in SIZES
+                ]
+                for seed in SEEDS
+            ]
+        )
         for name in METHODS
     }
 
@@ -285,7 +388,12 @@ def print_table(title: str, scores: dict[str, Array]) -> None:
     print(f"{title:<24}" + "".join(f"{f'n = {size}':>15}" for size in SIZES))
     for name, values in scores.items():
         mean, error = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
-        print(f"{name:<24}" + "".join(f"{f'{m:.2f} ± {e:.2f}':>15}" for m, e in zip(mean, error, strict=True)))
+        print(
+            f"{name:<24}"
+            + "".join(
+                f"{f'{m:.2f} ± {e:.2f}':>15}" for m, e in zip(mean, error, strict=True)
+            )
+        )
     print()
 
 
@@ -295,20 +403,26 @@ print_table("NLL, nats", score(nll))
 # %%
 # What the table says:
 #
-# * The network knows most of the answer. The GP without it is far behind even with 300 labels.
-# * With 10 labels, refitting and fine-tuning are on average worse than the source network as it is. The two GPs over
-#   weights are not: they take what the network leaves unexplained for noise until the labels say otherwise, and average
-#   over all that the labels leave open. With 30, nothing is clearly better than the source network.
-# * With 100 labels adapting begins to pay. With 100 and 300, fine-tuning and the GP over all layers are equal within
-#   their errors in RMSE, and in NLL the GP is slightly better. The GP over the last layer alone comes after them.
-# * Refitting the last layer forgets what that layer knew, which costs most when labels are few.
+# * The network knows most of the answer. The GP without it is far behind even with 300
+#   labels.
+# * With 10 labels, refitting and fine-tuning are on average worse than the source
+#   network as it is. The two GPs over weights are not: they take what the network
+#   leaves unexplained for noise until the labels say otherwise, and average over all
+#   that the labels leave open. With 30, nothing is clearly better than the source
+#   network.
+# * With 100 labels adapting begins to pay. With 100 and 300, fine-tuning and the GP
+#   over all layers are equal within their errors in RMSE, and in NLL the GP is slightly
+#   better. The GP over the last layer alone comes after them.
+# * Refitting the last layer forgets what that layer knew, which costs most when labels
+#   are few.
 #
-# So the GP does no harm when labels are few. With more of them it comes near carefully tuned fine-tuning, which takes
-# thousands of training steps here because of its cross-validation, by linear algebra alone; and its error bars depend
-# on the image.
+# So the GP does no harm when labels are few. With more of them it comes near carefully
+# tuned fine-tuning, which takes thousands of training steps here because of its
+# cross-validation, by linear algebra alone; and its error bars depend on the image.
 #
-# In the picture, left: RMSE against the number of labels, with bands of one standard deviation over seeds; the GP on
-# pixels begins far above. Right: the GP over all layers after 100 labels, on 100 of the test images of the first seed.
+# In the picture, left: RMSE against the number of labels, with bands of one standard
+# deviation over seeds; the GP on pixels begins far above. Right: the GP over all layers
+# after 100 labels, on 100 of the test images of the first seed.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
 learning_curves(left, SIZES, score(rmse))
