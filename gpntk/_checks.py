@@ -44,7 +44,7 @@ def check_memory_budget(memory_budget: float | None) -> int | None:
         return None
     if isinstance(memory_budget, bool) or not 1 <= memory_budget < float("inf"):
         raise InputError(
-            f"memory_budget={memory_budget}: must be a positive number of bytes, or None for a quarter of what is free."
+            f"memory_budget={memory_budget}: must be a positive number of bytes, or None for a quarter of the memory."
         )
     return int(memory_budget)
 

@@ -202,7 +202,7 @@ print(
 # Kernels take `gpntk.AutoBackend` unless told otherwise. It chooses at the first x, by
 # counting operations, bytes and calls, and can be asked what it would choose. All
 # memory is counted against ``memory_budget``, in bytes. By default this is a quarter of
-# what is free; here we give it 1 GiB and 64 MiB.
+# the device's memory; here we give it 1 GiB and 64 MiB.
 
 for budget in (LARGE_BUDGET, SMALL_BUDGET):
     print(f"memory_budget = {budget // MEBIBYTE} MiB")

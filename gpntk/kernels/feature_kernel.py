@@ -48,7 +48,7 @@ class AbstractFeatureKernel(Kernel, ABC):
         output: What becomes of several outputs; see `gpntk.NTKKernel`.
         input_shape: Shape of one input as the network wants it.
         extract: Turns what the network returns into the tensor `[N]` or `[N, C]` that is meant.
-        memory_budget: Bytes that products may take; None for a quarter of what is free.
+        memory_budget: Bytes that products may take; None for a quarter of the device's memory.
         backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
         solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.

@@ -30,7 +30,7 @@ class NTKKernel(AbstractFeatureKernel):
             sum_c f_c / sqrt(C); or the number of one output. With C = 1 all coincide.
         input_shape: Shape of one input as the network wants it; x then arrives flat, `[..., N, D]`.
         extract: Turns what the network returns (a dict, say) into the tensor `[N]` or `[N, C]` that is meant.
-        memory_budget: Bytes that products may take; None for a quarter of what is free.
+        memory_budget: Bytes that products may take; None for a quarter of the device's memory.
         backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
         solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
         **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
