@@ -16,6 +16,8 @@ from gpntk.errors import InputError
 
 # Words at least so similar are taken for misspellings: W_std for weight_std.
 _SIMILAR = 0.5
+# Powers of the largest and smallest numbers whose squares, and some more, can still be represented.
+_SQUARED = 0.45
 
 
 def check_keywords(owner: type, given: Iterable[str], others: Collection[str] = ()) -> None:
@@ -85,6 +87,16 @@ def _check_finite(x: Tensor, name: str) -> None:
         f"{name} contains NaN or infinite values in {int(rows.sum())} of {rows.numel()} rows, the first at index "
         f"{tuple(rows.nonzero()[0].tolist())}: leave these rows out or fill them in."
     )
+
+
+def check_magnitude(y: Tensor, name: str = "y") -> None:
+    """Raise `InputError` where squares of ``y`` would overflow or vanish in its precision; NaN does not count."""
+    largest = y.detach()[y.isfinite()].abs().max().item() if bool(y.isfinite().any()) else 0.0
+    limits = torch.finfo(y.dtype)
+    if largest and not limits.tiny**_SQUARED < largest < limits.max**_SQUARED:
+        raise InputError(
+            f"{name} has values of {largest:.1e}, whose squares {y.dtype} cannot hold: give {name} in other units."
+        )
 
 
 def as_tensor(array: Any, name: str = "x") -> Tensor:

@@ -126,6 +126,21 @@ def test_steps_can_be_few_but_not_negative() -> None:
         model.fit(max_steps=-1)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e-100, 1e100, 1e200])
+def test_targets_in_units_that_cannot_be_fitted_are_refused(unit: float) -> None:
+    x, y = data()
+    with pytest.raises(InputError, match=r"y has .*: give y in other units"):
+        TangentGP(x, unit * y, gpntk.NTKKernel(mlp(1).double().eval()))
+
+
+def test_constant_targets_are_fitted_to_rounding() -> None:
+    x, _ = data()
+    y = torch.full((len(x),), 0.1, dtype=torch.float64)
+    model = TangentGP(x, y, gpntk.NTKKernel(mlp(1).double().eval()), constant_mean=True)
+    model.fit()
+    torch.testing.assert_close(model(x + 0.1).mean, y, rtol=1e-5, atol=0)
+
+
 def test_the_progress_bar_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 

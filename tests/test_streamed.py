@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from tqdm import tqdm
 
 import gpntk
+from gpntk._checks import as_tensor
 from gpntk.errors import InputError
 from gpntk.inference import (
     ConjugateGradients,
@@ -271,6 +272,98 @@ def test_bad_sources_are_refused(name: str) -> None:
         StreamedFeatures(backend(), make(), chunk_rows=20).second_moment()
 
 
+def test_changes_between_passes_are_noticed_wherever_they_are() -> None:
+    x = x64().numpy().copy()
+    features = StreamedFeatures(backend(), x, chunk_rows=20)
+    v = torch.ones(1, features.num_features, dtype=torch.float64)
+    features.jvp(v)
+    x[33, 1] += 1e-9
+    for other in (features, features.to(torch.float32)):
+        with pytest.raises(InputError, match="rows 20 to 39 of the source are not what they were before"):
+            other.jvp(v.to(other.dtype))
+    x[33, 1] -= 1e-9
+    # Where a pass was left, or other features were made, nothing is known of what comes later.
+    partly = StreamedFeatures(backend(), x, chunk_rows=20)
+    next(partly.parts())
+    x[33] = x[34]
+    assert partly.jvp(v).shape == (1, ROWS * OUTPUTS)
+
+
+class Reordered(Rows):
+    """Rows whose order is another in each pass, but for the first."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self.passes = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.passes += index == 1
+        return self.x[index] if index == 0 else self.x[1 + (index + 7 * self.passes) % (ROWS - 1)]
+
+
+class OnceStream(SizedStream):
+    """Rows that come once, from an iterator."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self.rows = iter(x)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.rows
+
+
+class Shrinking(Sliced):
+    """An array that loses its last ten rows after the first pass."""
+
+    def __getitem__(self, index: slice) -> np.ndarray[Any, Any]:
+        piece = super().__getitem__(index)
+        if index.stop >= ROWS:
+            self.x = self.x[: ROWS - 10]
+        return piece
+
+
+def test_passes_that_differ_say_how() -> None:
+    v = torch.ones(1, backend().num_features, dtype=torch.float64)
+    reordered = StreamedFeatures(backend(), Reordered(x64()), chunk_rows=20)
+    reordered.jvp(v)
+    with pytest.raises(InputError, match="rows 0 to 19 of the source are not what they were before"):
+        reordered.jvp(v)
+    shrinking = StreamedFeatures(backend(), Shrinking(x64().numpy()), chunk_rows=10)
+    shrinking.jvp(v)
+    with pytest.raises(InputError, match="ended after 40 rows of a pass: 50 were expected"):
+        Posterior(WhitenedSystem(FeatureCovariance(shrinking, torch.ones(1)), torch.ones(1)), y64().flatten())
+    with pytest.raises(InputError, match="ended after 0 rows of a pass: 50 were expected"):
+        StreamedFeatures(backend(), DataLoader(OnceStream(x64()), batch_size=8))
+
+
+ARRAYS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "big-endian": lambda x: x.astype(">f8"),
+    "longdouble": lambda x: x.astype(np.longdouble),
+    "by columns": np.asfortranarray,
+    "read-only": lambda x: np.frombuffer(x.tobytes()).reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_any_memory(name: str) -> None:
+    array = ARRAYS[name](x64().numpy())
+    assert torch.equal(as_tensor(array), x64())
+    features = StreamedFeatures(backend(), array, chunk_rows=20)
+    assert torch.equal(features.sample(9, seed=4)[0], Features(backend(), x64()).sample(9, seed=4)[0])
+    assert torch.equal(torch.cat([x for _, x in features.parts()]), x64())
+
+
+def test_what_holds_no_numbers_is_no_array() -> None:
+    with pytest.raises(InputError, match="x is an array of <U3: give numbers"):
+        as_tensor(np.array(["one", "two"]))
+    with pytest.raises(InputError, match="the source is an array of object: give numbers"):
+        StreamedFeatures(backend(), np.array([[None], ["a"]]))
+    own = np.zeros(3)
+    as_tensor(own).add_(1)
+    assert not own.any()
+
+
 def test_bad_rows_are_found_among_those_sampled_too() -> None:
     features = StreamedFeatures(backend(), with_value(float("nan"), 17))
     with pytest.raises(InputError, match="row 17 of the source"):
@@ -313,3 +406,4 @@ def test_draws_from_many_are_distinct_and_need_little_memory() -> None:
     # Uniform: the mean of 20,000 has a standard deviation of 0.002 of the range.
     assert abs(float(numbers.double().mean()) / 10**9 - 0.5) < 0.01
     assert torch.equal(numbers, numbers.sort().values)
+    assert torch.equal(draw(5, 9, seed=0), torch.arange(5))

@@ -9,15 +9,20 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from gpntk._checks import check_magnitude
+from gpntk.errors import InputError
 from gpntk.inference.direct import spectrum
 from gpntk.inference.features import AbstractFeatures, exact_dtype
+from gpntk.inference.ranks import AbstractRanks, Alone
 
 _GRID = 241
 _LARGEST_RATIO = 1e10
-# Smallest marginal variance, in units where y is of order one; keeps a perfect fit from an infinite likelihood.
+# Smallest marginal variance, in the unit of y; keeps a perfect fit from an infinite likelihood.
 _MIN_VARIANCE = 1e-12
 # Eigenvalues of ΦᵀΦ that are rounding, in units of the largest.
 _ROUNDING = 1e-12
+# Stands for the exponent of a zero.
+_NOTHING = 10**6
 
 
 def smallest_noise(dtype: torch.dtype) -> float:
@@ -53,7 +58,7 @@ class SpectralMarginalLikelihood:
 
     Args:
         gram: K `[N, N]`, symmetric positive semi-definite.
-        y: Targets `[N]`, of order one.
+        y: Targets `[N]`.
         basis: H `[N, Q]`, the columns of the prior mean; None for mean zero.
 
     Example:
@@ -69,10 +74,11 @@ class SpectralMarginalLikelihood:
     """
 
     def __init__(self, gram: Tensor, y: Tensor, basis: Tensor | None = None) -> None:
+        self._unit = _unit(y, Alone())
         values, vectors = torch.linalg.eigh(gram)
         basis = y.new_zeros(y.shape[0], 0) if basis is None else basis
         # Rounding leaves eigenvalues of either sign near zero; K is positive semi-definite by construction.
-        self._set(values.clamp_min(0), vectors.mT @ y, vectors.mT @ basis)
+        self._set(values.clamp_min(0), vectors.mT @ (y / self._unit), vectors.mT @ basis)
 
     @classmethod
     def from_features(
@@ -92,6 +98,8 @@ class SpectralMarginalLikelihood:
         y, features = y.to(dtype), features.to(dtype)
         basis = y.new_zeros(y.shape[0], 0) if basis is None else basis.to(dtype)
         likelihood = cls.__new__(cls)
+        likelihood._unit = _unit(y, features.ranks)
+        y = y / likelihood._unit
         if features.num_rows <= features.num_features and not features.sharded:
             values, vectors = spectrum(features, "function")
             likelihood._set(values, vectors.mT @ y, vectors.mT @ basis)
@@ -119,21 +127,45 @@ class SpectralMarginalLikelihood:
 
     def __call__(self, scale: float, noise: float, coefficients: Tensor | None = None) -> float:
         """Log marginal likelihood at s = ``scale``, σ² = ``noise``, c = ``coefficients``."""
-        variances = scale * self._eigenvalues + noise
-        inside, outside = self._residual(coefficients)
-        quad = (inside.square() / variances).sum() + outside / noise
-        logdet = variances.log().sum() + self._dimension * math.log(noise)
+        square = self._unit**2
+        fit = SpectralFit(scale / square, noise / square, self._y.new_zeros(self._basis.shape[1]), 0.0)
+        if coefficients is not None:
+            fit = fit._replace(coefficients=coefficients.to(self._y) / self._unit)
+        return self._value(fit) - self._rows * math.log(self._unit)
+
+    def _value(self, fit: SpectralFit) -> float:
+        """Log marginal likelihood of y in its unit."""
+        variances = fit.scale * self._eigenvalues + fit.noise
+        inside, outside = self._residual(fit.coefficients)
+        quad = (inside.square() / variances).sum() + outside / fit.noise
+        logdet = variances.log().sum() + self._dimension * math.log(fit.noise)
         return float(-0.5 * (quad + logdet + self._rows * math.log(2 * math.pi)))
 
-    def _residual(self, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _residual(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """y - H c where K is not zero `[r]`, and its squared norm elsewhere `[]`."""
-        minus = self._y.new_zeros(self._basis.shape[1]) if coefficients is None else -coefficients.to(self._y)
-        combination = torch.cat([minus.new_ones(1), minus])
+        combination = torch.cat([coefficients.new_ones(1), -coefficients])
         squares = combination @ self._outside @ combination
-        return self._y + self._basis @ minus, squares.clamp_min(0)
+        return self._y - self._basis @ coefficients, squares.clamp_min(0)
 
     def maximize(self, min_noise: float = 0.0) -> SpectralFit:
-        """The maximum over s, σ² and c, with σ² >= ``min_noise`` and s K + σ² I fit to be factorised."""
+        """The maximum over s, σ² and c, with σ² >= ``min_noise`` and s K + σ² I fit to be factorised.
+
+        Where K is zero all s are alike, and s = σ².
+
+        Raises:
+            InputError: ``min_noise`` is negative.
+        """
+        if not min_noise >= 0:
+            raise InputError(f"min_noise={min_noise}: give a variance, zero or more.")
+        square = self._unit**2
+        fit = self._maximum(min_noise / square)
+        value = fit.log_marginal_likelihood - self._rows * math.log(self._unit)
+        return SpectralFit(fit.scale * square, fit.noise * square, fit.coefficients * self._unit, value)
+
+    def _maximum(self, min_noise: float) -> SpectralFit:
+        """That of y in its unit."""
+        if not self._eigenvalues.any():
+            return self._profile(0.0, min_noise)
         low, high = math.log(self._smallest_ratio), math.log(_LARGEST_RATIO * self._level)
         grid = torch.linspace(low, high, _GRID).tolist()
         fits = [self._profile(log_ratio, min_noise) for log_ratio in grid]
@@ -161,4 +193,16 @@ class SpectralMarginalLikelihood:
         if scale * ratio < min_noise:
             # On the bound the ratio sweeps the scale instead.
             scale = min_noise / ratio
-        return SpectralFit(scale, scale * ratio, coefficients, self(scale, scale * ratio, coefficients))
+        fit = SpectralFit(scale, scale * ratio, coefficients, math.nan)
+        return fit._replace(log_marginal_likelihood=self._value(fit))
+
+
+def _unit(y: Tensor, ranks: AbstractRanks) -> float:
+    """A power of two near the largest |y| of all ranks: results do not depend on units, and squares do not overflow."""
+    check_magnitude(y)
+    if not bool(y.isfinite().all()):
+        raise InputError("y has NaN or infinite values: leave these rows out.")
+    largest = y.abs().max() if y.numel() else y.new_zeros(())
+    exponent = int(torch.frexp(largest).exponent) if largest > 0 else -_NOTHING
+    exponent = max(there[0] for there in ranks.gather([exponent], y.device))
+    return 1.0 if exponent == -_NOTHING else math.ldexp(1.0, exponent)

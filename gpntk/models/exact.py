@@ -19,6 +19,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from gpntk._checks import check_magnitude
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.hyperposterior import Point, maximize
 from gpntk.inference.spectral import smallest_noise
@@ -27,6 +28,8 @@ from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 
 # Stands in for the size of targets that are all zero.
 _SMALLEST_SQUARE = 1e-12
+# Size of targets that searches reach from variances of one, in the host's float32 bounds.
+_LARGEST = 1e12
 # Values of the marginal likelihood are sums of rounding errors of so many of the precision's.
 _ROUNDING = 10.0
 
@@ -62,7 +65,11 @@ class TangentGP(gpytorch.models.ExactGP):
         outputs = kernel.num_outputs_per_input(x, x)
         if not y.is_floating_point():
             raise InputError(f"y must be floating point, got {y.dtype}: pass y.double().")
-        self.min_noise = smallest_noise(y.dtype) * max(y.square().nanmean().item(), _SMALLEST_SQUARE)
+        check_magnitude(y)
+        size = y.double().square().nanmean().sqrt().item()
+        if not (size == 0 or 1 / _LARGEST < size < _LARGEST):
+            raise InputError(f"y has a root mean square of {size:.1e}: give y in other units, of order one.")
+        self.min_noise = smallest_noise(y.dtype) * (size**2 or _SMALLEST_SQUARE)
         super().__init__(x, y, _likelihood(outputs, self.min_noise))
         mean = ConstantMean() if constant_mean else ZeroMean()
         self.mean_module = mean if outputs == 1 else MultitaskMean(mean, num_tasks=outputs)
@@ -166,7 +173,7 @@ class TangentGP(gpytorch.models.ExactGP):
                     with gpytorch.settings.fast_computations(log_prob=True):
                         value = torch.as_tensor(objective(self(x), targets)) * targets.numel()  # it is per observation
                     gradients = torch.autograd.grad(value, parameters)
-                except (SolveError, NotPSDError, NanError):
+                except (InputError, SolveError, NotPSDError, NanError):
                     if not started:
                         raise
                     return -math.inf, np.zeros_like(point)
