@@ -50,7 +50,10 @@ class Case:
         return self.rows * (self.rows + 1) / 2 * positions
 
     def kernel(self, kind: str) -> Callable[[Tensor], Tensor]:
-        """The dense kernel of x with itself, σ's fixed."""
+        """The dense kernel of x with itself, σ's fixed; ``"both"`` computes both in one pass, and gives the NTK."""
+        if kind == "both":
+            both = gpntk.infinite.kernels(_network(self.network), input_shape=self.input_shape)
+            return lambda x: both(x).ntk
         kernel = KERNELS[kind](_network(self.network), input_shape=self.input_shape, learn=False)
         return lambda x: kernel(x).to_dense()
 
@@ -72,6 +75,8 @@ def infinite(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     the rate at which memory is filled (`traffic_s`). `ratio`: cpu_seconds / floor_s. `peak_mb`: memory beyond the data
     in a fresh process, result included, median of five; `over_result`: that by the result's own. `neural_tangents_s`:
     CPU seconds for both kernels together (neural-tangents 0.6.6, JAX 0.4.38, one core), recorded on another machine.
+    ``both``: the two kernels by one call of `gpntk.infinite.kernels`; `two_over_one`: the CPU seconds of two calls, one
+    for each kernel, over those of one.
     """
     rate = gemm_rate(device, dtype, [(256, 784, 256), (1024, 784, 1024), (2048, 2048, 2048)])
     elementary, bandwidth = _elementary(device), _bandwidth(device, dtype)
@@ -85,8 +90,10 @@ def infinite(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
             "traffic_s": size / bandwidth,
         }
         x = torch.randn(case.rows, torch.Size(case.input_shape).numel(), device=device, dtype=dtype)
-        for kind in KERNELS:
+        spent: dict[str, float] = {}
+        for kind in (*KERNELS, "both"):
             wall, processor = timed(case.kernel(kind), x)
+            spent[kind] = processor
             used = statistics.median(_peak_of(name, kind, device, dtype) for _ in range(5))
             total = sum(floor.values())
             rows.append(
@@ -101,7 +108,8 @@ def infinite(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
                     "floor_s": total,
                     "ratio": processor / total,
                     "peak_mb": used / 2**20,
-                    "over_result": used / size,
+                    "over_result": used / (2 * size if kind == "both" else size),
+                    "two_over_one": (spent["nngp"] + spent["ntk"]) / processor if kind == "both" else "",
                     "neural_tangents_s": case.neural_tangents or "",
                 }
             )
