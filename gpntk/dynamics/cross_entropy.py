@@ -50,7 +50,7 @@ def cross_entropy_coefficients(
         function: Learning rate and momentum, and whether steps are discrete.
         times: Times in units of the learning rate, or numbers of steps.
         noise: s, the weight of the penalty on the weights' move.
-        tolerance: Of the integration, relative and absolute; 1e-10 at the finest.
+        tolerance: Error of the integration, relative and absolute; 1e-10 at the finest.
 
     Raises:
         SolveError: The integration failed.

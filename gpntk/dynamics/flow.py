@@ -41,8 +41,8 @@ class FlowPrediction(NamedTuple):
 
     Attributes:
         mean: E f_t(x) `[M]`, or `[M, C]` for targets `[N, C]`; of a single network f_t(x) itself.
-        covariance: Of f_t(x) over initializations: `[M, M]`, for a kernel shared by the outputs that of each of them,
-            else `[M*C, M*C]` with rows m*C + c. None for a single network.
+        covariance: Covariance of f_t(x) over initializations: `[M, M]`, for a kernel shared by the outputs that of each
+            of them, else `[M*C, M*C]` with rows m*C + c. None for a single network.
         error: What Lanczos and rounding may have added to the mean on the training set, at each time, in units of the
             norm of y - f_0(X). At another x* it is up to (Θ(x*, x*)/s)^½ times that. None without Lanczos.
     """
@@ -109,7 +109,7 @@ class GradientFlow:
         momentum: μ of ``torch.optim.SGD``, for discrete steps.
         method: ``"dense"``, ``"lanczos"``, which asks for products with kernels only, or ``"auto"``: dense up to 4,096
             rows. Only dense covariances are differentiable; means are so either way, in x*.
-        tolerance: Of Lanczos, see ``FlowPrediction.error``, and of the integration for the cross-entropy.
+        tolerance: Error of Lanczos, see ``FlowPrediction.error``, and of the integration for the cross-entropy.
         max_iterations: Most iterations of Lanczos.
 
     Raises:

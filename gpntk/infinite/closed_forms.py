@@ -293,6 +293,10 @@ def rbf(gamma: float = 1.0) -> Sine:
 class Exponential(AbstractClosedForm):
     """φ(x) = a exp(b x): E[φ(u) φ(v)] = a² exp(b² (q1 + q2 + 2k)/2).
 
+    Args:
+        a: Factor.
+        b: Rate of growth.
+
     References:
         Daniely, Frostig, Singer (2016), Toward Deeper Understanding of Neural Networks.
     """
@@ -315,6 +319,10 @@ class Exponential(AbstractClosedForm):
 @dataclass(frozen=True)
 class Gaussian(AbstractClosedForm):
     """φ(x) = a exp(-b x²), b >= 0: E[φ(u) φ(v)] = a²/√Δ, E[φ'(u) φ'(v)] = 4 a² b² k/Δ^(3/2), Δ = |I + 2 b Σ|.
+
+    Args:
+        a: Height.
+        b: Inverse of twice the squared width.
 
     References:
         Williams (1997), Computing with Infinite Networks, section 4.

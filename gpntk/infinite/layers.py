@@ -66,7 +66,7 @@ def weighted(
         state: Moments of its input.
         weights: Prior of its parameters.
         windows: Positions that each filter sees; None for ``Linear``.
-        strides: Of a transposed convolution, which sees zeros between its inputs' positions.
+        strides: Strides of a transposed convolution, which sees zeros between its inputs' positions.
         shared: Whether all positions of the output have the same filter.
     """
     state = dilate(state if shared else state.equal_positions(), strides)

@@ -111,8 +111,8 @@ class LocallyConnected(nn.Module):
     as a convolution: only pooling knows of shared weights.
 
     Args:
-        in_channels: Of the input `[N, C, *S]`.
-        out_channels: Of the output.
+        in_channels: Channels of the input `[N, C, *S]`.
+        out_channels: Channels of the output.
         input_size: S, one or two axes.
         kernel_size: Positions that a filter sees, for all axes or for each.
         stride: Between filters.

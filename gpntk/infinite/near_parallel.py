@@ -209,7 +209,7 @@ class Table:
     Steep functions have features of width 1/√q in θ, which the sinh widens to one.
 
     Args:
-        coefficients: Of products of Chebyshev polynomials `[P, R, P, 2]`, in the order q2, τ, q1.
+        coefficients: Coefficients of products of Chebyshev polynomials `[P, R, P, 2]`, in the order q2, τ, q1.
         box: Which entries are covered.
     """
 

@@ -63,6 +63,11 @@ class Phase(NamedTuple):
 def phase(activation: AbstractActivation, weight_variance: float, bias_variance: float) -> Phase:
     """Fixed points, susceptibility and depth scales for one σ_w² and σ_b².
 
+    Args:
+        activation: φ, as `activation_of` gives it.
+        weight_variance: σ_w².
+        bias_variance: σ_b².
+
     Raises:
         InputError: A variance is negative, or σ_w² is zero.
 

@@ -212,7 +212,7 @@ def _add(call: Call) -> Rule:
 
 
 def _check_uncorrelated(call: Call) -> None:
-    """That two branches have the same axes, no layer in common, and not both a mean."""
+    """Raise unless two branches have the same axes, no layer in common, and not both a mean."""
     if call.roles[0] != call.roles[1] or call.shapes[0] != call.shapes[1]:
         raise call.refuse(f"operands of shapes {call.shapes[0]} and {call.shapes[1]} have no rule")
     common = sorted(call.units[0].sources & call.units[1].sources)

@@ -179,7 +179,7 @@ class PiecewiseLinear(AbstractClosedForm):
 
     @property
     def _slope(self) -> float:
-        """That of the line through zero, to the left of a knot there."""
+        """Slope of the line through zero, to the left of a knot there."""
         return self.slopes[sum(knot < 0 for knot in self.knots)]
 
     @property
@@ -195,7 +195,7 @@ class PiecewiseLinear(AbstractClosedForm):
 
 @final
 class _Lines(torch.autograd.Function):
-    """Both moments; what their derivatives need is computed in the backward pass, from the arguments alone."""
+    """E[φ(u) φ(v)] and E[φ'(u) φ'(v)]; what derivatives need is computed in the backward pass, from the arguments."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -224,7 +224,7 @@ class Quadrant(NamedTuple):
     Attributes:
         probability: P(u > a, v > b).
         mean: E[(u - a)₊ (v - b)₊].
-        density: Of (u, v) at (a, b); zero where the correlation is ±1.
+        density: Density of (u, v) at (a, b); zero where the correlation is ±1.
     """
 
     probability: Tensor

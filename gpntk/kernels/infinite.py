@@ -206,7 +206,16 @@ class InfiniteNNGPKernel(_InfiniteKernel):
 class InfiniteNTKKernel(_InfiniteKernel):
     r"""The tangent kernel of an infinitely wide network, constant during training.
 
-    Arguments and errors as in `InfiniteNNGPKernel`; in the standard parametrization the finite fan-ins matter.
+    Args:
+        network: As in `InfiniteNNGPKernel`, which also says what is raised.
+        weight_std: σ_w: one for all layers, or by globs over their names.
+        bias_std: σ_b likewise.
+        parametrization: ``"ntk"`` or ``"standard"``, where the finite fan-ins matter.
+        input_shape: Shape of one input.
+        extract: Turns what the network returns into the output that is meant.
+        learn: Whether the σ's require gradients.
+        memory_budget: Bytes for a block of the recursion.
+        **kwargs: ``active_dims``.
 
     Example:
         >>> import torch, gpntk
