@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -78,7 +78,7 @@ class Contents:
         # To Python a truth value is an integer.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             raise self._error(f"its fact {name!r} is {value!r}, of type {type(value).__name__}")
-        return value
+        return self._named("fact", name + ": ", value) if isinstance(value, dict) else value
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of this name, of this shape if one is given."""
@@ -94,7 +94,7 @@ class Contents:
         """Tensors by what follows ``prefix`` in their names: all, or those of ``like`` in its shapes and no others."""
         names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
         if like is None:
-            return {name: self.tensor(prefix + name) for name in names}
+            return self._named("tensor", prefix, {name: self.tensor(prefix + name) for name in names})
         group = {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
         for name in names:
             if name not in like:
@@ -107,12 +107,26 @@ class Contents:
         if bool((stored - values).abs().max() > _ROUNDING * stored.abs().max()):
             raise self._error(f"its tensor {name!r} is {_few(stored)}, but here it is {_few(values)}")
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it, whatever fails is the file's fault; and at its end, so is what nobody has asked for."""
+        try:
+            yield
+        except FileFormatError:
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise self._error(f"its contents do not go together ({error})") from error
+        self.finish()
+
     def finish(self) -> None:
         """Refuse what nobody has asked for."""
         names = [*(f"tensor {name!r}" for name in self._tensors), *(f"fact {name!r}" for name in self._facts)]
         for name in names:
             if name not in self._asked:
                 raise self._error(f"its {name} does not belong there")
+
+    def _named(self, what: str, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        return _Named(values, lambda name: self._error(f"it has no {what} {prefix + name!r}"))
 
     def _error(self, problem: str) -> FileFormatError:
         return FileFormatError(f"{self.path!r} does not fit: {problem}.")
@@ -285,6 +299,18 @@ class Checkpoint:
         tensors = contents.group("", start.tensors)
         contents.finish()
         return Progress({name: tensor.to(start.tensors[name]) for name, tensor in tensors.items()}, facts)
+
+
+@final
+class _Named(dict[str, Any]):
+    """A part of a file, which says what is missing."""
+
+    def __init__(self, values: dict[str, Any], error: Callable[[str], FileFormatError]) -> None:
+        super().__init__(values)
+        self._error = error
+
+    def __missing__(self, name: str) -> None:
+        raise self._error(name)
 
 
 # --- private ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """TransferRegressor: predictions, scikit-learn's own checks, files, refusals."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
-from gpntk.io import save_tensors
+from gpntk.io import load_tensors, save_tensors
 from tests.architectures import LoRA, Recurrent
 from tests.cases import CASES, mlp, reference_jacobian
 
@@ -345,6 +346,56 @@ def test_save_and_load_images(tmp_path: Path) -> None:
     model.save(tmp_path / "m")
     loaded = gpntk.TransferRegressor.load(tmp_path / "m", case.module())
     np.testing.assert_allclose(loaded.predict(images), model.predict(images), rtol=1e-12)
+
+
+def test_a_network_on_meta_is_loaded_with_the_weights_of_the_file(tmp_path: Path) -> None:
+    x, y = data(20)
+    model = gpntk.TransferRegressor(SINGLE).fit(x, y)
+    model.save(tmp_path / "m")
+    empty = copy.deepcopy(SINGLE).to("meta")
+    loaded = gpntk.TransferRegressor.load(tmp_path / "m", empty)
+    np.testing.assert_allclose(loaded.predict(x), model.predict(x), rtol=1e-10)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_another_architecture_with_the_same_weights_is_refused(tmp_path: Path) -> None:
+    x, y = data(20)
+    gpntk.TransferRegressor(SINGLE).fit(x, y).save(tmp_path / "m")
+    other = copy.deepcopy(SINGLE)
+    places = [name for name, module in other.named_children() if isinstance(module, nn.Tanh)]
+    other._modules[places[0]] = nn.ReLU()
+    with pytest.raises(FileFormatError, match=r"does not fit: its tensor 'outputs' is .*, but here it is"):
+        gpntk.TransferRegressor.load(tmp_path / "m", other)
+
+
+def test_forged_files_say_what_does_not_fit(tmp_path: Path) -> None:
+    """Every tensor and fact of a file taken away, or another put in, with the checksum made anew."""
+    x, y = data(20)
+    path = tmp_path / "m"
+    gpntk.TransferRegressor(SINGLE).fit(x, y).save(path)
+    whole = load_tensors(path, "TransferRegressor")
+    tensors, facts = whole.group(""), dict(whole._facts)
+    for name in tensors:
+        save_tensors(path, "TransferRegressor", {k: t for k, t in tensors.items() if k != name}, facts)
+        with pytest.raises(FileFormatError, match=r"belongs to another network|does not fit"):
+            gpntk.TransferRegressor.load(path, SINGLE)
+        save_tensors(path, "TransferRegressor", {**tensors, name: torch.zeros(7, dtype=tensors[name].dtype)}, facts)
+        with pytest.raises(FileFormatError, match=r"belongs to another network|does not fit"):
+            gpntk.TransferRegressor.load(path, SINGLE)
+    for name in facts:
+        save_tensors(path, "TransferRegressor", tensors, {k: f for k, f in facts.items() if k != name})
+        with pytest.raises(FileFormatError, match=f"it has no fact '{name}'"):
+            gpntk.TransferRegressor.load(path, SINGLE)
+    for name in ("parameters", "row_shape", "chosen", "fitted", "log_marginal_likelihood"):
+        save_tensors(path, "TransferRegressor", tensors, {**facts, name: "x"})
+        with pytest.raises(FileFormatError, match=f"its fact '{name}' is 'x', of type str"):
+            gpntk.TransferRegressor.load(path, SINGLE)
+    save_tensors(path, "TransferRegressor", {**tensors, "more": torch.zeros(1)}, facts)
+    with pytest.raises(FileFormatError, match="its tensor 'more' does not belong there"):
+        gpntk.TransferRegressor.load(path, SINGLE)
+    save_tensors(path, "TransferRegressor", tensors, {**facts, "more": 3})
+    with pytest.raises(FileFormatError, match="its fact 'more' does not belong there"):
+        gpntk.TransferRegressor.load(path, SINGLE)
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:

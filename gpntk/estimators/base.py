@@ -99,19 +99,20 @@ class TransferEstimator(BaseEstimator, ABC):
             module = with_weights(network, contents.group("network."))
         except NetworkError as error:
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
-        stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._stored)}
-        constructor: Any = cls
-        # As globs that match themselves alone.
-        names = [escape(name) for name in contents.fact("parameters", list)]
-        model = constructor(module, parameters=names, extract=extract, **stored)
-        model._row_shape = tuple(contents.fact("row_shape", list))
-        model._network = model._freeze()
-        data = {name: tensor.to(model._network.device) for name, tensor in contents.group("data.").items()}
-        model._restore(data, contents.fact("fitted", dict))
-        contents.same_values("outputs", model._outputs())
-        model._model.load_state(contents.group("model."), Candidate(*contents.fact("chosen", list)))
-        model.log_marginal_likelihood_ = contents.fact("log_marginal_likelihood", float)
-        contents.finish()
+        with contents.reading():
+            stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._stored)}
+            constructor: Any = cls
+            # As globs that match themselves alone.
+            names = [escape(name) for name in contents.fact("parameters", list)]
+            model = constructor(module, parameters=names, extract=extract, **stored)
+            model._row_shape = tuple(contents.fact("row_shape", list))
+            model._network = model._freeze()
+            data = contents.group("data.")
+            data.update({name: tensor.to(model._network.device) for name, tensor in data.items()})
+            model._restore(data, contents.fact("fitted", dict))
+            contents.same_values("outputs", model._outputs())
+            model._model.load_state(contents.group("model."), Candidate(*contents.fact("chosen", list)))
+            model.log_marginal_likelihood_ = contents.fact("log_marginal_likelihood", float)
         model._finish()
         return model
 

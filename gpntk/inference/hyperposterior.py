@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, minimize
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import StudentT
 from tqdm import tqdm
@@ -47,9 +47,7 @@ _STEP = 1e-3
 class Prior(Protocol):
     """A density of a positive number: a distribution of torch, a prior of GPyTorch."""
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Logarithm of the density at ``value``."""
-        ...
+    def log_prob(self, value: Tensor) -> Tensor: ...
 
 
 class Hyperparameter(NamedTuple):
@@ -86,8 +84,15 @@ class Draws(NamedTuple):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Draws:
-        """What `state` gave; the evidence is not known any more."""
-        return cls(state["draws.logs"], state["draws.weights"], math.nan, state["draws.best"])
+        """What `state` gave; the evidence is not known any more.
+
+        Raises:
+            InputError: Shapes do not fit together.
+        """
+        logs, weights, best = (state[f"draws.{name}"] for name in ("logs", "weights", "best"))
+        if logs.dim() != 2 or weights.shape != logs.shape[:1] or best.shape != logs.shape[1:] or not logs.numel():
+            raise InputError(f"draws.logs {list(logs.shape)} and draws.weights {list(weights.shape)} do not fit.")
+        return cls(logs, weights, math.nan, best)
 
 
 def named(hyperparameters: Sequence[Hyperparameter], logs: Tensor) -> dict[str, float]:
@@ -194,13 +199,7 @@ def infer(
 
 
 class Maximum(NamedTuple):
-    """The best point of a search.
-
-    Attributes:
-        point: Where it is `[H]`.
-        value: The log density there, in nats.
-        steps: Steps of L-BFGS that were taken for it, those before a resumption included.
-    """
+    """The best point of a search `[H]`, the log density there in nats, and the steps of L-BFGS taken in all."""
 
     point: Point
     value: float
@@ -234,7 +233,7 @@ def maximize(
         callback: Is given the number of each step, from 0, and the best value so far.
 
     Raises:
-        InputError: ``max_steps`` is negative.
+        InputError: ``max_steps`` or ``tolerance`` is negative.
         SolveError: The density is finite at none of the starts.
 
     Example:
@@ -247,109 +246,87 @@ def maximize(
         raise InputError(f"max_steps={max_steps}: give the number of steps to take at most, zero or more.")
     if tolerance is not None and not tolerance > 0:
         raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
-    record = _Record(starts[0], checkpoint, callback)
-    if record.finished:
-        return record.best
-    points = [record.best.point] if record.resumed else starts
+    progress = Progress({"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False})
+    if checkpoint is not None:
+        progress = checkpoint.load(progress)
+    best = Maximum(progress.tensors["point"].numpy(), progress.facts["value"], progress.facts["steps"])
+    if progress.facts["finished"]:
+        return best
     with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
-        made = [_Search(evaluate, point, bar, tolerance, rounding) for point in points]
-        searches = [search for search in made if search.found]
-        if not searches:
-            raise SolveError(
-                "the covariance of the labels cannot be factorised: check X for NaN and rows of huge values."
-            )
-        for search in searches:
-            left = max_steps - record.best.steps
-            ended = left > 0 and search.run(bounds, left, record.after_step)
-            record.keep(search, finished=ended and search is searches[-1])
-    return record.best
-
-
-@final
-class _Record:
-    """The best point of all searches so far, here and in a file."""
-
-    def __init__(
-        self, start: Point, checkpoint: Checkpoint | None, callback: Callable[[int, float], None] | None
-    ) -> None:
-        self._checkpoint, self._callback = checkpoint, callback
-        progress = Progress({"point": torch.tensor(start)}, {"value": -math.inf, "steps": 0, "finished": False})
-        if checkpoint is not None:
-            progress = checkpoint.load(progress)
-        facts = progress.facts
-        self.best = Maximum(progress.tensors["point"].numpy(), facts["value"], facts["steps"])
-        self.resumed, self.finished = math.isfinite(self.best.value), facts["finished"]
-
-    def keep(self, search: _Search, finished: bool) -> None:
-        """Take what the search has found, if it is better."""
-        if search.highest > self.best.value:
-            self.best = self.best._replace(point=search.best, value=search.highest)
-        if self._checkpoint is not None:
-            facts = {"value": self.best.value, "steps": self.best.steps, "finished": finished}
-            self._checkpoint.save(Progress({"point": torch.tensor(self.best.point)}, facts))
-
-    def after_step(self, search: _Search) -> None:
-        """Count a step."""
-        self.best = self.best._replace(steps=self.best.steps + 1)
-        self.keep(search, finished=False)
-        if self._callback is not None:
-            self._callback(self.best.steps - 1, self.best.value)
+        search = _Search(evaluate, best, bar, checkpoint, callback)
+        points = [best.point] if math.isfinite(best.value) else starts
+        ended = [search.run(point, bounds, max_steps, tolerance, rounding) for point in points]
+    if not math.isfinite(search.best.value):
+        raise SolveError("the covariance of the labels cannot be factorised: check X for NaN and rows of huge values.")
+    search.keep(finished=all(ended))
+    return search.best
 
 
 @final
 class _Search:
-    """A search from one start, for the maximum of a log density in units of its first gradient.
+    """The best point so far, here and in a file, of searches for the maximum of a log density.
 
-    So the first step is no longer than one power of e: else thousands of labels send it to the corner of the bounds.
-    Where the density cannot be computed, its value falls with the distance from the best point so far, and line
-    searches come back.
+    Each search works in units of its first gradient, so that the first step is no longer than one power of e: else
+    thousands of labels send it to the corner of the bounds. Where the density cannot be computed, its value falls with
+    the distance from the best point of this search, and line searches come back.
     """
 
     def __init__(
         self,
         evaluate: Callable[[Point], tuple[float, Point]],
-        start: Point,
+        best: Maximum,
         bar: Any,
-        tolerance: float | None,
-        rounding: float,
+        checkpoint: Checkpoint | None,
+        callback: Callable[[int, float], None] | None,
     ) -> None:
-        self._evaluate, self._bar = evaluate, bar
-        self.best, self.highest = start, -math.inf
+        self._evaluate, self.best = evaluate, best
+        self._bar, self._checkpoint, self._callback = bar, checkpoint, callback
+        self._unit, self._here, self._highest = 1.0, best.point, -math.inf
+
+    def run(self, start: Point, bounds: Point | None, max_steps: int, tolerance: float | None, rounding: float) -> bool:
+        """Search from one start; whether that has ended by itself."""
+        self._highest = -math.inf
         value, gradient = self._at(start)
-        self.found = math.isfinite(value)
+        left = max_steps - self.best.steps
+        if not math.isfinite(value) or left <= 0:
+            return left > 0
         self._unit = max(1.0, float(np.linalg.norm(gradient)))
-        # SciPy's own tolerances, in nats: that of values is relative to the largest of them, or to the unit.
-        self._tolerances = {"gtol": 1e-5 / self._unit, "ftol": max(2.2e-9 / self._unit, rounding)}
+        # SciPy's own, in nats; that of values is relative to the largest of them, or to the unit.
+        gtol, ftol = 1e-5, 2.2e-9 / self._unit
         if tolerance is not None:
-            relative = tolerance / max(self._unit, abs(value))
-            self._tolerances = {"gtol": 1e-3 * tolerance / self._unit, "ftol": max(relative, rounding)}
-
-    def run(self, bounds: Point | None, max_steps: int, after_step: Callable[[_Search], None]) -> bool:
-        """Go to the maximum; whether it was reached in so many steps."""
-
-        def callback(intermediate_result: OptimizeResult) -> None:  # noqa: ARG001 (the name tells SciPy what to pass)
-            after_step(self)
-
-        options = {"maxiter": max_steps, **self._tolerances}
-        found = minimize(
-            self, self.best, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=callback
-        )
-        return found.nit < max_steps
+            gtol, ftol = 1e-3 * tolerance, tolerance / max(self._unit, abs(value))
+        options = {"maxiter": left, "gtol": gtol / self._unit, "ftol": max(ftol, rounding)}
+        found = minimize(self, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=self._step)
+        return found.nit < left
 
     def __call__(self, point: Point) -> tuple[float, Point]:
         """What is minimised, with its gradient."""
         value, gradient = self._at(point)
         if math.isfinite(value):
             return -value / self._unit, -gradient / self._unit
-        away = point - self.best
-        return 1 - self.highest / self._unit + float(away @ away), 2 * away
+        away = point - self._here
+        return 1 - self._highest / self._unit + float(away @ away), 2 * away
+
+    def keep(self, finished: bool) -> None:
+        """Write the best point to the file."""
+        if self._checkpoint is not None:
+            facts = {"value": self.best.value, "steps": self.best.steps, "finished": finished}
+            self._checkpoint.save(Progress({"point": torch.tensor(self.best.point)}, facts))
 
     def _at(self, point: Point) -> tuple[float, Point]:
         self._bar.update()
         value, gradient = self._evaluate(point)
-        if math.isfinite(value) and value > self.highest:
-            self.best, self.highest = point.copy(), value
+        if math.isfinite(value) and value > self._highest:
+            self._here, self._highest = point.copy(), value
+            if value > self.best.value:
+                self.best = self.best._replace(point=self._here, value=value)
         return value, gradient
+
+    def _step(self, _: Point) -> None:
+        self.best = self.best._replace(steps=self.best.steps + 1)
+        self.keep(finished=False)
+        if self._callback is not None:
+            self._callback(self.best.steps - 1, self.best.value)
 
 
 # --- private ---------------------------------------------------------------------------------------------------------

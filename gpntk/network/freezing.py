@@ -18,21 +18,19 @@ from gpntk.memory import Lock
 
 
 def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers are ``tensors``, by name.
+    """A copy of ``module`` whose parameters and buffers are ``tensors``, by name; one on meta comes to the CPU.
 
     Raises:
         NetworkError: Names or shapes differ.
     """
-    twin = copy.deepcopy(module)
-    own = dict(chain(twin.named_parameters(), twin.named_buffers()))
+    own = dict(chain(module.named_parameters(), module.named_buffers()))
     if set(own) != set(tensors):
         raise NetworkError(f"tensors {sorted(set(own) ^ set(tensors))[:4]} are on one side only.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise NetworkError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}.")
-            tensor.copy_(tensors[name])
-    return twin
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise NetworkError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}.")
+    devices = {name: "cpu" if tensor.is_meta else tensor.device for name, tensor in own.items()}
+    return Skeleton(module).filled({name: tensors[name].to(devices[name], own[name].dtype) for name in own})
 
 
 @final
