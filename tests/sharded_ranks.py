@@ -34,7 +34,7 @@ from gpntk.inference import (
     StreamedFeatures,
     WeightSpace,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
 )
 from gpntk.operators import ShardedLinearOperator
 
@@ -100,7 +100,7 @@ def evidence(
 ) -> dict[str, Tensor]:
     """The marginal likelihood and its gradients; those of y and of each row's noise are ``rows:`` of their own."""
     arguments = [argument.clone().requires_grad_() for argument in (variances, noise, y)]
-    value = log_marginal_likelihood(features, *arguments, solver)
+    value = log_evidence(FeatureCovariance(features, arguments[0]), *arguments[1:], solver)
     value.backward()
     gradients = [argument.grad for argument in arguments]
     noises = "rows: " if name == "heteroscedastic" else ""

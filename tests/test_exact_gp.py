@@ -7,7 +7,7 @@ from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
 
 import gpntk
-from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
+from gpntk.kernels.prediction_strategy import PosteriorPredictionStrategy
 from gpntk.models import TangentGP
 from tests.cases import mlp, reference_jacobian
 
@@ -62,7 +62,7 @@ def test_posterior_by_conjugate_gradients_is_as_good() -> None:
     mean, covariance = dense_posterior(model, x, y, z)
     with torch.no_grad(), gpytorch.settings.max_cholesky_size(10), gpytorch.settings.max_cg_iterations(2000):
         posterior = model(z)
-        assert isinstance(model.prediction_strategy, FeaturePredictionStrategy)
+        assert isinstance(model.prediction_strategy, PosteriorPredictionStrategy)
         torch.testing.assert_close(posterior.mean, mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(posterior.variance, covariance.diagonal(), rtol=1e-3, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_fantasies_equal_conditioning_on_all_data() -> None:
         model(z)
         fantasy = model.get_fantasy_model(x_new, y_new)
         posterior = fantasy(z)
-    assert isinstance(fantasy.prediction_strategy, FeaturePredictionStrategy)
+    assert isinstance(fantasy.prediction_strategy, PosteriorPredictionStrategy)
     mean, covariance = dense_posterior(model, torch.cat([x, x_new]), torch.cat([y, y_new]), z)
     torch.testing.assert_close(posterior.mean, mean, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(posterior.covariance_matrix, covariance, rtol=1e-6, atol=1e-8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpntk.inference import FunctionSpace, Posterior
-from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
+from gpntk.kernels.prediction_strategy import PosteriorPredictionStrategy
 from tests.dense_gp import SOLVERS, Dense, Problem, jacobian
 from tests.test_posterior import case, centred, model_of
 
@@ -47,7 +47,7 @@ def test_batches(name: str, outputs: int) -> None:
         model(z)
         same_number, more_values = model.get_fantasy_model(x, given[0]), model.get_fantasy_model(x, given)
         for fantasy, values in ((same_number, y[:1]), (more_values, y)):
-            assert isinstance(fantasy.prediction_strategy, FeaturePredictionStrategy)
+            assert isinstance(fantasy.prediction_strategy, PosteriorPredictionStrategy)
             batch = (2,) if fantasy is same_number else (4, 2)
             dense = [conditioned(problem, x[i], values[f, i].flatten()) for f in range(len(values)) for i in range(2)]
             check(fantasy(z.expand(*batch, 4, 5)), dense, problem, z)

@@ -22,7 +22,7 @@ from gpntk.inference import (
     SpectralMarginalLikelihood,
     WeightSpace,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
 )
 from tests.cases import mlp, reference_jacobian
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Dense, Problem, Singular, jacobian, network, relative
@@ -99,7 +99,7 @@ def test_posterior(name: str, data: st.DataObject, problem: Problem) -> None:
 def evidence_gradients(problem: Problem, solver: AbstractSolver) -> tuple[Tensor, list[Tensor]]:
     """Value, and gradients with respect to the logarithms of variances and noise, and y."""
     arguments = [v.clone().requires_grad_() for v in (problem.variances, problem.noise, problem.y)]
-    value = log_marginal_likelihood(problem.features, *arguments, solver)
+    value = log_evidence(FeatureCovariance(problem.features, arguments[0]), *arguments[1:], solver)
     gradients = torch.autograd.grad(value, arguments)
     rows = problem.noise.isfinite()
     return value, [gradients[0] * problem.variances, gradients[1] * torch.where(rows, problem.noise, 0.0), gradients[2]]
@@ -149,7 +149,9 @@ def test_no_derivative_with_respect_to_a_variance_of_zero() -> None:
     problem = case(8, 1, [1.0, 0.0, 1.0], torch.ones(1))
     with pytest.raises(InputError, match="its derivative is not computed"):
         evidence_gradients(problem, FunctionSpace())
-    value = log_marginal_likelihood(problem.features, problem.variances, problem.noise, problem.y, FunctionSpace())
+    value = log_evidence(
+        FeatureCovariance(problem.features, problem.variances), problem.noise, problem.y, FunctionSpace()
+    )
     expected = problem.dense.log_marginal_likelihood(problem.variances, problem.noise, problem.y)
     torch.testing.assert_close(value, expected)
 
@@ -257,10 +259,10 @@ def test_one_decomposition_serves_all_hyperparameters_but_not_other_data(name: s
     for variance, noise in ((1.0, 1.0), (0.2, 0.03), (5.0, 0.3)):
         changed = problem._replace(variances=torch.tensor([variance]).double(), noise=torch.tensor([noise]).double())
         arguments = changed.variances.clone().requires_grad_(), changed.noise.clone().requires_grad_(), problem.y
-        value = log_marginal_likelihood(features, *arguments, SOLVERS[name])
+        value = log_evidence(FeatureCovariance(features, arguments[0]), *arguments[1:], SOLVERS[name])
         torch.testing.assert_close(value, changed.dense.log_marginal_likelihood(*arguments), rtol=1e-10, atol=1e-10)
     x.mul_(2.0)  # in place: what was kept for these inputs is no longer theirs
-    value = log_marginal_likelihood(features, *arguments, SOLVERS[name])
+    value = log_evidence(FeatureCovariance(features, arguments[0]), *arguments[1:], SOLVERS[name])
     expected = problem._replace(x=x).dense.log_marginal_likelihood(*arguments)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
@@ -315,7 +317,9 @@ def test_no_tensor_of_the_default_device(name: str) -> None:
         updated = posterior.condition_on(z, z[:, 0], noise)
         results = [updated.mean(z), updated.variance(z), updated.covariance(z, 3)]
         results += [updated.sample(z, 2, torch.Generator("cpu"))]
-        results += torch.autograd.grad(log_marginal_likelihood(features, *arguments, solver), arguments)
+        results += torch.autograd.grad(
+            log_evidence(FeatureCovariance(features, arguments[0]), *arguments[1:], solver), arguments
+        )
     assert {result.device.type for result in results} == {"cpu"}
 
 

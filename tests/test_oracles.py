@@ -17,7 +17,7 @@ from gpntk.inference import (
     SpectralMarginalLikelihood,
     WeightSpace,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
 )
 from gpntk.models import TangentGP
 
@@ -118,7 +118,7 @@ def test_evidence_gradient_and_posterior_in_either_space(oracle: Oracle, solver:
     features, y = Features(oracle.kernel.backend, oracle.x), oracle["pseudo_targets"].flatten()
     values = [
         [
-            log_marginal_likelihood(features, 1 / d.reshape(1), s.reshape(1).square(), y, solver)
+            log_evidence(FeatureCovariance(features, 1 / d.reshape(1)), s.reshape(1).square(), y, solver)
             for s in oracle["grid_sigma"]
         ]
         for d in oracle["grid_delta"]
@@ -127,7 +127,7 @@ def test_evidence_gradient_and_posterior_in_either_space(oracle: Oracle, solver:
 
     logs = torch.stack([oracle["prior_precision"].log().squeeze(), oracle["sigma_noise"].log().squeeze()])
     logs.requires_grad_()
-    value = log_marginal_likelihood(features, (-logs[:1]).exp(), (2 * logs[1:]).exp(), y, solver)
+    value = log_evidence(FeatureCovariance(features, (-logs[:1]).exp()), (2 * logs[1:]).exp(), y, solver)
     value.backward()
     assert_agrees(value, oracle["gp_evidence"])
     assert_agrees(logs.grad, oracle["grad_evidence_logdelta_logsigma"], 1e-8)

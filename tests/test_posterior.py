@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gpntk
 from gpntk.inference import AbstractSolver, ConjugateGradients, FeatureCovariance, Posterior, WhitenedSystem
-from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
+from gpntk.kernels.prediction_strategy import PosteriorPredictionStrategy
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Dense, Problem, jacobian, network, relative
 
 
@@ -188,7 +188,7 @@ def test_fantasies(name: str, few: bool) -> None:
             x, y = torch.randn(2, 5).double(), torch.randn(2).double()
             model = model.get_fantasy_model(x, y)
             dense = dense.with_rows(x, y - 0.2, problem.noise)
-        assert isinstance(model.prediction_strategy, FeaturePredictionStrategy)
+        assert isinstance(model.prediction_strategy, PosteriorPredictionStrategy)
         posterior = model(z)
     k = jacobian(problem.module, z)
     exact = name in DIRECT

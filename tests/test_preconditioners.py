@@ -15,7 +15,7 @@ from gpntk.inference import (
     PivotedCholesky,
     SampledGram,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
 )
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
 from tests.dense_gp import ITERATIVE, Problem, jacobian, network, relative
@@ -220,7 +220,7 @@ def test_a_fit_builds_few_preconditioners(monkeypatch: pytest.MonkeyPatch) -> No
         calls += 1
         optimizer.zero_grad()
         variances, noise = logs.exp().unsqueeze(-1)
-        loss = -log_marginal_likelihood(features, variances, noise, problem.y, solver)
+        loss = -log_evidence(FeatureCovariance(features, variances), noise, problem.y, solver)
         loss.backward()
         return loss
 

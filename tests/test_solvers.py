@@ -20,7 +20,7 @@ from gpntk.inference import (
     SolveResult,
     WeightSpace,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
 )
 from gpntk.inference.conjugate_gradients import conjugate_gradients
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Problem, jacobian, network, relative
@@ -44,8 +44,11 @@ def test_not_finite(name: str, many: bool) -> None:
     with pytest.raises(SolveError, match=r"NaN or infinite values appeared"):
         SOLVERS[name].prepare(problem.system, many).solve(torch.ones(1, 12).double()).checked()
     with pytest.raises(SolveError):
-        log_marginal_likelihood(
-            problem.features, problem.variances, problem.noise.requires_grad_(), problem.y, SOLVERS[name]
+        log_evidence(
+            FeatureCovariance(problem.features, problem.variances),
+            problem.noise.requires_grad_(),
+            problem.y,
+            SOLVERS[name],
         )
 
 
@@ -202,7 +205,7 @@ def test_degenerate_problems(name: str, shape: str) -> None:
     sd = dense.covariance(k).diagonal().sqrt()
     assert bool(((posterior.mean(z) - dense.mean(k)).abs() <= 1e-4 * sd).all())
     torch.testing.assert_close(posterior.variance(z).sqrt(), sd, rtol=1e-3, atol=1e-12)
-    value = log_marginal_likelihood(features, problem.variances, problem.noise, problem.y, SOLVERS[name])
+    value = log_evidence(FeatureCovariance(features, problem.variances), problem.noise, problem.y, SOLVERS[name])
     expected = dense.log_marginal_likelihood(problem.variances, problem.noise, problem.y)
     error = SOLVERS[name].prepare(posterior.inverse.system).logdet().standard_error
     assert abs(value - expected) <= 2 * error + 1e-3 * len(problem.y)
@@ -213,7 +216,7 @@ def test_one_infinite_noise_for_all_rows_is_no_data() -> None:
     assert problem.system.observed == 0
     assert problem.system.noise_logdet == 0
     for solver in SOLVERS.values():
-        value = log_marginal_likelihood(problem.features, problem.variances, problem.noise, problem.y, solver)
+        value = log_evidence(FeatureCovariance(problem.features, problem.variances), problem.noise, problem.y, solver)
         assert value == 0
 
 

@@ -24,7 +24,7 @@ from gpntk.inference import (
     StreamedFeatures,
     WeightSpace,
     WhitenedSystem,
-    log_marginal_likelihood,
+    log_evidence,
     targets,
 )
 from gpntk.inference.features import draw
@@ -149,7 +149,7 @@ def test_solvers_see_no_difference(solver: Any) -> None:
     results = []
     for features in (Features(backend(), x64()), StreamedFeatures(backend(), Rows(x64()), chunk_rows=13)):
         variances, noise = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (0.7, 0.1))
-        value = log_marginal_likelihood(features, variances, noise, y64().flatten(), solver)
+        value = log_evidence(FeatureCovariance(features, variances), noise, y64().flatten(), solver)
         value.backward()
         posterior = Posterior(WhitenedSystem(FeatureCovariance(features, variances), noise), y64().flatten(), solver)
         results.append(

@@ -1,9 +1,9 @@
 """Exact GP inference on Jacobian features: systems, solvers, preconditioners, evidence and posteriors. Pure torch."""
 
-from gpntk.inference.auto import AutoSolver
+from gpntk.inference.auto import AutoSolver, largest_dense
 from gpntk.inference.covariance import AbstractCovariance, DenseCovariance, FeatureCovariance
 from gpntk.inference.direct import FunctionSpace, WeightSpace
-from gpntk.inference.evidence import inv_quad_logdet, log_evidence, log_marginal_likelihood
+from gpntk.inference.evidence import inv_quad_logdet, log_evidence
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, Features
 from gpntk.inference.inverse import AbstractInverse, LogDet
@@ -47,7 +47,7 @@ __all__ = [
     "WeightSpace",
     "WhitenedSystem",
     "inv_quad_logdet",
+    "largest_dense",
     "log_evidence",
-    "log_marginal_likelihood",
     "targets",
 ]

@@ -15,11 +15,14 @@ from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.preconditioners import Nystrom, SampledGram
 from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice
 from gpntk.inference.system import WhitenedSystem
+from gpntk.memory import budget_on
 
 # Right-hand sides that the choice is made for: a mean, the probes of a log-determinant, some variances.
 _COLUMNS = 32
 # A factorisation has no tolerance and no failure: it is taken even if it costs this much more.
 _DIRECT_BONUS = 3.0
+# What a dense factorisation may take, counted.
+_SECONDS = 20.0
 # Systems of up to this many rows are factorised without counting.
 _SMALL = 2000
 # There, weight space is taken where F is at most this share of n.
@@ -83,6 +86,31 @@ class AutoSolver(AbstractSolver):
     def cost(self, sizes: Sizes) -> Cost:
         costs = {solver: solver.cost(sizes) for solver in _candidates(sizes)}
         return costs[_best(costs, sizes, Machine())[0]]
+
+
+def largest_dense(
+    device: torch.device, memory_budget: int | None = None, seconds: float = _SECONDS, factorisations: float = 1.0
+) -> int:
+    """The most rows n of a dense system that is factorised without asking: the one limit, for every model.
+
+    By memory, three matrices `[n, n]` in float64 within twice the budget; by time, ``factorisations`` of n³/3
+    operations within the seconds as `gpntk.cost.Machine` counts them.
+
+    Args:
+        device: Where.
+        memory_budget: Bytes; default: a share of the memory.
+        seconds: Time allowed.
+        factorisations: How many will be made, or as much work counted in them.
+
+    Example:
+        >>> import torch
+        >>> from gpntk.inference import largest_dense
+        >>> largest_dense(torch.device("cpu"), memory_budget=2**20)
+        295
+    """
+    budget = budget_on(device, memory_budget)
+    by_time = (3 * seconds * Machine.of(device).flops / factorisations) ** (1 / 3)
+    return int(min((2 * budget / 24) ** 0.5, by_time))
 
 
 def _candidates(sizes: Sizes) -> tuple[AbstractSolver, ...]:

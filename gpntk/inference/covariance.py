@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -326,14 +326,8 @@ class DenseCovariance(AbstractCovariance):
     @classmethod
     def of_matrix(cls, matrix: Tensor, num_outputs: int = 1) -> DenseCovariance:
         """A covariance that is known at the data alone, K `[N*C, N*C]`; the inputs are their numbers `[N, 1]`."""
-
-        def kernel(one: Tensor, two: Tensor) -> Tensor:
-            offsets = torch.arange(num_outputs, device=matrix.device)
-            rows, columns = ((num_outputs * x.long() + offsets).flatten(-2) for x in (one, two))
-            return matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]
-
         x = torch.arange(matrix.shape[0] // num_outputs, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
-        return cls(kernel, x, num_outputs, matrix)
+        return cls(_Rows(matrix.detach(), num_outputs), x, num_outputs, matrix)
 
     @property
     def weighted(self) -> FeatureCovariance:
@@ -405,3 +399,15 @@ class DenseCovariance(AbstractCovariance):
         other = DenseCovariance(self.kernel, self.x, self.num_outputs, self._given, self.memory_budget)
         other.dtype, other._kept = dtype, self._kept
         return other
+
+
+class _Rows(NamedTuple):
+    """A kernel of the numbers of inputs: what a matrix has for them."""
+
+    matrix: Tensor
+    outputs: int
+
+    def __call__(self, one: Tensor, two: Tensor) -> Tensor:
+        offsets = torch.arange(self.outputs, device=self.matrix.device)
+        rows, columns = ((self.outputs * x.long() + offsets).flatten(-2) for x in (one, two))
+        return self.matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]

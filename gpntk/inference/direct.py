@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gpntk.cost import Cost, Work
-from gpntk.errors import SolveError
+from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, exact_dtype
-from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
+from gpntk.inference.inverse import AbstractInverse, LogDet, Solution
 from gpntk.inference.outcome import Outcome
 from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice, refuse_sharded
 from gpntk.inference.system import Space, WhitenedSystem
@@ -151,8 +151,11 @@ class _FunctionInverse(AbstractInverse):
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
-        half = in_batches(self._factor.half(self.cross(x)), x.shape[0])
-        return self.exact.covariance.prior(x) - half @ half.mT
+        return self.reduced(self.exact.covariance.cross(x), self.exact.covariance.prior(x))
+
+    def reduced(self, cross: Tensor, prior: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
+        half = self._factor.half(self.exact.likelihood.whiten(cross))
+        return prior - half @ half.mT
 
     def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
         return self.prior_columns(x, self._factor.solve(self.cross(x.unsqueeze(0))), functions)
@@ -219,6 +222,9 @@ class _WeightInverse(AbstractInverse):
         half = self._factor.half(self.exact.weighted.rows(x))
         return half @ half.mT
 
+    def reduced(self, cross: Tensor, prior: Tensor, close: bool = False) -> Tensor:  # noqa: ARG002
+        raise not_in_function_space()
+
     def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:  # noqa: ARG002
         weighted = self.exact.weighted
         return self._factor.solve(weighted.rows(x.unsqueeze(0)).squeeze(0)) * weighted.scales
@@ -246,6 +252,11 @@ def _check_rounding(diagonal: Tensor) -> None:
     # Rounding errors of independent signs: a random matrix, whose norm grows with the root of its size.
     if float(diagonal.max()) * torch.finfo(diagonal.dtype).eps * size**0.5 > _LARGEST_ROUNDING:
         raise not_factorised(size, Outcome.NOT_POSITIVE)
+
+
+def not_in_function_space() -> InputError:
+    """The error of who asks weight space for what it has not."""
+    return InputError("weight space predicts from inputs, not from covariances: take mean(x) and covariance(x).")
 
 
 def not_factorised(size: int, outcome: Outcome) -> SolveError:

@@ -13,14 +13,14 @@ from gpntk.errors import InputError
 from gpntk.inference.auto import AutoSolver
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.direct import cholesky
-from gpntk.inference.features import AbstractFeatures, exact_dtype
+from gpntk.inference.features import exact_dtype
 from gpntk.inference.noise import RowNoise
 from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.system import WhitenedSystem
 
 
 def inv_quad_logdet(
-    features: AbstractFeatures, variances: Tensor, noise: Tensor, rhs: Tensor, solver: AbstractSolver
+    covariance: FeatureCovariance, noise: Tensor, rhs: Tensor, solver: AbstractSolver
 ) -> tuple[Tensor, Tensor]:
     """bᵀ (K + D)⁻¹ b `[K]` for b `[K, n]`, and log|K + D| `[]`, with first derivatives.
 
@@ -32,35 +32,8 @@ def inv_quad_logdet(
         SolveError: The system could not be solved.
         RuntimeError: A second derivative is asked for; it would need the dense matrix.
     """
-    quad, logdet = cast("tuple[Tensor, Tensor]", _InvQuadLogdet.apply(features, solver, variances, noise, rhs))
+    quad, logdet = cast("tuple[Tensor, Tensor]", _InvQuadLogdet.apply(covariance, solver, covariance.given, noise, rhs))
     return quad, logdet
-
-
-def log_marginal_likelihood(
-    features: AbstractFeatures, variances: Tensor, noise: Tensor, y: Tensor, solver: AbstractSolver
-) -> Tensor:
-    """log N(y; 0, K + D) in nats `[]`, over the rows with finite noise, for y `[n]`; differentiable.
-
-    Rows of infinite noise may be NaN in y.
-
-    Example:
-        >>> import torch, gpntk
-        >>> from gpntk.inference import AutoSolver, Features, log_marginal_likelihood
-        >>> backend = gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(3, 1).double()))
-        >>> features = Features(backend, torch.randn(20, 3, dtype=torch.float64))
-        >>> noise = torch.ones(1, dtype=torch.float64, requires_grad=True)
-        >>> y = torch.randn(20, dtype=torch.float64)
-        >>> value = log_marginal_likelihood(features, torch.ones(1, dtype=torch.float64), noise, y, AutoSolver())
-        >>> value.backward()
-        >>> noise.grad.shape
-        torch.Size([1])
-
-    References:
-        Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.30 and 5.9.
-    """
-    quad, logdet = inv_quad_logdet(features, variances, noise, y.unsqueeze(0), solver)
-    observed = WhitenedSystem(FeatureCovariance(features, variances), noise).observed
-    return -0.5 * (quad.squeeze(0) + logdet + observed * math.log(2 * math.pi))
 
 
 @final
@@ -72,8 +45,8 @@ class _InvQuadLogdet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        features, solver, variances, noise, rhs = args
-        system = WhitenedSystem(FeatureCovariance(features, variances), noise)
+        covariance, solver, variances, noise, rhs = args
+        system = WhitenedSystem(covariance, noise)
         inverse = solver.prepare(system, many=variances.requires_grad or noise.requires_grad)
         exact, weighted = inverse.exact, inverse.exact.weighted
         assert exact.noise is not None
@@ -91,7 +64,7 @@ class _InvQuadLogdet(torch.autograd.Function):
             alpha, energies, determinant.by_variance, determinant.by_noise, weighted.variances, exact.noise
         )
         ctx.dtypes = variances.dtype, noise.dtype, rhs.dtype
-        ctx.total, ctx.homoscedastic = features.total, exact.homoscedastic
+        ctx.total, ctx.homoscedastic = covariance.total, exact.homoscedastic
         return solution.quad.to(rhs.dtype), (determinant.value + exact.noise_logdet).to(rhs.dtype)
 
     @staticmethod
@@ -142,7 +115,7 @@ def log_evidence(
         gram = covariance if isinstance(covariance, Tensor) else covariance.gram()
         return cast("Tensor", _DenseEvidence.apply(gram, noise, columns))
     weighted = covariance.weighted
-    quad, logdet = inv_quad_logdet(weighted.features, weighted.given, noise, columns, solver or AutoSolver())
+    quad, logdet = inv_quad_logdet(weighted, noise, columns, solver or AutoSolver())
     observed = WhitenedSystem(weighted, noise).observed
     return -0.5 * (quad.sum() + len(columns) * (logdet + observed * math.log(2 * math.pi)))
 

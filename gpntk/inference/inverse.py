@@ -91,6 +91,10 @@ class AbstractInverse(ABC):
         """
 
     @abstractmethod
+    def reduced(self, cross: Tensor, prior: Tensor, close: bool = False) -> Tensor:
+        """The same from k(x, X) `[B, T*C, n]` and k(x, x) `[B, T*C, T*C]`, where the method works in function space."""
+
+    @abstractmethod
     def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
         """The functions cov(f(·), f(x) | data) for x `[T, D]`, by their coefficients in ``functions.widened(x)``.
 

@@ -27,6 +27,7 @@ from gpntk.errors import InputError
 from gpntk.inference.checkpoint import SolveCheckpoint
 from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
 from gpntk.inference.covariance import AbstractCovariance
+from gpntk.inference.direct import not_in_function_space
 from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
@@ -360,21 +361,28 @@ class _IterativeInverse(AbstractInverse):
 
     def covariance(self, x: Tensor, close: bool = False) -> Tensor:
         # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
-        allowed = self._solver.tolerance**2 if close else 2 * self._solver.variance_tolerance
         if self._space == "weight":
             psi = self.exact.weighted.rows(x)
-            columns, residual = self._columns(psi.detach().flatten(0, 1), allowed)
+            columns, residual = self._columns(psi.detach().flatten(0, 1), self._allowed(close))
             columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
             # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
             quadratic = columns @ (psi.detach() - residual).mT
             return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
-        cross = in_batches(self.cross(x), x.shape[0])
-        prior = self.exact.covariance.prior(x)
+        return self.reduced(self.exact.covariance.cross(x), self.exact.covariance.prior(x), close)
+
+    def reduced(self, cross: Tensor, prior: Tensor, close: bool = False) -> Tensor:
+        if self._space == "weight":
+            raise not_in_function_space()
+        cross, batch = self.exact.likelihood.whiten(cross), cross.shape[0]
         variances = prior.detach().diagonal(dim1=-2, dim2=-1).flatten()
-        columns, residual = self._duals(cross.detach().flatten(0, 1), variances, allowed)
-        columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
+        columns, residual = self._duals(cross.detach().flatten(0, 1), variances, self._allowed(close))
+        columns, residual = in_batches(columns, batch), in_batches(residual, batch)
         quadratic = columns @ (cross.detach() - residual).mT
         return prior - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
+
+    def _allowed(self, close: bool) -> float:
+        """Error of a variance, relative."""
+        return self._solver.tolerance**2 if close else 2 * self._solver.variance_tolerance
 
     def columns(self, x: Tensor, functions: AbstractCovariance) -> Tensor:
         # Means are made of these columns, and an error here is one of first order: it is for the means' tolerance.

@@ -155,6 +155,22 @@ class Posterior:
             covariance = covariance - half @ half.mT
         return covariance.reshape(*x.shape[:-2], *covariance.shape[-2:])
 
+    def of_matrices(self, cross: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance from k(x, X) `[B, T*C, n]` and k(x, x) `[B, T*C, T*C]`, for a dense covariance.
+
+        X are all inputs, those of `condition_on` last. For whoever has the matrices but not x: mean `[B, T*C]`, or
+        `[K, B, T*C]` for several columns, and covariance `[B, T*C, T*C]`.
+        """
+        exact = self.inverse.exact
+        cross, prior = cross.to(self.inverse.dtype), prior.to(self.inverse.dtype)
+        mean = torch.einsum("btn,kn->kbt", cross, self._coefficients)
+        close = bool(self._updates)
+        covariance = self.inverse.reduced(cross[..., : exact.covariance.num_rows], prior, close)
+        for update in self._updates:
+            half = update.factor.half(cross[..., : update.columns.shape[-1]] @ update.columns.mT)
+            covariance = covariance - half @ half.mT
+        return self._shaped(mean), covariance
+
     def sample(self, x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Joint samples of f(x) for x `[T, D]`, `[S, T*C]`, or `[S, K, T*C]` for several columns, exact in law.
 

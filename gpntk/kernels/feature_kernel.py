@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from gpytorch.constraints import GreaterThan
-from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
 from gpntk._checks import check_input, check_keywords, check_memory_budget, check_tensors
 from gpntk._types import Extract, OutputSelection, ParameterSelection
-from gpntk.errors import InputError, SelectionError
+from gpntk.errors import SelectionError
 from gpntk.inference import AbstractSolver
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
-from gpntk.kernels.prediction_strategy import FeaturePredictionStrategy
+from gpntk.kernels.prediction_strategy import AbstractNetworkKernel
 from gpntk.network import freeze
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
@@ -34,7 +30,7 @@ def log_scale_constraint(lower_bound: float = 0.0) -> GreaterThan:
     return GreaterThan(lower_bound, transform=torch.exp, inv_transform=torch.log)  # pyright: ignore[reportArgumentType]
 
 
-class AbstractFeatureKernel(Kernel, ABC):
+class AbstractFeatureKernel(AbstractNetworkKernel):
     """k(x, x') = J(x) S J(x')ᵀ for the Jacobian features of a frozen network.
 
     Subclasses say which parameters; products, Grams, diagonals and gradients are written once, here and in the
@@ -149,17 +145,6 @@ class AbstractFeatureKernel(Kernel, ABC):
             x1 = x1.index_select(-1, active_dims)
         return self.backend.num_outputs(x1)
 
-    def prediction_strategy(
-        self,
-        train_inputs: Any,
-        train_prior_dist: MultivariateNormal,
-        train_labels: Tensor,
-        likelihood: Likelihood,
-    ) -> FeaturePredictionStrategy:
-        """How an ``ExactGP`` with this kernel predicts."""
-        _check_rows_per_input(train_prior_dist)
-        return FeaturePredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
-
     # The host reads dtype and device off the hyperparameters; a kernel may have none, and the weights count too.
 
     @property
@@ -197,17 +182,6 @@ class AbstractFeatureKernel(Kernel, ABC):
         selected.batch_shape = torch.empty(self.batch_shape, device="cpu")[index].shape
         selected._buffers["active_dims"] = active_dims
         return selected
-
-
-def _check_rows_per_input(prior: MultivariateNormal) -> None:
-    rows, values = prior.lazy_covariance_matrix.shape[-1], prior.event_shape.numel()
-    if rows != values:
-        raise InputError(
-            f"the kernel has {rows} rows for a mean of shape {tuple(prior.mean.shape)}: a network of C outputs has C "
-            "rows per input. For one output, take output=0 (its number) or output='independent'. For all, return a "
-            "MultitaskMultivariateNormal with a mean [N, C], gpntk.NetworkMean's say, and use a "
-            "MultitaskGaussianLikelihood."
-        )
 
 
 def _check_output(output: OutputSelection) -> None:

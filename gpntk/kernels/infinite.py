@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 from gpytorch.constraints import GreaterThan
-from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
 from gpntk._checks import check_input, check_keywords, check_tensors
@@ -17,10 +16,11 @@ from gpntk.errors import InputError
 from gpntk.infinite.infinite_kernels import InfiniteKernels, Kind, Std, by_layer, equal_inputs, kernels
 from gpntk.infinite.layers import Parametrization
 from gpntk.kernels.feature_kernel import log_scale_constraint
+from gpntk.kernels.prediction_strategy import AbstractNetworkKernel
 from gpntk.operators.batching import collapse
 
 
-class _InfiniteKernel(Kernel):
+class _InfiniteKernel(AbstractNetworkKernel):
     """NNGP or NTK of the infinite-width limit of a module, σ_w and σ_b of every layer learnable."""
 
     has_lengthscale = False

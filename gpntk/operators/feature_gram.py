@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gpntk.cost import Machine
 from gpntk.errors import InputError
-from gpntk.inference import AbstractSolver, AutoSolver, Features
+from gpntk.inference import AbstractSolver, AutoSolver, FeatureCovariance, Features
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.memory import chunks, tracks_gradient
 from gpntk.operators.batching import Index, batch_product, collapse, flatten_batch, row_to_sample, zero_product
-from gpntk.operators.noisy_gram import AbstractGramLinearOperator, NoisyGramLinearOperator, noisy_gram
+from gpntk.operators.noisy_gram import AbstractGramLinearOperator, NoisyGramLinearOperator, elements, noisy_gram
 
 _ALL = slice(None)
 
@@ -201,12 +201,16 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
             return noisy_gram(self, other)
         return super().__add__(other)
 
-    def statement(self) -> tuple[Features, Tensor, AbstractSolver] | None:
+    def covariances(self, batch_shape: torch.Size) -> list[FeatureCovariance] | None:
         x = collapse(self._x1)
         if x.shape[:-2].numel() != 1 or not self._same_inputs or tracks_gradient(x) or 0 in self.shape:
             return None
         features = Features(self._backend, x.reshape(x.shape[-2:]))
-        return features, self._variances.squeeze(-1), self._solver or AutoSolver()
+        return [FeatureCovariance(features, each) for each in elements(self._variances.squeeze(-1), batch_shape)]
+
+    @property
+    def solver(self) -> AbstractSolver:
+        return self._solver or AutoSolver()
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:

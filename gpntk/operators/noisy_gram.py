@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from linear_operator import settings, utils
@@ -17,41 +17,23 @@ from linear_operator.operators import (
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from gpntk.inference import (
-    AbstractInverse,
-    AbstractSolver,
-    FeatureCovariance,
-    Features,
-    WhitenedSystem,
-    inv_quad_logdet,
-)
+from gpntk.inference import AbstractInverse, AbstractSolver, FeatureCovariance, WhitenedSystem, inv_quad_logdet
 
 # Elements of a batch that are solved one after the other; more are left to the host's batched algorithms.
 _MOST = 16
-
-
-class Problem(NamedTuple):
-    """A noisy Gram matrix in the terms of `gpntk.inference`: features, prior variances `[G]`, noise `[1]` or `[n]`."""
-
-    features: Features
-    variances: Tensor
-    noise: Tensor
-    solver: AbstractSolver
-
-    def system(self, missing: Tensor | None = None) -> WhitenedSystem:
-        """The system; rows ``missing`` `[n]` get infinite noise."""
-        noise = self.noise
-        if missing is not None and bool(missing.any()):
-            noise = torch.where(missing, torch.inf, noise.expand(self.features.num_rows))
-        return WhitenedSystem(FeatureCovariance(self.features, self.variances), noise)
 
 
 class AbstractGramLinearOperator(LinearOperator):
     """A Gram matrix that may be able to say which features it is made of."""
 
     @abstractmethod
-    def statement(self) -> tuple[Features, Tensor, AbstractSolver] | None:
-        """Features, variances `[..., G]`, solver; None for batches of x, or if x1 is not x2 or carries a gradient."""
+    def covariances(self, batch_shape: torch.Size) -> list[FeatureCovariance] | None:
+        """One for each element of a batch; None for batches of x, or if x1 is not x2 or carries a gradient."""
+
+    @property
+    @abstractmethod
+    def solver(self) -> AbstractSolver:
+        """How systems with it are solved."""
 
 
 @final
@@ -66,61 +48,65 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
     Example:
         >>> import torch, gpntk
         >>> noisy = gpntk.NTKKernel(torch.nn.Linear(3, 1))(torch.randn(5, 3)).evaluate_kernel().add_jitter(0.1)
-        >>> type(noisy).__name__, noisy.solve(torch.ones(5)).shape
-        ('NoisyGramLinearOperator', torch.Size([5]))
+        >>> noisy, noisy.solve(torch.ones(5)).shape
+        (NoisyGramLinearOperator[5, 5], torch.Size([5]))
     """
 
-    def problems(self) -> list[Problem] | None:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{list(self.shape)}"
+
+    def systems(self) -> list[WhitenedSystem] | None:
         """What is to be solved, for every element of the batch: one x, but each its own hyperparameters.
 
         None for batches of x (or more than 16 in all), inputs that carry a gradient, and sums with other kernels.
         """
+        parts = self._parts()
+        return None if parts is None else [WhitenedSystem(*part) for part in parts]
+
+    @property
+    def solver(self) -> AbstractSolver:
+        """How these systems are solved."""
         gram = self._linear_op
-        stated = gram.statement() if isinstance(gram, AbstractGramLinearOperator) else None
-        if stated is None or self.batch_shape.numel() > _MOST:
+        assert isinstance(gram, AbstractGramLinearOperator)
+        return gram.solver
+
+    def _parts(self) -> list[tuple[FeatureCovariance, Tensor]] | None:
+        """The covariance and the noise variances of every element, with their graphs."""
+        gram = self._linear_op
+        if not isinstance(gram, AbstractGramLinearOperator) or self.batch_shape.numel() > _MOST:
             return None
-        features, variances, solver = stated
-        pairs = zip(self._elements(variances), self._elements(self.noise()), strict=True)
-        return [Problem(features, *pair, solver) for pair in pairs]
-
-    def noise(self) -> Tensor:
-        """Noise variances `[..., n]`, or `[..., 1]` where all rows have the same."""
-        diagonal = self._diag_tensor
-        if isinstance(diagonal, ConstantDiagLinearOperator):
-            return diagonal.diag_values
-        noise = diagonal._diagonal()
-        return noise[..., :1] if not noise.requires_grad and bool((noise == noise[..., :1]).all()) else noise
-
-    def _elements(self, values: Tensor) -> Tensor:
-        """`[..., k]` for every element of the batch, `[B, k]`."""
-        return values.expand(*self.batch_shape, values.shape[-1]).reshape(-1, values.shape[-1])
+        covariances = gram.covariances(self.batch_shape)
+        if covariances is None:
+            return None
+        noise = noise_of(self._diag_tensor)
+        return list(zip(covariances, elements(noise, self.batch_shape), strict=True))
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        problems = self.problems() if logdet and inv_quad_rhs is not None else None
-        if problems is None or inv_quad_rhs is None:
+        parts = self._parts() if logdet and inv_quad_rhs is not None else None
+        if parts is None or inv_quad_rhs is None:
             return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
         columns = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
-        columns = columns.mT.reshape(len(problems), -1, self.shape[-1])
-        parts = [
-            inv_quad_logdet(*problem[:3], rhs, problem.solver) for problem, rhs in zip(problems, columns, strict=True)
-        ]
-        quad = torch.stack([part[0] for part in parts]).reshape(*self.batch_shape, -1)
-        determinant = torch.stack([part[1] for part in parts]).reshape(self.batch_shape)
+        columns = columns.mT.reshape(len(parts), -1, self.shape[-1])
+        found = [inv_quad_logdet(*part, rhs, self.solver) for part, rhs in zip(parts, columns, strict=True)]
+        quad = torch.stack([each[0] for each in found]).reshape(*self.batch_shape, -1)
+        determinant = torch.stack([each[1] for each in found]).reshape(self.batch_shape)
         return quad.sum(-1) if reduce_inv_quad else quad, determinant
 
     def _solve(
         self, rhs: Tensor, preconditioner: Callable[[Tensor], Tensor] | None = None, num_tridiag: int | None = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        problems = None if num_tridiag else self.problems()
-        if problems is not None:
+        inverses = None if num_tridiag else self._inverses()
+        if inverses is not None:
             columns = rhs.mT.expand(*torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape), *rhs.mT.shape[-2:])
             # The operator's own batch first, all other columns second.
-            own = columns.reshape(-1, len(problems), *columns.shape[-2:]).transpose(0, 1)
-            pairs = zip(self._inverses(problems), own, strict=True)
+            own = columns.reshape(-1, len(inverses), *columns.shape[-2:]).transpose(0, 1)
             solved = torch.stack(
-                [inverse.solve(part.flatten(0, 1)).checked().view(part.shape) for inverse, part in pairs]
+                [
+                    inverse.solve(part.flatten(0, 1)).checked().view(part.shape)
+                    for inverse, part in zip(inverses, own, strict=True)
+                ]
             )
             return solved.transpose(0, 1).reshape(columns.shape).mT.to(rhs.dtype)
         tiny = torch.finfo(rhs.dtype).tiny
@@ -136,9 +122,23 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
             preconditioner=preconditioner,
         )
 
-    @cached(name="inverses", ignore_args=True)
-    def _inverses(self, problems: list[Problem]) -> list[AbstractInverse]:
-        return [problem.solver.prepare(problem.system()) for problem in problems]
+    @cached(name="inverses")
+    def _inverses(self) -> list[AbstractInverse] | None:
+        systems = self.systems()
+        return None if systems is None else [self.solver.prepare(system) for system in systems]
+
+
+def noise_of(diagonal: DiagLinearOperator) -> Tensor:
+    """Noise variances `[..., n]`, or `[..., 1]` where all rows have the same."""
+    if isinstance(diagonal, ConstantDiagLinearOperator):
+        return diagonal.diag_values
+    noise = diagonal._diagonal()
+    return noise[..., :1] if not noise.requires_grad and bool((noise == noise[..., :1]).all()) else noise
+
+
+def elements(values: Tensor, batch_shape: torch.Size) -> Tensor:
+    """`[..., k]` for every element of a batch, `[B, k]`."""
+    return values.expand(*batch_shape, values.shape[-1]).reshape(-1, values.shape[-1])
 
 
 def noisy_gram(gram: LinearOperator, noise: DiagLinearOperator) -> NoisyGramLinearOperator:
