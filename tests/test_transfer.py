@@ -9,6 +9,10 @@ import gpytorch
 import numpy as np
 import pytest
 import torch
+from gpntk.transfer.classification import TransferClassification
+from gpntk.transfer.components import Constant, Readout, Stationary, SumOfComponents, Tangent
+from gpntk.transfer.dense import DenseGP
+from gpntk.transfer.remembered import Outputs, Remembered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -20,11 +24,7 @@ from gpntk.errors import InputError, NetworkError
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, log_prior
 from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
-from gpntk.transfer.classification import TransferClassification
-from gpntk.transfer.components import Constant, Readout, Stationary, SumOfComponents, Tangent
-from gpntk.transfer.dense import DenseGP
 from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
-from gpntk.transfer.remembered import Outputs, Remembered
 from gpntk.transfer.report import report_classification, report_regression
 from tests.cases import mlp, reference_jacobian
 

@@ -6,11 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from glob import escape
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from gpytorch.kernels import Kernel
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -22,12 +24,13 @@ from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import FrozenNetwork, freeze
 from gpntk.network.freezing import with_weights
-from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryInputs
-from gpntk.transfer.report import Report
+from gpntk.transfer import TransferGP
+from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs
+from gpntk.transfer.report import Report, report_on
 
 # Inputs at which a network is compared with the one that was saved.
 _COMPARED = 4
+# Options that are written to a file; the network and what is code are not.
 _STORED = (
     "mean",
     "kernel",
@@ -36,31 +39,61 @@ _STORED = (
     "stationary",
     "stationary_inputs",
     "hyperparameters",
+    "time_budget",
     "dtype",
     "input_shape",
     "verbose",
 )
 
 
+@dataclass(eq=False, repr=False)
 class TransferEstimator(BaseEstimator, ABC):
-    """A model of the target task on a frozen source network, with scikit-learn's conventions."""
+    """A model of the target task on a frozen source network, with scikit-learn's conventions.
+
+    Args:
+        network: The source network, in eval mode. It is copied when `fit` is called and never changed.
+        mean: Prior mean: ``"network"``, its output f(x; w*), so that the GP learns the residual; ``"constant"``, one
+            number per output; or ``"zero"``. ``"auto"`` is the network's, or under a new head a constant (for classes
+            zero). Take the network's where source and target labels mean the same.
+        kernel: ``"ntk"``, the tangent kernel; ``"nngp"``, that of the readout alone; ``"stationary"``, an ARD kernel of
+            the inputs or the features; ``"ntk+stationary"``, the sum, for what the tangent space cannot say. ``"auto"``
+            compares them by their evidence and keeps the sum unless another is better by three nats, at any number of
+            labels. Or any kernel of GPyTorch's, sums with ours included, with the priors registered for its parameters:
+            a covariance of the residuals in units of their root mean square.
+        new_head: Replace the readout even though the number of outputs fits, because they mean something else.
+        parameters: Which parameters may move: ``None`` for all, glob(s) over their names, ``"readout"`` for the last
+            layer, or a predicate of name and parameter.
+        layer_variances: Learn one prior variance per layer instead of a single one.
+        stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
+        stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
+            inputs, or with ``kernel="auto"`` the better one.
+        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first for
+            up to 300 labels, and for classes. Or a mapping with values to be kept, by their names in
+            ``hyperparameters_``.
+        time_budget: Seconds that a fit may take. A kernel that would take longer is left out, and a line in the log and
+            in ``report_`` says what it would cost.
+        input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
+        extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
+        dtype: Precision of Jacobians, ``"float64"`` or ``"float32"``; the network's outputs and features are computed
+            in its own, and systems are solved in double precision.
+        verbose: Print the report after `fit`.
+    """
 
     network: nn.Module
-    mean: MeanChoice
-    kernel: KernelChoice
-    new_head: bool
-    parameters: ParameterSelection
-    layer_variances: bool
-    stationary: StationaryForm
-    stationary_inputs: StationaryInputs | None
-    hyperparameters: Treatment | Mapping[str, float]
-    input_shape: Sequence[int] | None
-    extract: Extract | None
-    dtype: Literal["float64", "float32"]
-    verbose: bool
-
-    _stored: tuple[str, ...] = ()
-    """Names of further constructor arguments to be saved."""
+    _: KW_ONLY
+    mean: MeanChoice = "auto"
+    kernel: KernelChoice | Kernel = "auto"
+    new_head: bool = False
+    parameters: ParameterSelection = None
+    layer_variances: bool = False
+    stationary: StationaryForm = "rbf"
+    stationary_inputs: StationaryInputs | None = None
+    hyperparameters: Treatment | Mapping[str, float] = "auto"
+    time_budget: float = 120.0
+    input_shape: Sequence[int] | None = None
+    extract: Extract | None = None
+    dtype: Literal["float64", "float32"] = "float64"
+    verbose: bool = False
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -72,12 +105,15 @@ class TransferEstimator(BaseEstimator, ABC):
         check_is_fitted(self)
         if getattr(self, "noise_network", None) is not None:
             raise InputError("a model with a noise_network cannot be saved to this format: pickle it instead.")
+        if isinstance(self.kernel, Kernel):
+            raise InputError("a model with a kernel of GPyTorch's cannot be saved to this format: pickle it instead.")
         frozen = self._network.tensors(self._network.dtype, self._network.device)
         tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
         tensors |= {f"model.{name}": tensor for name, tensor in self._model.state().items()}
         tensors |= {f"data.{name}": tensor for name, tensor in self._data().items()}
         tensors["outputs"] = self._outputs()
-        facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in (*_STORED, *self._stored)}
+        names = (*_STORED, *self._own_options())
+        facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
         facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
         facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_}
@@ -100,7 +136,7 @@ class TransferEstimator(BaseEstimator, ABC):
         except NetworkError as error:
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
         with contents.reading():
-            stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._stored)}
+            stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._own_options())}
             constructor: Any = cls
             # As globs that match themselves alone.
             names = [escape(name) for name in contents.fact("parameters", list)]
@@ -121,16 +157,20 @@ class TransferEstimator(BaseEstimator, ABC):
         """What the labels say about the source network: whether it helps, and how much; made when first asked for."""
         check_is_fitted(self)
         if self._report is None:
-            self._report = self._make_report()
+            self._report = report_on(self._model)
         return self._report
 
     # --- what a model adds -------------------------------------------------------------------------------------
 
-    _model: Any
-    _network: FrozenNetwork
-    _row_shape: tuple[int, ...]
-    _report: Report | None
-    log_marginal_likelihood_: float
+    _model: ClassVar[Any]
+    _network: ClassVar[Any]
+    _row_shape: ClassVar[Any]
+    _report: ClassVar[Any]
+
+    @classmethod
+    @abstractmethod
+    def _own_options(cls) -> tuple[str, ...]:
+        """Names of further constructor arguments to be saved."""
 
     @abstractmethod
     def _data(self) -> dict[str, Tensor]:
@@ -144,15 +184,18 @@ class TransferEstimator(BaseEstimator, ABC):
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Set up the model, not fitted yet, from what `_data` and `_facts` gave."""
 
-    @abstractmethod
-    def _make_report(self) -> Report: ...
-
     @torch.no_grad()
     def _outputs(self) -> Tensor:
         """What the network makes of a few training inputs: weights do not tell a tanh from a ReLU, outputs do."""
         return self._network.forward(self._data()["x"][:_COMPARED])
 
     # --- shared ------------------------------------------------------------------------------------------------
+
+    def _fit_model(self, model: TransferGP) -> None:
+        """Fit it, and set what is common to all fitted estimators."""
+        self._model = model
+        self.log_marginal_likelihood_ = model.fit()
+        self._finish()
 
     @contextmanager
     def _whole_or_not_at_all(self) -> Iterator[None]:
@@ -181,7 +224,15 @@ class TransferEstimator(BaseEstimator, ABC):
         self.hyperparameters_ = self._model.hyperparameters()
 
     def _model_arguments(self) -> dict[str, Any]:
-        names = ("mean", "kernel", "layer_variances", "stationary", "stationary_inputs", "hyperparameters")
+        names = (
+            "mean",
+            "kernel",
+            "layer_variances",
+            "stationary",
+            "stationary_inputs",
+            "hyperparameters",
+            "time_budget",
+        )
         return {name: getattr(self, name) for name in names}
 
     def _freeze(self) -> FrozenNetwork:
@@ -218,7 +269,14 @@ class TransferEstimator(BaseEstimator, ABC):
             raise InputError(f"X has rows of shape {X.shape[1:]}, but fit saw rows of shape {self._row_shape}.")
 
     def _tensor(self, X: NDArray[Any]) -> Tensor:
-        return torch.tensor(X, device=self._network.device).flatten(1)
+        return as_tensor(X, self._network.device).flatten(1)
+
+
+def as_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor of an array of any strides and byte order; numbers beyond double precision are rounded to it."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > np.dtype(np.float64).itemsize:
+        values = values.astype(np.float64)
+    return torch.tensor(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("=")), device=device)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, Self, final
 
 import numpy as np
@@ -10,20 +12,20 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator
-from gpntk.inference.hyperposterior import Treatment
 from gpntk.likelihoods import LINKS, Link
-from gpntk.transfer.classification import Method, TransferClassification
-from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
-from gpntk.transfer.report import Report, report_classification
+from gpntk.transfer import TransferGP
+from gpntk.transfer.gp import Likelihood
+
+Method = Literal["auto", "laplace", "dirichlet"]
+"""How the posterior is approximated; see `TransferClassifier`."""
 
 
 @final
+@dataclass(eq=False, repr=False, kw_only=True)
 class TransferClassifier(ClassifierMixin, TransferEstimator):
     """Gaussian process classification in the tangent space of a pretrained network.
 
@@ -32,34 +34,16 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     are inferred from their posterior. `report_` says whether the source network helps.
 
     Args:
-        network: The source network, in eval mode; its outputs are logits. It is copied when `fit` is called and never
-            changed.
         num_classes: K, if there are more classes than y shows; y then holds integers from 0 to K - 1. A network with
             another number of outputs gets a new head. Default: as many as y has values.
-        mean: Prior mean of the logits: ``"network"``, its own; ``"constant"``, one number per class; or ``"zero"``.
-            ``"auto"`` is the network's, or zero under a new head.
-        kernel: As for `gpntk.TransferRegressor`.
-        new_head: Replace the readout by a fresh one even though the number of classes is that of the network's outputs,
-            because they mean something else.
         method: ``"laplace"``, Newton's method to the mode and a Gaussian there: for a network whose outputs are the
             classes, so that labels correct it. ``"dirichlet"``, regression on transformed labels, in closed form: for a
-            new head, where Laplace's method is underconfident, and for quick looks. ``"variational"``, inducing points
-            and mini-batches: for more inputs. ``"auto"`` is the first or the second up to 2,000 inputs, by the head,
-            and the third beyond.
+            new head, where Laplace's method is underconfident, and for quick looks. ``"auto"`` is the first or the
+            second, by the head. For more inputs than either holds there is `gpntk.models.VariationalGP`.
         link: How probabilities are made of Gaussian logits: ``"probit"``, a formula; ``"monte_carlo"``, exact but for
             its draws; or ``"laplace_bridge"``, a formula that also gives a Dirichlet.
-        parameters: As for `gpntk.TransferRegressor`.
-        layer_variances: Learn one prior variance per layer instead of a single one.
-        stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
-        stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
-            inputs, or with ``kernel="auto"`` the better one.
-        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first. Or
-            a mapping with values to be kept, by their names in ``hyperparameters_``.
-        input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
-        extract: Turns what the network returns into its logits `[N]` or `[N, C]`.
-        dtype: Precision of Jacobians and of the GP, ``"float64"`` or ``"float32"``; the network's outputs and features
-            are computed in its own.
-        verbose: Print the report after `fit`.
+        network, mean, kernel, ...: The options that all transfer estimators share: see
+            `gpntk.estimators.base.TransferEstimator`. The network's outputs are logits.
 
     Attributes:
         classes_: The classes `[K]`.
@@ -89,44 +73,9 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         https://arxiv.org/abs/1805.10915.
     """
 
-    _stored = ("num_classes", "method", "link")
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        num_classes: int | None = None,
-        mean: MeanChoice = "auto",
-        kernel: KernelChoice = "auto",
-        new_head: bool = False,
-        method: Method = "auto",
-        link: Link = "probit",
-        parameters: ParameterSelection = None,
-        layer_variances: bool = False,
-        stationary: StationaryForm = "rbf",
-        stationary_inputs: StationaryInputs | None = None,
-        hyperparameters: Treatment | Mapping[str, float] = "auto",
-        input_shape: Sequence[int] | None = None,
-        extract: Extract | None = None,
-        dtype: Literal["float64", "float32"] = "float64",
-        verbose: bool = False,
-    ) -> None:
-        self.network = network
-        self.num_classes = num_classes
-        self.mean: MeanChoice = mean
-        self.kernel: KernelChoice = kernel
-        self.new_head = new_head
-        self.method: Method = method
-        self.link: Link = link
-        self.parameters = parameters
-        self.layer_variances = layer_variances
-        self.stationary: StationaryForm = stationary
-        self.stationary_inputs: StationaryInputs | None = stationary_inputs
-        self.hyperparameters = hyperparameters
-        self.input_shape = input_shape
-        self.extract = extract
-        self.dtype: Literal["float64", "float32"] = dtype
-        self.verbose = verbose
+    num_classes: int | None = None
+    method: Method = "auto"
+    link: Link = "probit"
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Fit to inputs X `[N, ...]` and classes y `[N]`; returns self.
@@ -142,15 +91,17 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         self._check_arguments()
         if self.link not in LINKS:
             raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, LINKS))}.")
+        if self.method not in ("auto", "laplace", "dirichlet"):
+            raise InputError(f"method={self.method!r}: choose 'auto', 'laplace' or 'dirichlet'.")
+        if not (self.num_classes is None or isinstance(self.num_classes, Integral)):
+            raise InputError(f"num_classes={self.num_classes!r}: give an integer.")
         with self._whole_or_not_at_all():
             inputs, labels = self._validate(X, y=y)
             check_classification_targets(labels)
             self.classes_ = self._classes(labels) if classes is None else np.unique(classes)
             self._row_shape = inputs.shape[1:]
             self._network = self._freeze()
-            self._model = self._transfer(self._tensor(inputs), self._labels(labels))
-            self.log_marginal_likelihood_ = self._model.fit()
-            self._finish()
+            self._fit_model(self._transfer(self._tensor(inputs), self._labels(labels)))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -158,8 +109,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
-        Before `fit`, the same as `fit`, with ``classes`` as the classes there are; later they must be the same. Not for
-        the variational method, which has to be fitted anew.
+        Before `fit`, the same as `fit`, with ``classes`` as the classes there are; later they must be the same.
         """
         if not hasattr(self, "_model"):
             return self._fit(X, y, classes)
@@ -174,7 +124,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Probabilities of the classes at X `[N, ...]`: `[N, K]`, in the order of ``classes_``."""
         x = self._new_input(X)
-        return self._model.predict(x, self.link).cpu().numpy()
+        return self._model.probabilities(x, self.link).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The most probable class at X `[N, ...]`: `[N]`."""
@@ -215,27 +165,33 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             )
         return torch.tensor(np.searchsorted(self.classes_, y), device=self._network.device)
 
-    def _transfer(self, x: Tensor, labels: Tensor, method: Method | None = None) -> TransferClassification:
+    def _transfer(self, x: Tensor, labels: Tensor) -> TransferGP:
         classes, outputs = len(self.classes_), self._probe(x)
         matching = outputs == classes or (outputs == 1 and classes == 2)
-        fresh = self.new_head or not matching
-        arguments = {**self._model_arguments(), "fresh": fresh, "method": method or self.method}
-        return TransferClassification(self._network, x, labels, classes, **arguments)
+        new_head = self.new_head or not matching
+        self.method_ = ("dirichlet" if new_head else "laplace") if self.method == "auto" else self.method
+        likelihood: Likelihood = "dirichlet" if self.method_ == "dirichlet" else "categorical"
+        return TransferGP(
+            self._network,
+            x,
+            labels,
+            likelihood=likelihood,
+            num_classes=classes,
+            new_head=new_head,
+            **self._model_arguments(),
+        )
+
+    @classmethod
+    def _own_options(cls) -> tuple[str, ...]:
+        return ("num_classes", "method", "link")
 
     def _data(self) -> dict[str, Tensor]:
-        return {"x": self._model.x, "labels": self._model.labels}
+        return {"x": self._model.task.x, "labels": self._model.task.labels}
 
     def _facts(self) -> dict[str, Any]:
         kind = self.classes_.dtype
-        return {"classes": self.classes_.tolist(), "kind": kind.str, "method": self._model.method}
+        return {"classes": self.classes_.tolist(), "kind": kind.str}
 
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.classes_ = np.array(facts["classes"], dtype=facts["kind"])
-        self._model = self._transfer(data["x"], data["labels"], facts["method"])
-
-    def _finish(self) -> None:
-        super()._finish()
-        self.method_ = self._model.method
-
-    def _make_report(self) -> Report:
-        return report_classification(self._model)
+        self._model = self._transfer(data["x"], data["labels"])

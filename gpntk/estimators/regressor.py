@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, final
+from dataclasses import dataclass
+from typing import Any, Self, final
 
 import numpy as np
 import torch
@@ -14,17 +15,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length
 from torch import Tensor, nn
 
-from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import InputError
-from gpntk.estimators.base import TransferEstimator
-from gpntk.inference.hyperposterior import Treatment
+from gpntk.estimators.base import TransferEstimator, as_tensor
 from gpntk.transfer import TransferGP
-from gpntk.transfer.components import StationaryForm
-from gpntk.transfer.prior import KernelChoice, MeanChoice, StationaryInputs
-from gpntk.transfer.report import Report, report_regression
 
 
 @final
+@dataclass(eq=False, repr=False, kw_only=True)
 class TransferRegressor(RegressorMixin, TransferEstimator):
     """Gaussian process regression in the tangent space of a pretrained network.
 
@@ -34,32 +31,12 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     network helps.
 
     Args:
-        network: The source network, in eval mode. It is copied when `fit` is called and never changed.
-        mean: Prior mean: ``"network"``, its output f(x; w*), so that the GP learns the residual; ``"constant"``, one
-            number per output; or ``"zero"``. ``"auto"`` is the network's, or a constant under a new head. Take the
-            network's where source and target labels mean the same.
-        kernel: ``"ntk"``, the tangent kernel; ``"nngp"``, that of the readout alone; ``"stationary"``, an ARD kernel of
-            the inputs or the features; ``"ntk+stationary"``, the sum, for what the tangent space cannot say. ``"auto"``
-            compares them by their evidence and keeps the sum unless another is better by three nats; with more than
-            2,000 labels it is ``"ntk"``.
         num_outputs: C, the number of columns of y. If it is not that of the network's outputs, the readout is replaced
-            by a fresh linear map; its weights, and what they make of those below, have priors of their own.
-        new_head: Replace the readout even though the number fits, because the network's outputs mean something else.
-        parameters: Which parameters may move: ``None`` for all, glob(s) over their names, ``"readout"`` for the last
-            layer, or a predicate of name and parameter.
-        layer_variances: Learn one prior variance per layer instead of a single one.
-        stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
-        stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
-            inputs, or with ``kernel="auto"`` the better one.
-        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first up
-            to 300 labels. Or a mapping with values to be kept, by their names in ``hyperparameters_``.
+            by a new linear map; its weights, and what they make of those below, have priors of their own.
         noise_network: Maps inputs, shaped as the network wants them, to the logarithm of the noise variance `[N]` or
             `[N, C]`, up to a factor that is learned; for noise that differs between inputs.
-        input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
-        extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
-        dtype: Precision of Jacobians and of the GP, ``"float64"`` or ``"float32"``; the network's outputs and features
-            are computed in its own.
-        verbose: Print the report after `fit`.
+        network, mean, kernel, ...: The options that all transfer estimators share: see
+            `gpntk.estimators.base.TransferEstimator`.
 
     Attributes:
         log_marginal_likelihood_: Log marginal likelihood of the labels of `fit` at the best hyperparameters, in nats,
@@ -87,42 +64,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         https://arxiv.org/abs/1906.01930, theorem 1.
     """
 
-    _stored = ("num_outputs",)
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        mean: MeanChoice = "auto",
-        kernel: KernelChoice = "auto",
-        num_outputs: int | None = None,
-        new_head: bool = False,
-        parameters: ParameterSelection = None,
-        layer_variances: bool = False,
-        stationary: StationaryForm = "rbf",
-        stationary_inputs: StationaryInputs | None = None,
-        hyperparameters: Treatment | Mapping[str, float] = "auto",
-        noise_network: nn.Module | None = None,
-        input_shape: Sequence[int] | None = None,
-        extract: Extract | None = None,
-        dtype: Literal["float64", "float32"] = "float64",
-        verbose: bool = False,
-    ) -> None:
-        self.network = network
-        self.mean: MeanChoice = mean
-        self.kernel: KernelChoice = kernel
-        self.num_outputs = num_outputs
-        self.new_head = new_head
-        self.parameters = parameters
-        self.layer_variances = layer_variances
-        self.stationary: StationaryForm = stationary
-        self.stationary_inputs: StationaryInputs | None = stationary_inputs
-        self.hyperparameters = hyperparameters
-        self.noise_network = noise_network
-        self.input_shape = input_shape
-        self.extract = extract
-        self.dtype: Literal["float64", "float32"] = dtype
-        self.verbose = verbose
+    num_outputs: int | None = None
+    noise_network: nn.Module | None = None
 
     def fit(self, X: ArrayLike, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
         """Fit to inputs X `[N, ...]` and targets y `[N]` or `[N, C]`, NaN where missing; returns self.
@@ -144,9 +87,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             self._row_shape, self._y_ndim = X.shape[1:], y.ndim
             self._network = self._freeze()
             variances = None if yvar is None else _variances(yvar, y)
-            self._model = self._transfer(*self._tensors(X, y, variances))
-            self.log_marginal_likelihood_ = self._model.fit()
-            self._finish()
+            self._fit_model(self._transfer(*self._tensors(X, y, variances)))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -160,8 +101,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             return self.fit(X, y, yvar)
         X, y = self._validated(X, y, reset=False)
         self._check_shape(X)
-        if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.num_outputs):
-            raise InputError(f"y has shape {y.shape}, but fit saw {self._model.num_outputs} output(s).")
+        if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.task.num_outputs):
+            raise InputError(f"y has shape {y.shape}, but fit saw {self._model.task.num_outputs} output(s).")
         variances = None if yvar is None else _variances(yvar, y)
         self._model = self._model.condition_on(*self._tensors(X, y, variances))
         self._finish()
@@ -243,18 +184,17 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self, X: NDArray[Any], y: NDArray[Any], yvar: NDArray[Any] | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x = self._tensor(X)
-        targets = torch.tensor(y.reshape(len(y), -1), device="cpu").to(x)
-        return x, targets, None if yvar is None else torch.tensor(yvar.reshape(len(y), -1), device="cpu").to(x)
+        targets = as_tensor(y.reshape(len(y), -1), x.device).to(x)
+        return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), x.device).to(x)
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
         outputs = y.shape[1] if self.num_outputs is None else self.num_outputs
         other = self._probe(x) != outputs and self.num_outputs is not None
-        num_outputs = outputs if self.new_head or other else None
         return TransferGP(
             self._network,
             x,
             y,
-            num_outputs=num_outputs,
+            new_head=self.new_head or other,
             known_noise=yvar,
             noise_network=self._noise(),
             **self._model_arguments(),
@@ -269,9 +209,14 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         shape = self._network.input_shape
         return noise_network if shape is None else nn.Sequential(nn.Unflatten(1, shape), noise_network)
 
+    @classmethod
+    def _own_options(cls) -> tuple[str, ...]:
+        return ("num_outputs",)
+
     def _data(self) -> dict[str, Tensor]:
-        data = {"x": self._model.x, "y": self._model.y}
-        return data if self._model.known_noise is None else {**data, "yvar": self._model.known_noise}
+        task = self._model.task
+        data = {"x": task.x, "y": task.y}
+        return data if task.known_noise is None else {**data, "yvar": task.known_noise}
 
     def _facts(self) -> dict[str, Any]:
         return {"y_ndim": self._y_ndim}
@@ -280,13 +225,10 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self._y_ndim = facts["y_ndim"]
         self._model = self._transfer(data["x"], data["y"], data.get("yvar"))
 
-    def _make_report(self) -> Report:
-        return report_regression(self._model)
-
     def _shaped(self, values: Tensor) -> NDArray[Any]:
         """`[N*C]` as y was given to `fit`."""
         array = values.cpu().numpy()
-        return array if self._y_ndim == 1 else array.reshape(-1, self._model.num_outputs)
+        return array if self._y_ndim == 1 else array.reshape(-1, self._model.task.num_outputs)
 
     def _finish(self) -> None:
         super()._finish()

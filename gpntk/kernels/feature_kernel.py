@@ -103,6 +103,16 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         check_input(x, self.network.device)
         return JacobianLinearOperator(x, backend=self.backend)
 
+    def group_grams(self, x1: Tensor, x2: Tensor, grouped: bool) -> Tensor:
+        """J_g(x1) J_g(x2)ᵀ for every group of features, the layers or all of them as one, `[..., G, N*C, M*C]`."""
+        batch = x1.shape[:-2]
+        grams = self.backend.gram(x1.reshape(-1, *x1.shape[-2:]), x2.reshape(-1, *x2.shape[-2:]), grouped)
+        return grams.unflatten(0, batch) if batch else grams.squeeze(0)
+
+    def group_diagonals(self, x: Tensor, grouped: bool) -> Tensor:
+        """Diagonals of ``group_grams(x, x)`` for x `[N, D]`, without forming these, `[G, N*C]`."""
+        return self.backend.diagonal(x.unsqueeze(0), grouped).squeeze(0)
+
     @property
     def num_features(self) -> int:
         """F, the number of features: P, or C*P for ``output="independent"`` (known once the kernel has seen data)."""

@@ -1,33 +1,33 @@
-"""Which components a prior of the target task is made of, by name."""
+"""Which terms a prior of the target task is made of, by name."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from glob import escape
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
+from gpytorch.constraints import Positive
+from gpytorch.kernels import AdditiveKernel, ConstantKernel, Kernel, LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpntk.cost import Machine
 from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.inference.features import draw
+from gpntk.kernels import AbstractFeatureKernel, NTKKernel
+from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
-from gpntk.network.heads import Body
-from gpntk.transfer.components import (
-    AbstractComponent,
-    Constant,
-    Readout,
-    Stationary,
-    StationaryForm,
-    SumOfComponents,
-    Tangent,
-)
-from gpntk.transfer.remembered import Outputs
+from gpntk.network.heads import Body, Rescaled
+from gpntk.transfer.terms import AbstractTerm, FeatureTerm, HostTerm, LogStudentTPrior, SumOfTerms
 
-KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary"]
+KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary", "custom"]
 MeanChoice = Literal["auto", "network", "constant", "zero"]
 StationaryInputs = Literal["inputs", "features"]
+StationaryForm = Literal["rbf", "matern"]
 
 # Directions in which the body's tangent kernel is taken under a new head.
 _DIRECTIONS = 8
@@ -53,8 +53,15 @@ TARGET = Medians(tangent=0.5, stationary=0.5, noise=0.1, noise_spread=1.5)
 RESIDUAL_LOGITS = Medians(tangent=1.0, stationary=0.5, noise=0.0, noise_spread=0.0, spread=1.2)
 LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
 
-# Floating-point operations of a tangent kernel, a minute's or two: a dearer one must be asked for by name.
-TANGENT_COST = 3e12
+# More columns than this share one lengthscale: a handful of labels cannot tell many.
+_MOST_LENGTHSCALES = 20
+_TYPICAL_ROWS = 1000
+# Rows that a network runs on at once; bytes of its outputs that are remembered.
+_ROWS, _REMEMBERED = 256, 2**28
+# Products with the features until conjugate gradients have converged, those of the preconditioner with them.
+_PRODUCTS = 460
+# Share of a device's speed that passes through a network reach.
+_EFFICIENCY = 0.25
 # Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
 STRONG_EVIDENCE = 3.0
 
@@ -77,13 +84,13 @@ class Comparison(NamedTuple):
     log_evidence: dict[str, float]
 
 
-def preferred(log_evidence: Mapping[Candidate, float], fresh: bool) -> Candidate:
+def preferred(log_evidence: Mapping[Candidate, float], new_head: bool) -> Candidate:
     """The candidate of largest evidence; under the network's own head, a sum unless a single kernel is better by far.
 
-    In the sum the single kernel is contained. A fresh head's tangent kernel is a sum already.
+    In the sum the single kernel is contained. A new head's tangent kernel is a sum already.
     """
     best = max(log_evidence, key=log_evidence.__getitem__)
-    if fresh:
+    if new_head:
         return best
     sums = [candidate for candidate in log_evidence if "+" in candidate.kernel]
     if not sums:
@@ -93,18 +100,65 @@ def preferred(log_evidence: Mapping[Candidate, float], fresh: bool) -> Candidate
 
 
 @final
+class Outputs:
+    """f(x) `[N, C]` of a frozen network, computed in the network's own precision and returned in that of x.
+
+    In double precision convolutions take six times as long, for digits that no label knows; half precision is computed
+    in single. The values at the latest inputs are remembered.
+
+    Args:
+        network: The frozen network.
+    """
+
+    def __init__(self, network: FrozenNetwork) -> None:
+        self._network, self._cache = network, TensorCache(_REMEMBERED)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._cache.get("outputs", (x,), lambda: self._compute(x))
+
+    def _compute(self, x: Tensor) -> Tensor:
+        rows = x.to(torch.promote_types(self._network.dtype, torch.float32)).split(_ROWS)
+        with torch.no_grad():
+            return torch.cat([self._network(some) for some in rows]).to(x.dtype)
+
+
+@final
+class Represented:
+    """What a stationary kernel or a readout is given: inputs, or features of a network, in their own unit.
+
+    Args:
+        features: The features; None for the inputs themselves.
+        unit: A number, or one for each column.
+        bias: Whether a column of ones is added.
+    """
+
+    def __init__(self, features: Outputs | None, unit: Tensor, bias: bool = False) -> None:
+        self._features, self._unit, self._bias = features, unit, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        rows = flat if self._features is None else self._features(flat)
+        if self._bias:
+            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], -1)
+        return (rows / self._unit).unflatten(0, x.shape[:-1])
+
+
+@final
 class PriorBuilder:
     """Makes the prior covariance of any candidate for one network and one set of inputs.
 
     Args:
         network: The source network.
         x: Inputs of the target task `[N, D]`.
-        num_outputs: C, if the readout is to be replaced by a fresh one; None to keep it.
+        num_outputs: C of the GP.
+        new_head: Whether the readout is replaced by a new one.
         layer_variances: One variance per layer instead of one.
         form: Of stationary kernels.
         medians: Of the variances' priors.
         constant: Whether a constant per output with a wide prior is a term.
         units: What each output is measured in `[C]`.
+        time_budget: Seconds that the kernel of all parameters may take.
+        custom: The kernel of the candidate ``"custom"``.
     """
 
     def __init__(
@@ -112,19 +166,23 @@ class PriorBuilder:
         network: FrozenNetwork,
         x: Tensor,
         *,
-        num_outputs: int | None,
+        num_outputs: int,
+        new_head: bool,
         layer_variances: bool,
         form: StationaryForm,
         medians: Medians,
         constant: bool,
         units: Tensor | None = None,
+        time_budget: float = 120.0,
+        custom: Kernel | None = None,
     ) -> None:
-        self._network, self._x, self._fresh = network, x, num_outputs is not None
-        self._layer_variances, self._medians = layer_variances, medians
+        self._custom = custom
+        self._network, self._x, self.new_head = network, x, new_head
+        self.layered, self._medians = layer_variances, medians
         self._form: StationaryForm = form
-        self._constant, self._units = constant, units
-        self._made: dict[tuple[str, bool], Tangent] = {}
-        self.num_outputs = network.num_outputs(x) if num_outputs is None else num_outputs
+        self._constant, self._units, self._time_budget = constant, units, time_budget
+        self._made: dict[tuple[str, bool], AbstractTerm] = {}
+        self.num_outputs = num_outputs
 
     def candidates(self, stationary_inputs: StationaryInputs | None = None) -> list[Candidate]:
         """What ``kernel="auto"`` compares, stationary kernels of ``stationary_inputs`` alone if these are given.
@@ -148,18 +206,24 @@ class PriorBuilder:
         return [c for c in listed if "stationary" not in c.kernel or c.stationary_inputs == stationary_inputs]
 
     @cached_property
-    def tangent_cost(self) -> float:
-        """Floating-point operations, at least: a pass forward and back per input and output, and their products."""
+    def tangent_seconds(self) -> float:
+        """What the tangent kernel of all parameters takes, at least, by the cheapest of the ways there are.
+
+        A pass forward and back per input and output; and the Gram of all rows, or the second moment of the features, or
+        products with them until conjugate gradients have converged.
+        """
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._network(self._x[:1].to(self._network.dtype))
-        rows, params = len(self._x), self._network.num_params
-        outputs = _DIRECTIONS if self._fresh else self.num_outputs
-        return outputs * rows * (3.0 * counter.get_total_flops() + 2.0 * rows * params)
+        samples, params = float(len(self._x)), float(self._network.num_params)
+        outputs = _DIRECTIONS if self.new_head else self.num_outputs
+        ways = (2 * samples**2, outputs * samples * params, 4 * samples * _PRODUCTS)
+        flops = outputs * samples * 3.0 * counter.get_total_flops() + outputs * params * min(ways)
+        return flops / (_EFFICIENCY * Machine().flops)
 
     @property
     def affords_tangent(self) -> bool:
-        """Whether the tangent kernel of all parameters takes no more than minutes, or nothing stands in for it."""
-        return self.tangent_cost <= TANGENT_COST or not self._moves_linear_readout
+        """Whether the tangent kernel of all parameters keeps to the time budget, or nothing stands in for it."""
+        return self.tangent_seconds <= self._time_budget or not self._moves_linear_readout
 
     @property
     def widest(self) -> Candidate:
@@ -176,54 +240,104 @@ class PriorBuilder:
 
     @property
     def _moves_linear_readout(self) -> bool:
-        return self.has_readout and (self._fresh or set(self._only_readout().names) <= set(self._network.names))
+        return self.has_readout and (self.new_head or set(self._only_readout().names) <= set(self._network.names))
 
-    def build(self, candidate: Candidate, shared: bool = False) -> SumOfComponents:
+    def build(self, candidate: Candidate, shared: bool = False) -> SumOfTerms:
         """The prior covariance of a candidate; ``shared`` gives all outputs the same, independent kernel."""
-        parts: list[AbstractComponent] = []
+        # GPyTorch's constructors make tensors of torch's default device.
+        with self._x.device:
+            return self._sum(self._terms(candidate, shared))
+
+    def _terms(self, candidate: Candidate, shared: bool) -> list[AbstractTerm]:
+        if candidate.kernel == "custom":
+            return self._own_terms()
+        terms: list[AbstractTerm] = []
         if candidate.kernel in ("ntk", "ntk+stationary"):
-            parts += self._fresh_tangents() if self._fresh else [self._tangent(self._network, "ntk", shared)]
+            terms += self._new_tangents() if self.new_head else [self._tangent(self._network, "ntk", shared)]
         if candidate.kernel == "nngp":
-            parts.append(self._moves_of_readout(shared))
+            terms.append(self._moves_of_readout(shared))
         if "stationary" in candidate.kernel:
-            features = self._hidden if candidate.stationary_inputs == "features" else None
-            parts.append(Stationary(self._x, self._form, self._medians.stationary, self._medians.spread, features))
+            terms.append(self._stationary(candidate.stationary_inputs))
+        return terms
+
+    def _own_terms(self) -> list[AbstractTerm]:
+        """A kernel of GPyTorch's, or a sum of them and of ours."""
+        assert self._custom is not None
+        kernel = copy.deepcopy(self._custom)
+        terms: list[AbstractTerm] = []
+        for one in kernel.kernels if isinstance(kernel, AdditiveKernel) else [kernel]:
+            base = one.base_kernel if isinstance(one, ScaleKernel) else one
+            if isinstance(base, AbstractFeatureKernel):
+                terms.append(FeatureTerm(one, self._x, self.num_outputs, unit=False))
+            else:
+                terms.append(HostTerm(one, self._x, self.num_outputs))
+        return terms
+
+    def _sum(self, terms: list[AbstractTerm]) -> SumOfTerms:
         if self._constant:
-            parts.append(Constant(_CONSTANT_VARIANCE))
-        return SumOfComponents(parts, self.num_outputs)
+            kernel = ConstantKernel()
+            kernel.initialize(constant=torch.tensor(_CONSTANT_VARIANCE))
+            terms = [*terms, HostTerm(kernel.requires_grad_(False), self._x, self.num_outputs)]
+        return SumOfTerms(terms, self.num_outputs)
 
-    def tangents(self, candidate: Candidate) -> dict[str, FrozenNetwork]:
-        """Networks whose tangent kernels, means over outputs, are the terms of a candidate, by name."""
-        if candidate.kernel == "stationary":
-            return {}
-        if not self._fresh:
-            return {"nngp" if candidate.kernel == "nngp" else "ntk": self.network_of(candidate)}
-        body = None if candidate.kernel == "nngp" else self._projected_body()
-        # The mean over outputs of the readout's own kernel is a fraction 1 / C of it, which its scale makes up for.
-        return {"readout": self._only_readout()} | ({} if body is None else {"ntk": body})
-
-    def _tangent(self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0) -> Tangent:
-        """One for all priors that it is a term of: its parts are what costs."""
+    def _tangent(self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0) -> AbstractTerm:
+        """One for all priors that it is a term of: its Gram is what costs."""
         if (name, shared) not in self._made:
-            self._made[name, shared] = Tangent(
-                network,
-                self._x,
-                name,
-                median=share * self._medians.tangent,
-                spread=self._medians.spread,
-                per_layer=self._layer_variances and name == "ntk",
-                shared=shared,
-                units=None if shared else self._units,
-            )
+            in_units = network if shared or self._units is None else _in_units(network, self._units)
+            per_layer = self.layered and name == "ntk"
+            kernel = NTKKernel(in_units, layer_variances=per_layer, output="independent" if shared else "full")
+            layers = [layer or "network" for layer, _ in network.layers] if per_layer else [""]
+            names = [f"{name} {layer}".strip() for layer in layers]
+            prior = LogStudentTPrior(share * self._medians.tangent / len(names), self._medians.spread)
+            if per_layer:
+                kernel.register_prior("layer_variances_prior", prior, _layer_variances)
+            scaled = kernel if per_layer else ScaleKernel(kernel, outputscale_prior=prior)
+            parameter = "raw_layer_variances" if per_layer else "raw_outputscale"
+            self._made[name, shared] = FeatureTerm(scaled, self._x, self.num_outputs, {parameter: names})
         return self._made[name, shared]
 
-    def _readout(self, name: str = "readout", share: float = 1.0, bias: bool = True) -> Readout:
-        median, spread = share * self._medians.tangent, self._medians.spread
-        return Readout(self._hidden, self._x, name, median=median, spread=spread, bias=bias)
+    def _readout(self, name: str = "readout", share: float = 1.0, bias: bool = True) -> AbstractTerm:
+        """s (h(x)·h(x') + 1), the moves of a linear readout with independent weights and a bias."""
+        rows = Represented(self._hidden, torch.ones((), dtype=self._x.dtype, device=self._x.device), bias)(self._x)
+        level = rows.square().sum(-1).mean().sqrt()
+        unit = torch.where(level > 0, level, torch.ones_like(level))
+        prior = LogStudentTPrior(share * self._medians.tangent, self._medians.spread)
+        linear = LinearKernel().initialize(variance=1.0).requires_grad_(False)
+        kernel = ScaleKernel(linear, outputscale_prior=prior)
+        represent = Represented(self._hidden, unit, bias)
+        return HostTerm(kernel, self._x, self.num_outputs, {"raw_outputscale": [name]}, represent)
 
-    def _moves_of_readout(self, shared: bool) -> AbstractComponent:
+    def _stationary(self, inputs: StationaryInputs) -> AbstractTerm:
+        """s κ(|x - x'|) of the inputs or the features, in units of the typical distance between rows of x.
+
+        With up to 20 columns each has a lengthscale of its own, with more they share one; features share one.
+        """
+        features = self._hidden if inputs == "features" else None
+        rows = self._x if features is None else features(self._x)
+        columns = rows.shape[1]
+        rows = rows[draw(len(rows), min(len(rows), _TYPICAL_ROWS), seed=0).to(rows.device)]
+        own = features is None and columns <= _MOST_LENGTHSCALES
+        if own:
+            # The squared distance of two rows has the mean 2 Σ_d σ_d².
+            typical = rows.std(0, correction=0) * math.sqrt(2 * columns)
+        else:
+            typical = torch.pdist(rows).median() if len(rows) > 1 else rows.new_ones(())
+        typical = torch.where(typical > 0, typical, torch.ones_like(typical))
+        lengths: dict[str, Any] = {
+            "ard_num_dims": columns if own else None,
+            "lengthscale_prior": LogStudentTPrior(0.3, 1.0),
+            "lengthscale_constraint": Positive(torch.exp, torch.log),
+        }
+        base = RBFKernel(**lengths) if self._form == "rbf" else MaternKernel(2.5, **lengths)
+        prior = LogStudentTPrior(self._medians.stationary, self._medians.spread)
+        kernel = ScaleKernel(base, outputscale_prior=prior, outputscale_constraint=Positive(torch.exp, torch.log))
+        numbers = [f"{inputs} lengthscale {column}" for column in range(columns)] if own else [f"{inputs} lengthscale"]
+        names = {"raw_outputscale": [f"{inputs} {self._form}"], "base_kernel.raw_lengthscale": numbers}
+        return HostTerm(kernel, self._x, self.num_outputs, names, Represented(features, typical))
+
+    def _moves_of_readout(self, shared: bool) -> AbstractTerm:
         """The same for every output where the network returns its readout as it is: no Jacobian is needed then."""
-        if self._fresh:
+        if self.new_head:
             return self._readout()
         readout = self._only_readout()
         alike = self.num_outputs == 1 or shared or self._units is None
@@ -235,16 +349,12 @@ class PriorBuilder:
                 return self._readout("nngp", bias=len(readout.names) > 1)
         return self._tangent(readout, "nngp", shared)
 
-    def _fresh_tangents(self) -> list[AbstractComponent]:
-        """A fresh readout, and what it makes of the layers below."""
+    def _new_tangents(self) -> list[AbstractTerm]:
+        """A new readout, and what it makes of the layers below."""
         body = self._projected_body()
         if body is None:
             return [self._readout()]
         return [self._readout(share=0.5), self._tangent(body, "ntk", shared=True, share=0.5)]
-
-    def network_of(self, candidate: Candidate) -> FrozenNetwork:
-        """The network with the parameters that a candidate moves."""
-        return self._only_readout() if candidate.kernel == "nngp" else self._network
 
     def _only_readout(self) -> FrozenNetwork:
         module = self._network.thaw()
@@ -255,8 +365,7 @@ class PriorBuilder:
         """What enters the readout."""
         module = self._network.thaw()
         Body(module).check(self._probe())
-        body = FrozenNetwork(Body(module), None, self._network.input_shape)
-        return Outputs(body)
+        return Outputs(FrozenNetwork(Body(module), None, self._network.input_shape))
 
     def _probe(self) -> Tensor:
         """The first and the last input as the network wants them."""
@@ -272,30 +381,42 @@ class PriorBuilder:
         return FrozenNetwork(body, chosen, self._network.input_shape) if chosen else None
 
 
-def units_of(y: Tensor, residual: Tensor) -> Tensor:
-    """What the GP measures each output in `[C]`: the spread of its targets, times one factor for all.
+def _layer_variances(kernel: Any) -> Tensor:
+    return kernel.layer_variances
 
-    The factor makes the mean square of the residuals one. Targets and residuals are `[N, C]`, NaN where missing.
-    """
-    centred = y - y.nanmean(0)
-    spread = centred.square().nanmean(0).sqrt()
-    spread = torch.where(spread > 0, spread, torch.ones_like(spread))
-    factor = (residual / spread).square().nanmean().sqrt()
-    return spread * torch.where(factor > 0, factor, torch.ones_like(factor))
+
+def _in_units(network: FrozenNetwork, units: Tensor) -> FrozenNetwork:
+    """The same parameters of a network whose outputs are measured in these units `[C]`."""
+    if len(units) == 1:
+        return network
+    rescaled = Rescaled(network.thaw(), units.to(network.dtype), network.extract)
+    return FrozenNetwork(rescaled, [f"network.{escape(name)}" for name in network.names], network.input_shape)
 
 
 def check_choices(
-    *, kernel: str, mean: str, stationary: str, stationary_inputs: str | None, hyperparameters: object, fresh: bool
+    *,
+    likelihood: str,
+    kernel: str | Kernel,
+    mean: str,
+    stationary: str,
+    stationary_inputs: str | None,
+    hyperparameters: object,
+    new_head: bool,
+    time_budget: float,
 ) -> None:
-    """Raise `InputError` for a choice that does not exist, or does not go with a fresh head."""
+    """Raise `InputError` for a choice that does not exist, or does not go with a new head."""
+    _check("likelihood", likelihood, ("gaussian", "categorical", "dirichlet"))
     _check("stationary", stationary, ("rbf", "matern"))
     if stationary_inputs is not None:
         _check("stationary_inputs", stationary_inputs, ("inputs", "features"))
     if not isinstance(hyperparameters, Mapping):
         _check("hyperparameters", str(hyperparameters), ("auto", "average", "maximum"))
-    _check("kernel", kernel, ("auto", "ntk", "nngp", "ntk+stationary", "stationary"))
+    if not isinstance(kernel, Kernel):
+        _check("kernel", kernel, ("auto", "ntk", "nngp", "ntk+stationary", "stationary"))
     _check("mean", mean, ("auto", "network", "constant", "zero"))
-    if fresh and mean == "network":
+    if not time_budget > 0:
+        raise InputError(f"time_budget={time_budget}: give a positive number of seconds.")
+    if new_head and mean == "network":
         raise InputError("mean='network' has no meaning for a new head: use mean='constant' or 'zero'.")
 
 

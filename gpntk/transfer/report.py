@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from gpntk.inference.features import draw
-from gpntk.transfer.classification import TransferClassification
+from gpntk.transfer.gp import TransferGP
 from gpntk.transfer.prior import STRONG_EVIDENCE, Candidate, MeanChoice
-from gpntk.transfer.regression import TransferGP
 
 # Labels on which priors are compared.
 _MOST_LABELS = 300
-_LEVELS = (0.5, 0.8, 0.9, 0.95)
-_BINS = 10
 
 
 @final
@@ -31,6 +28,8 @@ class Report:
 
     Attributes:
         kernel: The kernel in use.
+        method: How the posterior was solved, and by which features where there are any.
+        notes: What the time budget left out, a line each.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
             Matérn kernel and a constant mean), and ``"readout alone"``.
         left_out: Mean leave-one-out log density of a label, in nats, by the same priors, on the same labels.
@@ -51,6 +50,8 @@ class Report:
     """
 
     kernel: str
+    method: str
+    notes: tuple[str, ...]
     log_evidence: dict[str, float]
     left_out: dict[str, float]
     effective_parameters: float | None
@@ -65,7 +66,7 @@ class Report:
         def cell(value: float | None) -> str:
             return "unknown" if value is None else f"{value:.3g}"
 
-        lines = [f"{'kernel':38} {self.kernel}"]
+        lines = [f"{'kernel':38} {self.kernel}", f"{'solved by':38} {self.method}"]
         lines += [f"{'log evidence, ' + name:38} {value:.1f} nats" for name, value in self.log_evidence.items()]
         lines += [f"{'leave-one-out, ' + name:38} {value:.3g} nats a label" for name, value in self.left_out.items()]
         lines += [
@@ -75,35 +76,35 @@ class Report:
             f"{'leave-one-out log density':38} {cell(self.log_density)}",
         ]
         lines += [f"{f'calibration at {level:.0%}':38} {seen:.0%}" for level, seen in self.calibration.items()]
-        return "\n".join([*lines, self.advice])
+        return "\n".join([*lines, *self.notes, self.advice])
 
 
-class _Checks(NamedTuple):
-    """What leaving each label out says; see `Report`."""
-
-    score: float | None = None
-    log_density: float | None = None
-    calibration: Mapping[float, float] = {}
-
-
-def report_regression(gp: TransferGP) -> Report:
+def report_on(gp: TransferGP) -> Report:
     """The report of a fitted `TransferGP`."""
-    rows = _some_rows(len(gp.x), gp.num_outputs).to(gp.x.device)
-    priors = _priors(gp.chosen, gp.mean, "constant", gp.has_readout)
+    task, model = gp.task, gp.fitted.model
+    rows = _some_rows(len(gp.x), task.num_outputs if gp.likelihood == "gaussian" else 1).to(gp.x.device)
+    priors = _priors(gp.chosen, task.mean, task.plain_mean(), gp.has_readout)
     others = {name: gp.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
-    compared = {name: (other.log_evidence, _regression_checks(other)) for name, other in others.items()}
-    alignment = _alignment(*gp.residual_and_tangent_kernel(rows))
-    return _report(gp.chosen, compared, gp.effective_parameters(), alignment, _regression_checks(gp))
-
-
-def report_classification(model: TransferClassification) -> Report:
-    """The report of a fitted `TransferClassification`."""
-    rows = _some_rows(len(model.x), 1).to(model.x.device)
-    priors = _priors(model.chosen, model.mean, "zero", model.has_readout)
-    others = {name: model.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
-    compared = {name: (other.log_evidence, _classification_checks(other)) for name, other in others.items()}
-    alignment = _alignment(*model.residual_and_tangent_kernel(rows))
-    return _report(model.chosen, compared, None, alignment, _classification_checks(model))
+    evidence = {name: other.log_evidence for name, other in others.items()}
+    densities = {name: other.task.checks(other.fitted.model).log_density for name, other in others.items()}
+    kernel, shared = gp.tangent_kernel(rows)
+    residual = task.residual(rows)
+    alignment, chance = _alignment(residual if shared else residual.reshape(-1), kernel)
+    checks, effective = task.checks(model), model.effective_parameters()
+    return Report(
+        kernel=str(gp.chosen),
+        method=model.note,
+        notes=gp.fitted.notes,
+        log_evidence=evidence,
+        left_out={name: density for name, density in densities.items() if density is not None},
+        effective_parameters=effective,
+        alignment=alignment,
+        chance=chance,
+        score=checks.score,
+        log_density=checks.log_density,
+        calibration=dict(checks.calibration),
+        advice=_advice(evidence, gp.chosen, effective),
+    )
 
 
 def _priors(
@@ -119,61 +120,9 @@ def _priors(
     return priors
 
 
-def _report(
-    chosen: Candidate,
-    compared: Mapping[str, tuple[float, _Checks]],
-    effective: float | None,
-    alignment: tuple[float, float],
-    checks: _Checks,
-) -> Report:
-    evidence = {name: value for name, (value, _) in compared.items()}
-    densities = {name: each.log_density for name, (_, each) in compared.items()}
-    return Report(
-        kernel=str(chosen),
-        log_evidence=evidence,
-        left_out={name: density for name, density in densities.items() if density is not None},
-        effective_parameters=effective,
-        alignment=alignment[0],
-        chance=alignment[1],
-        score=checks.score,
-        log_density=checks.log_density,
-        calibration=dict(checks.calibration),
-        advice=_advice(evidence, chosen, effective),
-    )
-
-
-def _regression_checks(gp: TransferGP) -> _Checks:
-    left_out = gp.leave_one_out()
-    if left_out is None:
-        return _Checks()
-    y = gp.y.reshape(-1)
-    seen = ~y.isnan()
-    error, variance, y = (y - left_out.mean)[seen], left_out.spread[seen], y[seen]
-    spread = (y - y.mean()).square().mean()
-    score = 1 - (error.square().mean() / spread).item() if spread > 0 else None
-    log_density = -0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi)).mean().item()
-    standard = (error / variance.sqrt()).abs()
-    calibration = {level: (standard <= _quantile(level)).double().mean().item() for level in _LEVELS}
-    return _Checks(score, log_density, calibration)
-
-
-def _classification_checks(model: TransferClassification) -> _Checks:
-    probabilities = model.leave_one_out()
-    if probabilities is None:
-        return _Checks()
-    top, classes = probabilities.max(-1)
-    right = (classes == model.labels).double()
-    own = probabilities.gather(1, model.labels.unsqueeze(-1)).clamp_min(torch.finfo(probabilities.dtype).tiny)
-    bins = (top * _BINS).long().clamp_max(_BINS - 1)
-    calibration = {
-        top[bins == index].mean().item(): right[bins == index].mean().item() for index in bins.unique().tolist()
-    }
-    return _Checks(right.mean().item(), own.log().mean().item(), calibration)
-
-
 def _alignment(residual: Tensor, kernel: Tensor) -> tuple[float, float]:
     """rᵀ K r / (|K| |r|²) and tr K / (|K| n), for K `[n, n]` and r `[n]`, or `[n, C]` if K is that of each output."""
-    columns = residual.reshape(kernel.shape[0], -1)
+    columns = residual.reshape(kernel.shape[0], -1).to(kernel)
     norm = torch.linalg.matrix_norm(kernel)
     squares = columns.square().sum()
     if squares == 0 or norm == 0:
@@ -205,8 +154,3 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
 def _some_rows(rows: int, outputs: int) -> Tensor:
     most = max(1, _MOST_LABELS // outputs)
     return draw(rows, min(rows, most), seed=0)
-
-
-def _quantile(level: float) -> float:
-    """z with P(|standard normal| <= z) = level."""
-    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64, device="cpu")).item()

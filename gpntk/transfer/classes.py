@@ -1,0 +1,239 @@
+"""Classification as the task of a transfer: labels that are classes, given logits or given transformed labels."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpntk.errors import InputError
+from gpntk.inference.features import draw
+from gpntk.likelihoods import Link, dirichlet_targets, probabilities
+from gpntk.likelihoods.links import with_reference
+from gpntk.likelihoods.targets import check_labels
+from gpntk.transfer.forms import AbstractForm, DenseForm
+from gpntk.transfer.gaussian import GaussianModel, Labels
+from gpntk.transfer.laplace import LaplaceModel
+from gpntk.transfer.prior import LOGITS, RESIDUAL_LOGITS, MeanChoice
+from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
+
+# Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.
+FULL_LIMIT = 300
+_SCREENED = 100
+# Bins of the most probable class's probability, of which a report gives frequencies.
+_BINS = 10
+# Inputs whose evidence sets the hyperparameters of Laplace's method; more of them hardly move it.
+_EVIDENCE_ROWS = 300
+# Inputs up to which Dirichlet regression averages, which needs C factorisations kept for every draw.
+_AVERAGED_DIRICHLET = 300
+
+
+class AbstractClassTask(AbstractTask, ABC):
+    """Classes of inputs, given K classes and a prior mean for C logits.
+
+    Args:
+        x: Inputs `[N, D]`.
+        labels: Classes `[N]`, integers from 0 to K - 1.
+        num_classes: K.
+        num_logits: C: K, or one for two classes.
+        mean: Prior mean of the logits.
+        offset: The network's outputs `[N, C]` at given inputs.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        num_logits: int,
+        mean: MeanChoice,
+        offset: Callable[[Tensor], Tensor],
+    ) -> None:
+        medians = RESIDUAL_LOGITS if mean == "network" else LOGITS
+        check_labels(labels, num_classes)
+        super().__init__(x, self.outputs_of(num_classes, num_logits), mean, medians, len(x))
+        self.labels, self.num_classes, self.num_logits, self._network_outputs = labels, num_classes, num_logits, offset
+        self.reference = len(x)
+
+    @property
+    def screened(self) -> int:
+        return _SCREENED
+
+    def log_units(self, rows: Tensor | None = None) -> float:  # noqa: ARG002
+        return 0.0
+
+    def offset(self, x: Tensor) -> Tensor:
+        """The prior mean of the logits `[N, C]`."""
+        if self.mean == "network":
+            return self._network_outputs(x)
+        return torch.zeros(x.shape[0], self.num_logits, dtype=x.dtype, device=x.device)
+
+    def noise_of(self, logs: Tensor) -> float:  # noqa: ARG002
+        # Logits matter to about one.
+        return 1.0
+
+    def predict(self, *_: Any) -> Prediction:
+        raise InputError("a likelihood of classes has no targets: call probabilities instead of predict.")
+
+    def grown(self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None) -> tuple[Self, Any]:
+        if known_noise is not None:
+            raise InputError("known_noise is for targets: labels that are classes have none.")
+        check_labels(y, self.num_classes)
+        grown = copy.copy(self)
+        grown.x, grown.labels = torch.cat([self.x, x]), torch.cat([self.labels, y])
+        return grown, self.grown_model(model, x, y)
+
+    def plain_mean(self) -> MeanChoice:
+        return "zero"
+
+    def variant(self, rows: Tensor, mean: MeanChoice) -> LaplaceTask:
+        # Evidences are compared by one method.
+        return LaplaceTask(
+            self.x[rows],
+            self.labels[rows],
+            num_classes=self.num_classes,
+            num_logits=self.num_logits,
+            mean=mean,
+            offset=self._network_outputs,
+        )
+
+    def residual(self, rows: Tensor) -> Tensor:
+        latent = self.offset(self.x[rows])
+        expected = probabilities(latent, torch.zeros_like(latent).diag_embed())
+        return functional.one_hot(self.labels[rows], self.num_classes) - expected
+
+    def checks(self, model: Any) -> Checks:
+        left_out = self.leave_one_out(model)
+        top, classes = left_out.max(-1)
+        right = (classes == self.labels).double()
+        own = left_out.gather(1, self.labels.unsqueeze(-1)).clamp_min(torch.finfo(left_out.dtype).tiny)
+        bins = (top * _BINS).long().clamp_max(_BINS - 1)
+        calibration = {
+            top[bins == index].mean().item(): right[bins == index].mean().item() for index in bins.unique().tolist()
+        }
+        return Checks(right.mean().item(), own.log().mean().item(), calibration)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.reference = int(state["reference"])
+
+    @staticmethod
+    @abstractmethod
+    def outputs_of(num_classes: int, num_logits: int) -> int:
+        """C of the GP."""
+
+    @abstractmethod
+    def grown_model(self, model: Any, x: Tensor, labels: Tensor) -> Any:
+        """The model given more labels as well, hyperparameters as they are."""
+
+
+@final
+class LaplaceTask(AbstractClassTask):
+    """Softmax or Bernoulli labels given logits f ~ GP(f(x; w*), K): Newton's method to the mode, and a Gaussian."""
+
+    @staticmethod
+    def outputs_of(num_classes: int, num_logits: int) -> int:  # noqa: ARG004
+        return num_logits
+
+    @property
+    def averages(self) -> bool:
+        return True
+
+    def flops(self, samples: int) -> float:
+        # A handful of factorisations, C + 1 of N rows, or one of N (C - 1).
+        size, outputs = float(samples), self.num_outputs
+        return 5 * (size**3 * (outputs + 1) if self.shared("matrix") else (size * max(1, outputs - 1)) ** 3 / 3)
+
+    def shared(self, stage: Stage) -> bool:
+        # Features are the cheaper the fewer they are: those of all outputs together.
+        return stage == "screening" or (stage == "matrix" and self.reference * self.num_outputs > FULL_LIMIT)
+
+    @property
+    def row_per_output(self) -> bool:
+        return True
+
+    def model(self, form: AbstractForm, rows: Tensor | None = None) -> LaplaceModel:
+        if rows is not None:
+            return LaplaceModel(form, self.labels[rows], self.offset(self.x[rows]))
+        subset = None
+        if len(self.x) > _EVIDENCE_ROWS:
+            some = draw(len(self.x), _EVIDENCE_ROWS, seed=0).to(self.x.device)
+            subset = self.model(DenseForm(form.prior, self.x[some]), some)
+        return LaplaceModel(form, self.labels, self.offset(self.x), subset)
+
+    def probabilities(self, model: LaplaceModel, x: Tensor, link: Link) -> Tensor:
+        return model.predict(x, self.offset(x), link)
+
+    def leave_one_out(self, model: LaplaceModel) -> Tensor:
+        return model.leave_one_out()
+
+    def grown_model(self, model: LaplaceModel, x: Tensor, labels: Tensor) -> LaplaceModel:
+        return model.condition_on(x, labels, self.offset(x))
+
+
+@final
+class DirichletTask(AbstractClassTask):
+    """Independent GPs for the logarithms of the Gamma variables behind each class's probability.
+
+    References:
+        Milios et al. (2018), Dirichlet-based Gaussian Processes for Large-scale Calibrated Classification,
+        https://arxiv.org/abs/1805.10915.
+    """
+
+    @staticmethod
+    def outputs_of(num_classes: int, num_logits: int) -> int:  # noqa: ARG004
+        return num_classes
+
+    def flops(self, samples: int) -> float:
+        return self.num_classes * float(samples) ** 3
+
+    @property
+    def averages(self) -> bool:
+        return self.num_labels <= _AVERAGED_DIRICHLET
+
+    def shared(self, stage: Stage) -> bool:
+        return stage != "features"
+
+    @property
+    def row_per_output(self) -> bool:
+        return False
+
+    def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
+        x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])
+        return GaussianModel(form, self._transformed(x, labels), None)
+
+    def probabilities(self, model: GaussianModel, x: Tensor, link: Link) -> Tensor:
+        return self._of(model.predict(x), x, link)
+
+    def leave_one_out(self, model: GaussianModel) -> Tensor:
+        left_out = model.leave_one_out()
+        # The variance of a transformed label is that of the latent value and its noise.
+        assert model.labels.known is not None
+        latent = (left_out.spread - model.labels.known.reshape(-1)).clamp_min(0)
+        return self._of(Prediction(left_out.mean, latent), model.form.x, "probit")
+
+    def grown_model(self, model: GaussianModel, x: Tensor, labels: Tensor) -> GaussianModel:
+        return model.condition_on(x, self._transformed(x, labels))
+
+    def _transformed(self, x: Tensor, labels: Tensor) -> Labels:
+        targets, noise = dirichlet_targets(labels, self.num_classes, dtype=x.dtype)
+        return Labels(targets - self._mean(x), known=noise)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Prior mean `[N, K]`: log probabilities, those of all classes alike for logits that are zero."""
+        # What a class that has not been seen is given: no prior mean lies below it.
+        unseen = torch.zeros(1, dtype=torch.long, device=x.device)
+        floor = dirichlet_targets(unseen, max(2, self.num_classes), dtype=x.dtype).targets.min()
+        return with_reference(self.offset(x)).log_softmax(-1).clamp_min(floor)
+
+    def _of(self, latent: Prediction, x: Tensor, link: Link) -> Tensor:
+        mean = latent.mean.unflatten(0, (-1, self.num_classes)) + self._mean(x)
+        return probabilities(mean, latent.spread.unflatten(0, (-1, self.num_classes)).diag_embed(), link)

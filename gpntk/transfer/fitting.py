@@ -1,0 +1,225 @@
+"""How the prior of a transfer is chosen and fitted: the same candidates at every number of labels.
+
+1. Candidates are compared by their log evidence on a few hundred labels, by exact factorisations.
+2. The chosen one is fitted to all labels. Where exact factorisations of all of them keep to a share of the time budget,
+   by these; else its hyperparameters are fitted exactly to a subset, every kernel becomes features, and the variances
+   are polished on all labels where that is cheap.
+3. The posterior is that of all labels, by the solver that counts as the cheapest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gpntk.inference.features import draw
+from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
+from gpntk.memory import default_budget
+from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
+from gpntk.transfer.prior import Candidate, Comparison, PriorBuilder, preferred
+from gpntk.transfer.task import AbstractModel, AbstractTask
+
+logger = logging.getLogger("gpntk.transfer")
+
+# Evaluations of the evidence until its maximum is found from a good start.
+_EVALUATIONS = 20
+# Operations in a second that factorisations reach on one core.
+_FLOPS = 2.5e10
+# Share of the time budget that fitting all labels by exact factorisations may take.
+_EXACT_SHARE = 1 / 8
+# Labels of the subset to which hyperparameters are fitted exactly where all are too many.
+_SUBSET = 1_500
+# A gain in nats below which the search for the best hyperparameters of many labels ends.
+_TOLERANCE = 0.02
+_ROUGH = 0.1
+# Rows up to which the search also starts from the prior: with more, it finds another maximum only at a price.
+_FEW = 1_000
+# Variances where labels are mostly signal.
+_SIGNAL, _NOISE = 0.5, 0.05
+# The matrix of all labels is taken where its factorisation costs so much of what features do.
+PREFER_MATRIX = 1.0
+# Nyström features of a kernel, at most; the share of memory that they may take; what they may miss of the kernel's
+# variance, as a share of the noise's.
+_MOST_FEATURES, _FEATURE_MEMORY, _MISSED = 1_500, 0.25, 0.01
+
+
+class Fit(NamedTuple):
+    """A fitted model and how it was come by."""
+
+    model: AbstractModel
+    chosen: Candidate
+    comparison: Comparison | None
+    notes: tuple[str, ...]
+
+
+@final
+class Fitting:
+    """Chooses the prior of a task and fits it.
+
+    Args:
+        task: The labels.
+        builder: Makes priors.
+        candidates: What may be chosen.
+        treatment: Of hyperparameters.
+        fixed: Hyperparameters that are known, by name.
+        time_budget: Seconds that the fit may take.
+    """
+
+    def __init__(
+        self,
+        task: AbstractTask,
+        builder: PriorBuilder,
+        candidates: list[Candidate],
+        *,
+        treatment: Treatment,
+        fixed: Mapping[str, float] | None,
+        time_budget: float,
+    ) -> None:
+        self.task, self._builder, self._candidates = task, builder, candidates
+        self._treatment, self._fixed, self._time_budget = treatment, fixed, time_budget
+        self._notes: list[str] = []
+
+    def run(self) -> Fit:
+        """Choose, and fit to all labels."""
+        chosen, start, comparison = self._choose()
+        average = self._treatment == "average" or (self._treatment == "auto" and self.task.averages)
+        exact = self._exact_seconds
+        if average and exact <= self._time_budget:
+            model = self._model(chosen, None)
+            draws = model.fit(True, self._fixed, start)
+        elif exact <= _EXACT_SHARE * self._time_budget:
+            model, draws = self._exactly(chosen, start)
+        else:
+            model, draws = self._many(chosen, start)
+        model.set_draws(draws)
+        return Fit(model, chosen, comparison, tuple(self._notes))
+
+    # --- 1. which kernel ---------------------------------------------------------------------------------------
+
+    def _choose(self) -> tuple[Candidate, Tensor | None, Comparison | None]:
+        few = len(self.task.x) > self.task.screened
+        if len(self._candidates) == 1 and not few:
+            return self._candidates[0], None, None
+        rows = self._rows(self.task.screened)
+        # Comparing takes the evidence, a start does not.
+        compare = len(self._candidates) > 1
+        fits = {
+            candidate: self._from_prior(self._model(candidate, rows, screening=True), compare, _TOLERANCE)
+            for candidate in self._candidates
+        }
+        if not compare:
+            (chosen,) = fits
+            return chosen, fits[chosen].best, None
+        evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
+        chosen = preferred(evidence, self._builder.new_head)
+        shift = self.task.log_units(rows)
+        named_evidence = {str(candidate): value - shift for candidate, value in evidence.items()}
+        return chosen, fits[chosen].best, Comparison(chosen, named_evidence)
+
+    # --- 2. all labels -----------------------------------------------------------------------------------------
+
+    def _exactly(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
+        """The best hyperparameters for the matrix of all labels."""
+        model = self._model(chosen, None)
+        if len(self.task.x) <= self.task.screened or self.task.averages:
+            draws = self._from_prior(model, True, None) if start is None else model.fit(False, self._fixed, start)
+            return model, draws
+        start = self._warmed(chosen, start, self._size)
+        return model, self._maximum(model, start, self._size <= _FEW, _TOLERANCE)
+
+    def _warmed(self, chosen: Candidate, start: Tensor | None, size: int) -> Tensor | None:
+        """A start for a fit to matrices of ``size`` rows: the maximum for half as many, found likewise.
+
+        Every doubling makes an evaluation eight times as expensive, and finds the maximum closer by.
+        """
+        count = size // 2
+        if count // self._outputs <= self.task.screened:
+            return start
+        start = self._warmed(chosen, start, count)
+        model = self._model(chosen, self._rows(count // self._outputs))
+        return self._maximum(model, start, _FEW < 2 * count <= 2 * _FEW, _ROUGH).best
+
+    def _maximum(self, model: AbstractModel, start: Tensor | None, afresh: bool, tolerance: float | None) -> Draws:
+        """The best hyperparameters from a start on; and, ``afresh``, from the prior's, which may be another maximum."""
+        draws = model.fit(False, self._fixed, start, curvature=False, tolerance=tolerance)
+        if start is None or not afresh:
+            return draws
+        other = self._from_prior(model, False, tolerance)
+        return max((draws, other), key=lambda found: self._density(model, found))
+
+    def _from_prior(self, model: AbstractModel, curvature: bool, tolerance: float | None) -> Draws:
+        """The best hyperparameters without a start; layers' variances also from where labels are mostly signal."""
+        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance}
+        draws = model.fit(False, self._fixed, None, **options)
+        if not self._builder.layered:
+            return draws
+        signal = [_NOISE if h.name == "noise" else max(h.median, _SIGNAL * h.variance) for h in model.hyperparameters]
+        logs = torch.tensor(signal, dtype=torch.float64, device="cpu").log()
+        other = model.fit(False, self._fixed, logs, **options)
+        return max((draws, other), key=lambda found: self._density(model, found))
+
+    def _density(self, model: AbstractModel, draws: Draws) -> float:
+        with torch.no_grad():
+            return float(model.log_likelihood(draws.best) + log_prior(draws.best, model.hyperparameters))
+
+    def _many(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
+        """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
+        if self.task.averages:
+            subset = self._model(chosen, self._rows(max(1, _SUBSET // self._outputs)))
+            best = subset.fit(True, self._fixed, start).best
+        else:
+            best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
+        assert best is not None
+        form = self._form(chosen, best)
+        model = self.task.model(form)
+        draws = Draws(best.unsqueeze(0), best.new_ones(1), math.nan, best)
+        if form.num_features and self._polish_seconds(form) <= self._time_budget / 4:
+            draws = model.fit(False, self._fixed, best, curvature=False, tolerance=_TOLERANCE)
+        return model, draws
+
+    def _form(self, chosen: Candidate, logs: Tensor) -> AbstractForm:
+        """All labels by features, or by their matrix where there are more features than labels."""
+        prior = self._builder.build(chosen, self.task.shared("features"))
+        x, budget = self.task.x, default_budget(self.task.x.device)
+        most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x))))
+        missed = _MISSED * self.task.noise_of(logs)
+        recipe = Recipe(logs[: len(prior.hyperparameters)], missed, max(1, most), self.task.row_per_output)
+        form = FeatureForm(prior, x, recipe)
+        fits = 4 * 8 * self._size**2 <= budget
+        if fits and self._size**2 / 3 <= PREFER_MATRIX * form.num_features**2:
+            return DenseForm(self._builder.build(chosen, self.task.shared("matrix")), x)
+        return form
+
+    # --- what it takes -----------------------------------------------------------------------------------------
+
+    @property
+    def _outputs(self) -> int:
+        return 1 if self.task.shared("matrix") or self._builder.new_head else self.task.num_outputs
+
+    @property
+    def _size(self) -> int:
+        """Rows of the matrix that an exact fit factorises."""
+        return len(self.task.x) * self._outputs
+
+    @property
+    def _exact_seconds(self) -> float:
+        """A factorisation and an inverse for each evaluation, and passes over matrices beside."""
+        return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / _FLOPS
+
+    def _polish_seconds(self, form: FeatureForm) -> float:
+        features = form.num_features
+        return (self._size * features**2 + _EVALUATIONS * features**3) / _FLOPS
+
+    def _rows(self, count: int) -> Tensor:
+        rows = draw(len(self.task.x), min(len(self.task.x), count), seed=0)
+        return rows.to(self.task.x.device)
+
+    def _model(self, candidate: Candidate, rows: Tensor | None, screening: bool = False) -> AbstractModel:
+        prior = self._builder.build(candidate, self.task.shared("screening" if screening else "matrix"))
+        x = self.task.x if rows is None else self.task.x[rows]
+        return self.task.model(DenseForm(prior, x), rows)

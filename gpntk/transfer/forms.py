@@ -1,0 +1,251 @@
+"""The prior at the data, in one of two forms: exactly, as a matrix, or by features, for any number of rows."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gpntk.inference import AbstractCovariance, DenseCovariance, FeatureCovariance, Features
+from gpntk.inference.features import exact_dtype
+from gpntk.inference.hyperposterior import Hyperparameter
+from gpntk.kernels.nystrom import NystromFeatures, nystrom_features, stacked
+from gpntk.transfer.terms import AbstractTerm, FeatureTerm, SumOfTerms
+
+
+class AbstractForm(ABC):
+    """K_θ at the data, as a function of the hyperparameters θ.
+
+    Args:
+        prior: The prior covariance.
+        x: Inputs `[N, D]`.
+    """
+
+    def __init__(self, prior: SumOfTerms, x: Tensor) -> None:
+        self.prior, self.x = prior, x
+        self.shared, self.num_outputs = prior.shared, prior.num_outputs
+        self.hyperparameters: tuple[Hyperparameter, ...] = prior.hyperparameters
+
+    @abstractmethod
+    def covariance(self, logs: Tensor) -> AbstractCovariance:
+        """K_θ for posteriors, at the hyperparameters whose logarithms are ``logs`` `[H]`."""
+
+    @abstractmethod
+    def differentiable(self, logs: Tensor) -> AbstractCovariance | Tensor:
+        """K_θ with a graph to ``logs``, for the evidence."""
+
+    @abstractmethod
+    def unexplained(self, logs: Tensor, x: Tensor) -> Tensor:
+        """Prior variances at x `[T, D]` that the form misses: `[T*C]`, or `[T]` if it is shared."""
+
+    @abstractmethod
+    def extended(self, x: Tensor) -> AbstractForm:
+        """The same at the data and, after them, at x `[T, D]`."""
+
+    @property
+    @abstractmethod
+    def free(self) -> Sequence[bool]:
+        """Which hyperparameters can change."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Its `Recipe` by name, for a file."""
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """F; 0 for a matrix."""
+
+    @property
+    @abstractmethod
+    def note(self) -> str:
+        """What the form is, in words."""
+
+
+@final
+class DenseForm(AbstractForm):
+    """The matrix itself `[n, n]`.
+
+    Args:
+        prior: The prior covariance.
+        x: Inputs `[N, D]`.
+    """
+
+    def covariance(self, logs: Tensor) -> DenseCovariance:
+        with torch.no_grad():
+            gram = self.prior.matrix(logs, self.x, self.x)
+        rows = 1 if self.shared else self.num_outputs
+        return DenseCovariance(_KernelAt(self.prior, logs), self.x, rows, gram)
+
+    def differentiable(self, logs: Tensor) -> Tensor:
+        return self.prior.matrix(logs, self.x, self.x).to(exact_dtype(self.x.device))
+
+    def unexplained(self, logs: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        return x.new_zeros(len(x) * (1 if self.shared else self.num_outputs))
+
+    def extended(self, x: Tensor) -> DenseForm:
+        return DenseForm(self.prior, torch.cat([self.x, x]))
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def num_features(self) -> int:
+        return 0
+
+    @property
+    def free(self) -> Sequence[bool]:
+        return [True] * len(self.hyperparameters)
+
+    @property
+    def note(self) -> str:
+        return "exact kernel matrix"
+
+
+class Recipe(NamedTuple):
+    """What the features of a prior are made by."""
+
+    logs: Tensor
+    """Hyperparameters that the Nyström features are made for `[H]`."""
+    missed: float
+    """Prior variance that the features of a kernel may miss."""
+    most: int
+    """Nyström features of a kernel, at most."""
+    row_per_output: bool = False
+    """Whether there are rows for every output even where outputs are independent and alike."""
+
+    def state(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        return {f"form.{name}": torch.as_tensor(value, device="cpu") for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Recipe | None:
+        """What `state` gave; None if it was that of a matrix."""
+        if "form.logs" not in state:
+            return None
+        missed, most, per_output = (state[f"form.{name}"].item() for name in cls._fields[1:])
+        return cls(state["form.logs"], float(missed), int(most), bool(per_output))
+
+
+@final
+class FeatureForm(AbstractForm):
+    """K_θ = Φ S Φᵀ: features of the network, and Nyström features of every other kernel, side by side.
+
+    The lengths of the latter stay where they are; the variances of all terms may change. What Nyström features miss of
+    the prior variance at new inputs is known exactly, and belongs to the predictive variance.
+
+    Args:
+        prior: The prior covariance.
+        x: Inputs `[N, D]`.
+        recipe: How the features are made.
+        reference: They are made of so many first rows; None for all.
+
+    References:
+        Quiñonero-Candela and Rasmussen (2005), A Unifying View of Sparse Approximate Gaussian Process Regression.
+    """
+
+    def __init__(self, prior: SumOfTerms, x: Tensor, recipe: Recipe, reference: int | None = None) -> None:
+        super().__init__(prior, x)
+        self._recipe = recipe._replace(logs=recipe.logs.detach())
+        self.shared = prior.shared and not recipe.row_per_output
+        rows = x[:reference]
+        self._nystrom = [
+            None if isinstance(term, FeatureTerm) else _features_of(term, own, rows, recipe)
+            for term, own in zip(prior.terms, prior.split(self._recipe.logs), strict=True)
+        ]
+        self._backend = stacked(
+            [
+                term.features if isinstance(term, FeatureTerm) else found
+                for term, found in zip(prior.terms, self._nystrom, strict=True)
+            ],
+            [isinstance(term, FeatureTerm) and term.grouped for term in prior.terms],
+            1 if self.shared else prior.num_outputs,
+            x[:1],
+        )
+        self.features = Features(self._backend, x)
+
+    def covariance(self, logs: Tensor) -> FeatureCovariance:
+        return FeatureCovariance(self.features, self._variances(logs))
+
+    def differentiable(self, logs: Tensor) -> FeatureCovariance:
+        return self.covariance(logs)
+
+    def unexplained(self, logs: Tensor, x: Tensor) -> Tensor:
+        rows = x.new_zeros(len(x), dtype=exact_dtype(x.device))
+        for term, found, own, ratio in self._parts(logs):
+            if found is not None:
+                left = term.diagonal(own, x) - found.features(x).square().sum(-1)
+                rows = rows + ratio * left.clamp_min(0)
+        return rows if self.shared else rows.repeat_interleave(self.num_outputs)
+
+    def extended(self, x: Tensor) -> FeatureForm:
+        grown = copy.copy(self)
+        grown.x = torch.cat([self.x, x])
+        grown.features = Features(self._backend, grown.x)
+        return grown
+
+    def state(self) -> dict[str, Tensor]:
+        return self._recipe.state()
+
+    @property
+    def num_features(self) -> int:
+        return self._backend.num_features
+
+    @property
+    def free(self) -> Sequence[bool]:
+        return [free for term in self.prior.terms for free in _free(term)]
+
+    @property
+    def note(self) -> str:
+        pieces = [
+            f"{term.features.num_features} tangent"
+            if found is None
+            else f"{found.count} Nyström (missing {found.unexplained:.1e} of {term.hyperparameters[0].name})"
+            for term, found in zip(self.prior.terms, self._nystrom, strict=True)
+            if found is None or len(term.hyperparameters)
+        ]
+        return " + ".join(pieces) + " features"
+
+    def _variances(self, logs: Tensor) -> Tensor:
+        parts = [
+            term.variances(own) if isinstance(term, FeatureTerm) else ratio.reshape(1)
+            for (term, _, _, ratio), own in zip(self._parts(logs), self.prior.split(logs), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _parts(self, logs: Tensor) -> list[tuple[AbstractTerm, NystromFeatures | None, Tensor, Tensor]]:
+        """Every term, its features, the hyperparameters that these are made for, and the factor of its variance."""
+        now, then = self.prior.split(logs), self.prior.split(self._recipe.logs)
+        ratios = [
+            torch.ones((), dtype=logs.dtype, device=logs.device)
+            if isinstance(term, FeatureTerm) or term.scale is None
+            else (one[term.scale] - other[term.scale].to(one)).exp()
+            for term, one, other in zip(self.prior.terms, now, then, strict=True)
+        ]
+        return list(zip(self.prior.terms, self._nystrom, then, ratios, strict=True))
+
+
+def _free(term: AbstractTerm) -> list[bool]:
+    if isinstance(term, FeatureTerm):
+        return [True] * len(term.hyperparameters)
+    return [index == term.scale for index in range(len(term.hyperparameters))]
+
+
+def _features_of(term: AbstractTerm, logs: Tensor, x: Tensor, recipe: Recipe) -> NystromFeatures:
+    kernel = _KernelAt(SumOfTerms([term], 1), logs)
+    return nystrom_features(kernel, lambda rows: term.diagonal(logs, rows), x, recipe.missed, recipe.most)
+
+
+@final
+class _KernelAt:
+    """A prior covariance at fixed hyperparameters, as a function of inputs."""
+
+    def __init__(self, prior: SumOfTerms, logs: Tensor) -> None:
+        self._prior, self._logs = prior, logs
+
+    def __call__(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self._prior.matrix(self._logs, x1, x2)

@@ -1,0 +1,217 @@
+"""Targets with Gaussian noise, given a prior that depends on hyperparameters: an average over their draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gpntk.errors import SolveError
+from gpntk.inference import Posterior, WhitenedSystem, log_evidence
+from gpntk.inference.features import exact_dtype
+from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
+from gpntk.transfer.forms import AbstractForm
+from gpntk.transfer.task import AbstractModel, Prediction
+
+_LARGEST_NOISE = 1e4
+# Relative to the targets' variance; below it a covariance of order one cannot be factorised.
+_SMALLEST_NOISE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+class Labels(NamedTuple):
+    """Targets of order one and their noise, all `[N, C]`."""
+
+    y: Tensor
+    """NaN where missing."""
+    relative: Tensor | None = None
+    """Noise variances up to the factor σ²; None for ones."""
+    known: Tensor | None = None
+    """Noise variances beside; None for zeros."""
+
+
+@final
+class GaussianModel(AbstractModel):
+    """y = g(x) + noise with g ~ GP(0, K_θ), averaged over draws of its hyperparameters θ.
+
+    Shared covariances make C problems of N labels, others one problem of N*C. The noise variance of a label is σ² times
+    its relative noise plus its known noise.
+
+    Args:
+        form: K_θ at the inputs.
+        labels: The targets.
+        noise: Prior of σ², as its median and spread; None if all noise is known.
+    """
+
+    def __init__(self, form: AbstractForm, labels: Labels, noise: tuple[float, float] | None) -> None:
+        bounds = (_SMALLEST_NOISE[labels.y.dtype], _LARGEST_NOISE)
+        own = () if noise is None else (Hyperparameter("noise", *noise, bounds),)
+        super().__init__(form, (*form.hyperparameters, *own))
+        self.labels, self._noise_prior = labels, noise
+        self._posteriors: list[list[Posterior]] = []
+
+    # --- hyperparameters ---------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        average: bool,
+        fixed: Mapping[str, float] | None = None,
+        start: Tensor | None = None,
+        *,
+        curvature: bool = True,
+        tolerance: float | None = None,
+    ) -> Draws:
+        if start is not None and not all(self.form.free):
+            held = [*(not free for free in self.form.free), *([False] * (self._noise_prior is not None))]
+            values = named(self.hyperparameters, start)
+            names = [h.name for h, is_held in zip(self.hyperparameters, held, strict=True) if is_held]
+            fixed = {**{name: values[name] for name in names}, **(fixed or {})}
+        return infer(
+            self.log_likelihood,
+            self.hyperparameters,
+            average,
+            start,
+            fixed,
+            curvature=curvature,
+            tolerance=tolerance,
+        )
+
+    def log_likelihood(self, logs: Tensor) -> Tensor:
+        try:
+            covariance = self.form.differentiable(self._of_form(logs))
+            parts = [log_evidence(covariance, noise, y) for y, noise in self._problems(self.labels, logs)]
+        except SolveError:
+            return torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
+        return torch.stack(parts).sum().double().cpu()
+
+    def set_draws(self, draws: Draws) -> None:
+        self.drawn = draws
+        self._posteriors = [self._posterior(logs) for logs in draws.logs]
+
+    def log_evidence(self) -> float:
+        best = int(self.draws.weights.argmax())
+        if not all(posterior.solver.is_direct for posterior in self._posteriors[best]):
+            return math.nan
+        with torch.no_grad():
+            return sum(float(posterior.log_evidence) for posterior in self._posteriors[best])
+
+    # --- predictions -------------------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor, covariance: bool = False) -> Prediction:
+        """The posterior of g at x `[M, D]`: the moments of the mixture over draws."""
+        moments = [
+            (self._mean(posteriors, x), self._spread(logs, posteriors, x, covariance))
+            for logs, posteriors in zip(self.draws.logs, self._posteriors, strict=True)
+        ]
+        return self._mixed(moments)
+
+    def noise_variance(self) -> float:
+        """The mean over draws of σ²."""
+        return float(self.draws.weights @ self.draws.logs[:, -1].exp())
+
+    def leave_one_out(self) -> Prediction:
+        """Mean and variance of each label given all the others `[N*C]`, noise included; NaN where it is missing."""
+        moments = []
+        for posteriors in self._posteriors:
+            left_out = [posterior.leave_one_out() for posterior in posteriors]
+            means = self._rows([each.mean for each in left_out])
+            moments.append((means, self._rows([each.variance for each in left_out], len(means))))
+        return self._mixed(moments)
+
+    def effective_parameters(self) -> float:
+        counts = [sum(posterior.effective_parameters() for posterior in own) for own in self._posteriors]
+        return float(self.draws.weights @ torch.tensor(counts, dtype=torch.float64, device="cpu"))
+
+    def condition_on(self, x: Tensor, labels: Labels) -> GaussianModel:
+        """The same with more labels, hyperparameters as they are, at the cost of the new ones."""
+        together = Labels(
+            torch.cat([self.labels.y, labels.y]), *(self._joined(labels, field) for field in ("relative", "known"))
+        )
+        grown = GaussianModel(self.form.extended(x), together, self._noise_prior)
+        grown.drawn = self.drawn
+        for logs, posteriors in zip(self.draws.logs, self._posteriors, strict=True):
+            problems = self._problems(labels, logs)
+            if len(problems) != len(posteriors):
+                grown._posteriors.append(grown._posterior(logs))
+                continue
+            pairs = zip(posteriors, problems, strict=True)
+            grown._posteriors.append([old.condition_on(x, y, noise) for old, (y, noise) in pairs])
+        return grown
+
+    @property
+    def note(self) -> str:
+        return f"{self._posteriors[0][0].solver}, {self.form.note}"
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _of_form(self, logs: Tensor) -> Tensor:
+        return logs if self._noise_prior is None else logs[:-1]
+
+    def _joined(self, labels: Labels, field: str) -> Tensor | None:
+        old, new = getattr(self.labels, field), getattr(labels, field)
+        if old is None and new is None:
+            return None
+        fill = 1.0 if field == "relative" else 0.0
+        pair = [
+            torch.full_like(y, fill) if noise is None else noise for y, noise in ((self.labels.y, old), (labels.y, new))
+        ]
+        return torch.cat(pair)
+
+    def _problems(self, labels: Labels, logs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Targets `[n]`, or columns `[C, N]` that share a system, with noise variances `[1]` or `[n]`."""
+        y = labels.y.to(exact_dtype(labels.y.device))
+        seen = ~y.isnan()
+        level = y.new_zeros(()) if self._noise_prior is None else logs[-1].exp().to(y)
+        shared = self.form.shared
+        if labels.relative is None and labels.known is None and bool(seen.all()):
+            return [(y.mT.contiguous() if shared else y.flatten(), level.unsqueeze(0))]
+        noise = level * (torch.ones_like(y) if labels.relative is None else labels.relative)
+        noise = noise if labels.known is None else noise + labels.known
+        noise = torch.where(seen, noise, math.inf)
+        if not shared:
+            return [(y.flatten(), noise.flatten())]
+        # One factorisation serves all outputs whose labels and noises are alike.
+        if bool((noise.detach() == noise.detach()[:, :1]).all()):
+            return [(y.mT.contiguous(), noise[:, 0])]
+        return list(zip(y.mT, noise.mT, strict=True))
+
+    def _posterior(self, logs: Tensor) -> list[Posterior]:
+        with torch.no_grad():
+            covariance = self.form.covariance(self._of_form(logs))
+            return [Posterior(WhitenedSystem(covariance, noise), y) for y, noise in self._problems(self.labels, logs)]
+
+    def _mean(self, posteriors: Sequence[Posterior], x: Tensor) -> Tensor:
+        return self._rows([posterior.mean(x) for posterior in posteriors])
+
+    def _spread(self, logs: Tensor, posteriors: Sequence[Posterior], x: Tensor, joint: bool) -> Tensor:
+        """Variances `[M*C]` or covariance `[M*C, M*C]`."""
+        unexplained = self.form.unexplained(self._of_form(logs), x)
+        outputs = self.labels.y.shape[1]
+        if not joint:
+            return self._rows([posterior.variance(x) + unexplained for posterior in posteriors], len(x) * outputs)
+        covariances = [posterior.covariance(x) + unexplained.diag() for posterior in posteriors]
+        if not self.form.shared:
+            return covariances[0]
+        by_output = torch.stack(covariances).expand(outputs, -1, -1).movedim(0, -1).diag_embed()  # [M, M, C, C]
+        return by_output.movedim(2, 1).flatten(2).flatten(0, 1)
+
+    def _rows(self, parts: Sequence[Tensor], size: int | None = None) -> Tensor:
+        """What the problems give, `[C, M]` or C times `[M]`, or `[M]` for all outputs, as `[M*C]`."""
+        if not self.form.shared:
+            return parts[0]
+        columns = parts[0] if len(parts) == 1 else torch.stack(list(parts))
+        if columns.dim() == 1:
+            outputs = 1 if size is None else size // len(columns)
+            columns = columns.expand(outputs, -1)
+        return columns.mT.reshape(-1)
+
+    def _mixed(self, moments: list[tuple[Tensor, Tensor]]) -> Prediction:
+        means, spreads = (torch.stack(values) for values in zip(*moments, strict=True))
+        weights = self.draws.weights.to(means)
+        mean = weights @ means
+        deviation = means - mean
+        if spreads.dim() == means.dim():
+            return Prediction(mean, weights @ (spreads + deviation.square()))
+        return Prediction(mean, torch.einsum("s,sij->ij", weights, spreads) + (deviation.mT * weights) @ deviation)

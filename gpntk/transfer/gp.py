@@ -1,0 +1,327 @@
+"""Transfer learning with a frozen source network: tensors in, tensors out.
+
+    y = m(x) + g(x) + noise,    g ~ GP(0, K)
+
+With m(x) = f(x; w*) and K(x, x') = s J(x) J(x')ᵀ this is Bayesian linear regression in the tangent space of the network
+at its pretrained weights. A stationary kernel, added to K, stands for what that space cannot say.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, final
+
+import torch
+from gpytorch.kernels import Kernel
+from sklearn.exceptions import NotFittedError
+from torch import Tensor, nn
+
+from gpntk.errors import InputError
+from gpntk.inference.hyperposterior import Draws, Treatment, named
+from gpntk.likelihoods import Link
+from gpntk.likelihoods.targets import check_labels
+from gpntk.network import FrozenNetwork
+from gpntk.transfer.classes import DirichletTask, LaplaceTask
+from gpntk.transfer.fitting import Fit, Fitting
+from gpntk.transfer.forms import DenseForm, FeatureForm, Recipe
+from gpntk.transfer.prior import (
+    Candidate,
+    Comparison,
+    KernelChoice,
+    MeanChoice,
+    Outputs,
+    PriorBuilder,
+    StationaryForm,
+    StationaryInputs,
+    check_choices,
+)
+from gpntk.transfer.regression import RegressionTask
+from gpntk.transfer.task import AbstractTask, Prediction
+
+Likelihood = Literal["gaussian", "categorical", "dirichlet"]
+"""What the labels of a transfer are: targets with noise, or classes by one of two methods."""
+
+_PREDICTION_ROWS = 512
+
+
+@final
+class TransferGP:
+    """A GP for the target task on top of a frozen source network.
+
+    `TransferRegressor` is its scikit-learn face; use this one for tensors on any device.
+
+    Args:
+        network: The source network, frozen.
+        x: Inputs of the target task `[N, D]`.
+        y: Targets `[N, C]`, NaN where missing; or classes `[N]`, integers from 0.
+        likelihood: What labels say: targets with ``"gaussian"`` noise; classes by ``"categorical"`` (softmax of logits,
+            by Laplace's approximation) or ``"dirichlet"`` (regression on transformed labels, in closed form).
+        num_classes: K, if there are more classes than y shows.
+        mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's, or a
+            constant (for classes zero) under a new head.
+        kernel: The tangent kernel ``"ntk"``, that of the readout ``"nngp"``, a stationary one, the sum
+            ``"ntk+stationary"``, or ``"auto"``: of all these, the one with the largest evidence. Or any of GPyTorch's,
+            with its priors: a covariance of the residuals in units of their root mean square.
+        new_head: Replace the readout by a new one, with as many outputs as y has columns or classes.
+        layer_variances: Learn one prior variance per layer instead of one for all.
+        stationary: Form of the stationary kernel.
+        stationary_inputs: Whether it compares inputs or the features that enter the readout.
+        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first for
+            up to 300 targets, and for classes. Or a mapping of names to values that are known, in units of the
+            residuals' mean square.
+        known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
+        noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
+        time_budget: Seconds that a fit may take; a kernel that would take longer is left out, and a line in the log and
+            in the report says so.
+
+    Raises:
+        InputError: The targets do not have the right number of outputs, or a choice does not exist.
+
+    Example:
+        >>> import torch, gpntk
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> x = torch.rand(20, 2, dtype=torch.float64)
+        >>> gp = TransferGP(gpntk.freeze(network), x, x.sum(-1, keepdim=True), mean="constant")
+        >>> evidence = gp.fit()
+        >>> gp.predict(x[:3]).mean.shape, gp.predict(x[:3], covariance=True).spread.shape
+        (torch.Size([3]), torch.Size([3, 3]))
+
+    References:
+        Maddox et al. (2021), Fast Adaptation with Linearized Neural Networks, https://arxiv.org/abs/2103.01439.
+        Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.23-2.26 and section 2.7.
+    """
+
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        x: Tensor,
+        y: Tensor,
+        *,
+        likelihood: Likelihood = "gaussian",
+        num_classes: int | None = None,
+        mean: MeanChoice = "auto",
+        kernel: KernelChoice | Kernel = "auto",
+        new_head: bool = False,
+        layer_variances: bool = False,
+        stationary: StationaryForm = "rbf",
+        stationary_inputs: StationaryInputs | None = None,
+        hyperparameters: Treatment | Mapping[str, float] = "auto",
+        known_noise: Tensor | None = None,
+        noise_network: nn.Module | None = None,
+        time_budget: float = 120.0,
+    ) -> None:
+        check_choices(
+            likelihood=likelihood,
+            kernel=kernel,
+            mean=mean,
+            stationary=stationary,
+            stationary_inputs=stationary_inputs,
+            hyperparameters=hyperparameters,
+            new_head=new_head,
+            time_budget=time_budget,
+        )
+        self.network, self.likelihood = network, likelihood
+        self._kernel, self._new_head, self._layer_variances = kernel, new_head, layer_variances
+        self._form: StationaryForm = stationary
+        self._stationary_inputs: StationaryInputs | None = stationary_inputs
+        self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
+        self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
+        self._time_budget = time_budget
+        if likelihood == "gaussian":
+            self._task: AbstractTask = self._targets(x, y, mean, known_noise, noise_network)
+        else:
+            self._task = self._classes(x, y, mean, num_classes)
+        # Units of the kernels are those of the rows that `fit` saw: hyperparameters mean the same for more rows.
+        self._reference = len(x)
+        self._fit: Fit | None = None
+
+    # --- fitting -----------------------------------------------------------------------------------------------
+
+    def fit(self) -> float:
+        """Choose the kernel and infer its hyperparameters; returns the log evidence at the best ones.
+
+        In nats, in the units of y; NaN where conjugate gradients solve the posterior, which only estimate it.
+        """
+        if isinstance(self._kernel, Kernel) or self._kernel != "auto":
+            candidates = [self.chosen]
+        else:
+            candidates = self._builder.candidates(self._stationary_inputs)
+        fitting = Fitting(
+            self.task,
+            self._builder,
+            candidates,
+            treatment=self._treatment,
+            fixed=self._fixed,
+            time_budget=self._time_budget,
+        )
+        self._fit = fitting.run()
+        return self._fit.model.log_evidence() - self.task.log_units()
+
+    @property
+    def fitted(self) -> Fit:
+        """What `fit` found.
+
+        Raises:
+            NotFittedError: `fit` was not called yet.
+        """
+        if self._fit is None:
+            raise NotFittedError("this TransferGP is not fitted yet: call fit() first.")
+        return self._fit
+
+    @property
+    def chosen(self) -> Candidate:
+        """The kernel in use."""
+        if self._fit is not None:
+            return self._fit.chosen
+        kernel = "custom" if isinstance(self._kernel, Kernel) else "ntk" if self._kernel == "auto" else self._kernel
+        return Candidate(kernel, self._stationary_inputs or "inputs")
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What kernels were compared, and their log evidence; None if there was no choice."""
+        return None if self._fit is None else self._fit.comparison
+
+    # --- predictions -------------------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor, covariance: bool = False, observation_noise: bool = True) -> Prediction:
+        """Posterior at x `[M, D]`: mean, and variances or covariance, of y (or of the noise-free function)."""
+        return self.task.predict(self.fitted.model, x, covariance, observation_noise)
+
+    def probabilities(self, x: Tensor, link: Link = "probit") -> Tensor:
+        """Probabilities of the classes at x `[M, D]`: `[M, K]`."""
+        model = self.fitted.model
+        return torch.cat([self.task.probabilities(model, rows, link) for rows in x.split(_PREDICTION_ROWS)])
+
+    def leave_one_out(self) -> Any:
+        """What all other labels say of each, in closed form.
+
+        Of targets, mean and variance `[N*C]` as a `Prediction`, noise included; of classes, probabilities `[N, K]`.
+        """
+        return self.task.leave_one_out(self.fitted.model)
+
+    def condition_on(self, x: Tensor, y: Tensor, known_noise: Tensor | None = None) -> TransferGP:
+        """The posterior given more labels as well, hyperparameters as they are."""
+        grown = copy.copy(self)
+        grown._task, model = self.task.grown(self.fitted.model, x, y, known_noise)
+        grown._fit = self.fitted._replace(model=model)
+        return grown
+
+    # --- what was learned --------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> AbstractTask:
+        """The labels, and what they are taken for."""
+        return self._task
+
+    @property
+    def x(self) -> Tensor:
+        """Inputs of all labels `[N, D]`."""
+        return self.task.x
+
+    @property
+    def noise(self) -> Tensor:
+        """Noise variance of each output `[C]`, in the units of y squared."""
+        assert self.task.units is not None
+        return self.fitted.model.noise_variance() * self.task.units.square()
+
+    @property
+    def log_evidence(self) -> float:
+        """Of all labels, hyperparameters integrated out, in nats; NaN for more than a few hundred labels."""
+        return self.fitted.model.draws.log_evidence - self.task.log_units()
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Their values by name, in units of the residuals' mean square; those of the largest weight."""
+        model = self.fitted.model
+        return named(model.hyperparameters, model.draws.best)
+
+    # --- for reports -------------------------------------------------------------------------------------------
+
+    @property
+    def has_readout(self) -> bool:
+        """Whether the network ends in a linear readout."""
+        return self._builder.has_readout
+
+    def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferGP:
+        """Another prior, fitted to some rows, hyperparameters at their maximum."""
+        other = copy.copy(self)
+        vars(other).pop("_builder", None)
+        other._task, other._fit = self.task.variant(rows, mean), None
+        other._kernel = self._kernel if candidate.kernel == "custom" else candidate.kernel
+        other._stationary_inputs = candidate.stationary_inputs
+        other._treatment, other._fixed, other._reference = "maximum", None, len(rows)
+        other.fit()
+        return other
+
+    def tangent_kernel(self, rows: Tensor) -> tuple[Tensor, bool]:
+        """The tangent kernel of some rows, up to a factor, and whether it is that of every output."""
+        prior = self._builder.build(self._builder.widest, self.task.shared("screening"))
+        logs = torch.zeros(len(prior.hyperparameters), dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            return prior.matrix(logs, self.x[rows], self.x[rows]), prior.shared
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """What `fit` has learned, by name, for `load_state`."""
+        model = self.fitted.model
+        reference = {"reference": torch.tensor(self._reference, device="cpu")}
+        return self.task.state() | reference | model.draws.state() | model.form.state()
+
+    def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
+        """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
+        self.task.load_state(state)
+        self._reference = int(state["reference"])
+        vars(self).pop("_builder", None)
+        recipe = Recipe.from_state(state)
+        prior = self._builder.build(chosen, self.task.shared("features" if recipe else "matrix"))
+        form = DenseForm(prior, self.x) if recipe is None else FeatureForm(prior, self.x, recipe, self._reference)
+        model = self.task.model(form)
+        model.set_draws(Draws.from_state(state))
+        self._fit = Fit(model, chosen, None, ())
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _targets(
+        self, x: Tensor, y: Tensor, mean: MeanChoice, known_noise: Tensor | None, noise_network: nn.Module | None
+    ) -> RegressionTask:
+        if not self._new_head:
+            outputs = self.network.num_outputs(x)
+            if y.shape != (x.shape[0], outputs):
+                raise InputError(
+                    f"y has shape {tuple(y.shape)}, but {x.shape[0]} rows and a network with {outputs} output(s) need "
+                    f"{(x.shape[0], outputs)}: give one column of y per output, or new_head=True."
+                )
+        chosen: MeanChoice = ("constant" if self._new_head else "network") if mean == "auto" else mean
+        return RegressionTask(x, y, chosen, Outputs(self.network), known_noise=known_noise, noise_network=noise_network)
+
+    def _classes(self, x: Tensor, labels: Tensor, mean: MeanChoice, num_classes: int | None) -> AbstractTask:
+        check_labels(labels, num_classes)
+        classes = max(2, int(labels.max()) + 1) if num_classes is None else num_classes
+        outputs = self.network.num_outputs(x)
+        if not self._new_head and not (outputs == classes or (outputs == 1 and classes == 2)):
+            raise InputError(
+                f"num_classes={classes}, but the network has {outputs} output(s): give new_head=True for a new head."
+            )
+        # A new head has a logit per class, two included.
+        logits = classes if self._new_head else outputs
+        chosen: MeanChoice = ("zero" if self._new_head else "network") if mean == "auto" else mean
+        kind = LaplaceTask if self.likelihood == "categorical" else DirichletTask
+        return kind(x, labels, num_classes=classes, num_logits=logits, mean=chosen, offset=Outputs(self.network))
+
+    @cached_property
+    def _builder(self) -> PriorBuilder:
+        return PriorBuilder(
+            self.network,
+            self.x[: self._reference],
+            num_outputs=self.task.num_outputs,
+            new_head=self._new_head,
+            layer_variances=self._layer_variances,
+            form=self._form,
+            medians=self.task.medians,
+            constant=self.task.mean == "constant",
+            units=self.task.units,
+            time_budget=self._time_budget,
+            custom=self._kernel if isinstance(self._kernel, Kernel) else None,
+        )
