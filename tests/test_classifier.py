@@ -40,7 +40,7 @@ def test_probabilities_classes_and_scores() -> None:
     assert model.kernel_ in str(model.report_)
 
 
-@pytest.mark.parametrize("method", ["laplace", "dirichlet", "variational"])
+@pytest.mark.parametrize("method", ["laplace", "dirichlet"])
 def test_classes_of_sequences(method: str) -> None:
     torch.manual_seed(0)
     network = Recurrent(nn.GRU, 5, 8, batch_first=True).eval()
@@ -146,14 +146,13 @@ def test_within_scikit_learn() -> None:
     assert clone(gpntk.TransferClassifier(NETWORK, num_classes=4)).num_classes == 4
 
 
-@pytest.mark.parametrize("method", ["laplace", "dirichlet", "variational"])
+@pytest.mark.parametrize("method", ["laplace", "dirichlet"])
 @pytest.mark.parametrize("new_head", [False, True])
 def test_save_and_load(tmp_path: Path, method: str, new_head: bool) -> None:
     x, y = blobs(30)
     names = np.array(["ant", "bee", "cow"])[y]
     model = gpntk.TransferClassifier(NETWORK, method=method, new_head=new_head, kernel="ntk").fit(x[:20], names[:20])
-    if method != "variational":
-        model.partial_fit(x[20:], names[20:])  # units stay those of the first rows
+    model.partial_fit(x[20:], names[20:])  # units stay those of the first rows
     model.save(tmp_path / "model")
     loaded = gpntk.TransferClassifier.load(tmp_path / "model", mlp(3).double().eval())
     np.testing.assert_allclose(loaded.predict_proba(x), model.predict_proba(x), rtol=1e-6, atol=1e-9)
@@ -211,12 +210,7 @@ class Train(nn.Module):
         ({"hyperparameters": {"a": 1.0}}, lambda x, y: (x, y), InputError, "hyperparameters has 'a'"),
         ({"dtype": "half"}, lambda x, y: (x, y), InputError, "dtype='half': choose"),
         ({"new_head": True, "mean": "network"}, lambda x, y: (x, y), InputError, "no meaning for a new head"),
-        (
-            {"method": "variational", "layer_variances": True},
-            lambda x, y: (x, y),
-            InputError,
-            r"method='variational' .* has no layer_variances",
-        ),
+        ({"num_classes": 2.5}, lambda x, y: (x, y), InputError, "num_classes=2.5: give an integer"),
     ],
 )
 def test_refusals(arguments: dict, change, error: type, message: str) -> None:
@@ -236,9 +230,6 @@ def test_more_refusals() -> None:
         model.partial_fit(x[:1], [7])
     with pytest.raises(ValueError, match="expecting 5 features"):
         model.predict(x[:, :4])
-    streamed = gpntk.TransferClassifier(NETWORK, method="variational", kernel="ntk").fit(x, y)
-    with pytest.raises(InputError, match="cannot take in more labels"):
-        streamed.partial_fit(x, y)
 
 
 def test_one_label_of_each_class_and_a_single_label() -> None:

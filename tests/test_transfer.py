@@ -1,5 +1,3 @@
-"""The parts of a transfer: components, dense posteriors, hyperparameters, heads, reports; against dense formulas."""
-
 import math
 import pickle
 from collections.abc import Callable
@@ -9,23 +7,24 @@ import gpytorch
 import numpy as np
 import pytest
 import torch
-from gpntk.transfer.classification import TransferClassification
-from gpntk.transfer.components import Constant, Readout, Stationary, SumOfComponents, Tangent
-from gpntk.transfer.dense import DenseGP
-from gpntk.transfer.remembered import Outputs, Remembered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
+from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import gpntk
 from gpntk.errors import InputError, NetworkError
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, log_prior
+from gpntk.kernels.nystrom import nystrom_features
 from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
-from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
-from gpntk.transfer.report import report_classification, report_regression
+from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
+from gpntk.transfer.gaussian import GaussianModel, Labels
+from gpntk.transfer.prior import RESIDUAL, Candidate, Outputs, PriorBuilder, preferred
+from gpntk.transfer.report import report_on
+from gpntk.transfer.terms import FeatureTerm, HostTerm, LogStudentTPrior
 from tests.cases import mlp, reference_jacobian
 
 NETWORK = mlp(2).double().eval()
@@ -45,108 +44,166 @@ def jacobian(x: Tensor) -> Tensor:
     return reference_jacobian(NETWORK, x).reshape(2 * len(x), -1)
 
 
-# --- components ------------------------------------------------------------------------------------------------------
+def builder(network: gpntk.FrozenNetwork = FROZEN, x: Tensor = X, **options: Any) -> PriorBuilder:
+    defaults = {
+        "num_outputs": network.num_outputs(x),
+        "new_head": False,
+        "layer_variances": False,
+        "form": "rbf",
+        "medians": RESIDUAL,
+        "constant": False,
+    }
+    return PriorBuilder(network, x, **{**defaults, **options})
 
 
-def test_tangent_component_is_the_kernel_in_units() -> None:
+# --- terms -----------------------------------------------------------------------------------------------------------
+
+
+def test_tangent_term_is_the_kernel_in_units() -> None:
     units = torch.tensor([0.5, 3.0], dtype=torch.float64)
-    component = Tangent(FROZEN, X, "ntk", median=1.0, spread=1.0, units=units)
+    prior = builder(units=units).build(Candidate("ntk"))
     scaled = jacobian(X) / units.repeat(9).unsqueeze(-1)
     level = scaled.square().sum(-1).mean()
     scaled_z = jacobian(Z) / units.repeat(4).unsqueeze(-1)
-    covariance = component.covariance(logs(2.0), component.parts(Z, X))
-    torch.testing.assert_close(covariance, 2 * scaled_z @ scaled.mT / level)
-    blocks = component.covariance(logs(2.0), component.blocks(Z))
+    torch.testing.assert_close(prior.matrix(logs(2.0), Z, X), 2 * scaled_z @ scaled.mT / level)
     full = 2 * scaled_z @ scaled_z.mT / level
-    torch.testing.assert_close(blocks, torch.stack([full[i : i + 2, i : i + 2] for i in range(0, 8, 2)]))
+    singles = Z.unsqueeze(1)
+    blocks = torch.stack([full[i : i + 2, i : i + 2] for i in range(0, 8, 2)])
+    torch.testing.assert_close(prior.matrix(logs(2.0), singles, singles), blocks)
+    torch.testing.assert_close(prior.terms[0].diagonal(logs(2.0), Z), full.diagonal())
 
 
-def test_shared_tangent_component_is_the_mean_over_outputs() -> None:
-    component = Tangent(FROZEN, X, "ntk", median=1.0, spread=1.0, shared=True)
+def test_shared_tangent_term_is_the_mean_over_outputs() -> None:
+    prior = builder().build(Candidate("ntk"), shared=True)
     j = reference_jacobian(NETWORK, X).reshape(9, 2, -1)
     mean = torch.einsum("ncp,mcp->nm", j, j) / 2
     level = mean.diagonal().mean()
-    torch.testing.assert_close(component.parts(X, X)[0], mean / level)
-    torch.testing.assert_close(component.blocks(X)[0, :, 0, 0], mean.diagonal() / level)
+    assert prior.shared
+    torch.testing.assert_close(prior.matrix(logs(1.0), X, X), mean / level)
+    torch.testing.assert_close(prior.terms[0].diagonal(logs(1.0), X), mean.diagonal() / level)
 
 
 def test_layers_add_up() -> None:
-    one, many = (Tangent(FROZEN, X, "ntk", median=1.0, spread=1.0, per_layer=layers) for layers in (False, True))
+    one, many = (builder(layer_variances=layers).build(Candidate("ntk")) for layers in (False, True))
+    assert [h.name for h in many.hyperparameters] == [f"ntk {layer}" for layer, _ in FROZEN.layers]
+    assert sum(h.median for h in many.hyperparameters) == pytest.approx(one.hyperparameters[0].median)
     ones = torch.zeros(len(many.hyperparameters), dtype=torch.float64)
-    assert len(ones) == len(FROZEN.layers)
-    torch.testing.assert_close(many.covariance(ones, many.parts(Z, X)), one.covariance(logs(1.0), one.parts(Z, X)))
-    torch.testing.assert_close(many.covariance(ones, many.blocks(Z)), one.covariance(logs(1.0), one.blocks(Z)))
+    torch.testing.assert_close(many.matrix(ones, Z, X), one.matrix(logs(1.0), Z, X))
+    torch.testing.assert_close(many.terms[0].diagonal(ones, Z), one.terms[0].diagonal(logs(1.0), Z))
 
 
 @pytest.mark.parametrize("form", ["rbf", "matern"])
 @pytest.mark.parametrize("columns", [5, 30])
-def test_stationary_component_is_the_hosts_kernel(form: str, columns: int) -> None:
+def test_stationary_term_is_the_hosts_kernel_of_typical_distances(form: str, columns: int) -> None:
     x = torch.randn(9, columns, generator=GENERATOR, dtype=torch.float64)
-    component = Stationary(x, form, 1.0, 1.0)
+    network = gpntk.freeze(nn.Linear(columns, 1).double())
+    prior = builder(network, x, form=form).build(Candidate("stationary"))
     scales = torch.linspace(0.5, 2, 5, dtype=torch.float64) if columns == 5 else torch.full((1,), 0.7).double()
     host = gpytorch.kernels.RBFKernel if form == "rbf" else gpytorch.kernels.MaternKernel
     kernel = host(ard_num_dims=columns).double()
     typical = x.std(0, correction=0) * math.sqrt(2 * columns) if columns == 5 else torch.pdist(x).median()
     kernel.lengthscale = (scales * typical).expand(columns)
     theta = torch.cat([logs(3.0), scales.log()])
-    covariance = component.covariance(theta, component.parts(x[:4], x))
-    torch.testing.assert_close(covariance, 3 * kernel(x[:4], x).to_dense().detach())
-    torch.testing.assert_close(component.covariance(theta, component.blocks(x)), torch.full((9, 1, 1), 3.0).double())
+    torch.testing.assert_close(prior.matrix(theta, x[:4], x), 3 * kernel(x[:4], x).to_dense().detach())
+    torch.testing.assert_close(prior.terms[0].diagonal(theta, x), torch.full((9,), 3.0).double())
 
 
 def test_gradients_at_coinciding_inputs_are_finite() -> None:
-    component = Stationary(X, "matern", 1.0, 1.0)
+    prior = builder(form="matern").build(Candidate("stationary"))
     theta = logs(1.0, 1, 1, 1, 1, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(component.covariance(theta, component.parts(X, X)).sum(), theta)
+    (gradient,) = torch.autograd.grad(prior.matrix(theta, X, X).sum(), theta)
     assert gradient.isfinite().all()
 
 
-def test_readout_component_is_bayesian_linear_regression_on_the_features() -> None:
-    component = Readout(Outputs(gpntk.freeze(Body(NETWORK))), X, "readout", median=1.0, spread=1.0)
+def test_readout_term_is_bayesian_linear_regression_on_the_features() -> None:
+    prior = builder(num_outputs=3, new_head=True).build(Candidate("nngp"))
     h = torch.cat([Body(NETWORK)(X).detach(), torch.ones(9, 1).double()], -1)
     level = h.square().sum(-1).mean()
-    torch.testing.assert_close(component.covariance(logs(2.0), component.parts(X, X)), 2 * h @ h.mT / level)
-    torch.testing.assert_close(component.blocks(X)[0, :, 0, 0], h.square().sum(-1) / level)
+    assert prior.shared
+    torch.testing.assert_close(prior.matrix(logs(2.0), X, X), 2 * h @ h.mT / level)
+    torch.testing.assert_close(prior.terms[0].diagonal(logs(2.0), X), 2 * h.square().sum(-1) / level)
 
 
-def test_a_sum_of_shared_and_full_components() -> None:
-    tangent = Tangent(FROZEN, X, "ntk", median=1.0, spread=1.0)
-    stationary = Stationary(X, "rbf", 1.0, 1.0)
-    total = SumOfComponents([tangent, stationary, Constant(7.0)], 2)
+def test_a_sum_of_shared_and_full_terms() -> None:
+    total = builder(constant=True).build(Candidate("ntk+stationary"))
     theta = torch.zeros(len(total.hyperparameters), dtype=torch.float64)
-    parts = [component.covariance(own, component.parts(Z, X)) for component, own in zip(
-        total.components, (theta[:1], theta[1:], theta[:0]), strict=True)]  # fmt: skip
-    expected = parts[0] + torch.kron(parts[1] + parts[2], torch.eye(2).double())
-    torch.testing.assert_close(total.covariance(theta, total.parts(Z, X)), expected)
-    square = total.covariance(theta, total.parts(Z, Z))
+    tangent, stationary, _ = total.terms
+    full = tangent.matrix(theta[:1], tangent.prepare(Z, X))
+    shared = stationary.matrix(theta[1:], stationary.prepare(Z, X)) + 100.0
+    torch.testing.assert_close(total.matrix(theta, Z, X), full + torch.kron(shared, torch.eye(2).double()))
+    square = total.matrix(theta, Z, Z)
     blocks = torch.stack([square[i : i + 2, i : i + 2] for i in range(0, 8, 2)])
-    torch.testing.assert_close(total.covariance(theta, total.blocks(Z)), blocks)
+    torch.testing.assert_close(total.matrix(theta, Z.unsqueeze(1), Z.unsqueeze(1)), blocks)
+
+
+def test_hyperparameters_are_the_hosts_with_their_priors() -> None:
+    gamma = gpytorch.priors.GammaPrior(3.0, 6.0)
+    kernel = gpytorch.kernels.ScaleKernel(
+        gpytorch.kernels.RBFKernel(ard_num_dims=2, lengthscale_prior=gamma),
+        outputscale_prior=LogStudentTPrior(0.3, 1.2),
+    )
+    kernel.base_kernel.lengthscale = torch.tensor([0.5, 2.0])
+    term = HostTerm(kernel, X[:, :2], 1)
+    names = [h.name for h in term.hyperparameters]
+    assert names == ["outputscale", "base_kernel.lengthscale 0", "base_kernel.lengthscale 1"]
+    assert [h.median for h in term.hyperparameters] == pytest.approx([0.3, 0.5, 2.0])
+    point = logs(0.7, 0.4, 1.5)
+    student = torch.distributions.StudentT(4.0, math.log(0.3), 1.2).log_prob(point[0])
+    expected = student + (gamma.log_prob(point[1:].exp()) + point[1:]).sum()
+    torch.testing.assert_close(log_prior(point, term.hyperparameters), expected.double())
+    torch.testing.assert_close(LogStudentTPrior(0.3, 1.2).log_prob(torch.tensor(0.7).double()) + point[0], student)
+
+
+def test_nystrom_features_are_a_projection_that_explains_what_it_says() -> None:
+    x = torch.rand(400, 2, generator=GENERATOR, dtype=torch.float64)
+
+    def kernel(one: Tensor, two: Tensor) -> Tensor:
+        return 2 * (-4 * torch.cdist(one, two).square()).exp()
+
+    found = nystrom_features(kernel, lambda rows: rows.new_full((len(rows),), 2.0), x, 1e-4, 300)
+    phi, points = found.features(x), found.features.points
+    torch.testing.assert_close(found.features(points) @ phi.mT, kernel(points, x), rtol=1e-6, atol=1e-8)
+    missed = (2 - phi.square().sum(-1)).mean() / 2
+    assert found.unexplained == pytest.approx(missed.item(), rel=0.2)
+    assert missed <= 1e-4
+    few = nystrom_features(kernel, lambda rows: rows.new_full((len(rows),), 2.0), x, 1e-4, 5)
+    assert few.count == 5
+    assert few.unexplained > found.unexplained
 
 
 # --- exact regression ------------------------------------------------------------------------------------------------
 
+THETA = logs(0.8, 0.6, 0.4, 0.5, 0.6, 0.7, 0.8, 0.1)
+RELATIVE, KNOWN = (torch.linspace(*ends, 18).double().reshape(9, 2) for ends in ((0.5, 2), (0, 0.3)))
 
-def dense_problem(shared: bool, missing: bool) -> tuple[DenseGP, SumOfComponents, Tensor, Tensor, Tensor, Tensor]:
-    tangent = Tangent(FROZEN, X, "ntk", median=1.0, spread=1.0, shared=shared)
-    prior = SumOfComponents([tangent, Stationary(X, "rbf", 1.0, 1.0)], 2)
+
+def single(theta: Tensor) -> Draws:
+    return Draws(theta.unsqueeze(0), torch.ones(1).double(), 0.0, theta)
+
+
+def gaussian(
+    shared: bool, missing: bool, form: type[AbstractForm] = DenseForm, rows: slice = slice(9)
+) -> GaussianModel:
+    prior = builder().build(Candidate("ntk+stationary"), shared)
     y = Y.clone()
     if missing:
         y[0, 1] = y[3, 0] = math.nan
-    relative = torch.linspace(0.5, 2, 18).double().reshape(9, 2)
-    known = torch.linspace(0, 0.3, 18).double().reshape(9, 2)
-    gp = DenseGP(prior, X, y, (1.0, 1.0), relative_noise=relative, known_noise=known)
-    theta = torch.cat([logs(0.8, 0.6, 0.4, 0.5, 0.6, 0.7, 0.8), logs(0.1)])
-    gp.set_draws(Draws(theta.unsqueeze(0), torch.ones(1).double(), 0.0, theta))
-    return gp, prior, theta, y.reshape(-1), relative.reshape(-1), known.reshape(-1)
+    made = DenseForm(prior, X[rows]) if form is DenseForm else FeatureForm(prior, X[rows], Recipe(THETA[:-1], 1e-12, 9))
+    gp = GaussianModel(made, Labels(y[rows], RELATIVE[rows], KNOWN[rows]), (1.0, 1.0))
+    gp.set_draws(single(THETA))
+    return gp
 
 
+@pytest.mark.parametrize("form", [DenseForm, FeatureForm])
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_dense_gp_equals_the_formulas(shared: bool, missing: bool) -> None:
-    gp, prior, theta, y, relative, known = dense_problem(shared, missing)
+def test_gaussian_model_equals_the_formulas(shared: bool, missing: bool, form: type[AbstractForm]) -> None:
+    gp = gaussian(shared, missing, form)
+    prior, y = gp.form.prior, gp.labels.y.reshape(-1)
+    relative, known = RELATIVE.reshape(-1), KNOWN.reshape(-1)
 
     def full(x1: Tensor, x2: Tensor) -> Tensor:
-        covariance = prior.covariance(theta[:-1], prior.parts(x1, x2))
+        covariance = prior.matrix(THETA[:-1], x1, x2)
         return torch.kron(covariance, torch.eye(2).double()) if shared else covariance
 
     seen = ~y.isnan()
@@ -155,11 +212,13 @@ def test_dense_gp_equals_the_formulas(shared: bool, missing: bool) -> None:
     inverse = torch.linalg.inv(noisy)
     mean, covariance = cross @ inverse @ y[seen], full(Z, Z) - cross @ inverse @ cross.mT
     predicted = gp.predict(Z, covariance=True)
-    torch.testing.assert_close(predicted.mean, mean)
-    torch.testing.assert_close(predicted.spread, covariance)
-    torch.testing.assert_close(gp.predict(Z).spread, covariance.diagonal())
+    torch.testing.assert_close(predicted.mean, mean, rtol=1e-6, atol=1e-7)
+    if form is DenseForm:  # features at nine points know covariances elsewhere but for their diagonal
+        torch.testing.assert_close(predicted.spread, covariance)
+    torch.testing.assert_close(gp.predict(Z).spread, covariance.diagonal(), rtol=1e-6, atol=1e-7)
     density = torch.distributions.MultivariateNormal(torch.zeros(int(seen.sum())).double(), noisy).log_prob(y[seen])
-    torch.testing.assert_close(gp.log_likelihood(theta), density)
+    torch.testing.assert_close(gp.log_likelihood(THETA), density)
+    assert gp.log_evidence() == pytest.approx(density.item())
     effective = (torch.eye(len(noisy)).double() - torch.diag((0.1 * relative + known)[seen]) @ inverse).trace()
     assert gp.effective_parameters() == pytest.approx(effective.item())
     left_out = gp.leave_one_out()
@@ -173,30 +232,39 @@ def test_dense_gp_equals_the_formulas(shared: bool, missing: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_conditioning_equals_all_the_data_at_once(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, prior, theta, y, relative, known = dense_problem(shared, missing=True)
-    split = [values.reshape(9, 2) for values in (y, relative, known)]
-    first = DenseGP(prior, X[:6], split[0][:6], (1.0, 1.0), relative_noise=split[1][:6], known_noise=split[2][:6])
-    first.set_draws(Draws(theta.unsqueeze(0), torch.ones(1).double(), 0.0, theta))
-    factorised = []
+@pytest.mark.parametrize("missing", [False, True])
+def test_derivatives_of_the_evidence_are_those_of_differences(shared: bool, missing: bool) -> None:
+    gp = gaussian(shared, missing)
+    theta = THETA.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(gp.log_likelihood(theta), theta)
+    step = 1e-5 * torch.eye(len(THETA)).double()
+    with torch.no_grad():
+        differences = [(gp.log_likelihood(THETA + s) - gp.log_likelihood(THETA - s)) / 2e-5 for s in step]
+    torch.testing.assert_close(gradient, torch.stack(differences), rtol=1e-6, atol=1e-7)
 
-    def counted(matrix: Tensor) -> Tensor:
-        factorised.append(matrix.shape[-1])
-        return torch.linalg.cholesky(matrix)
 
-    monkeypatch.setattr("gpntk.transfer.dense.psd_safe_cholesky", counted)
-    grown = first.condition_on(X[6:], *(values[6:] for values in split))
-    assert factorised == [3 if shared else 6]  # the new labels alone
+@pytest.mark.parametrize("form", [DenseForm, FeatureForm])
+@pytest.mark.parametrize("shared", [False, True])
+def test_conditioning_equals_all_the_data_at_once(shared: bool, form: type[AbstractForm]) -> None:
+    whole = gaussian(shared, missing=True)
+    first = gaussian(shared, missing=True, form=form, rows=slice(6))
+    if form is FeatureForm:
+        # Features of the first rows, for all of them.
+        made = first.form.extended(X[6:])
+        whole = GaussianModel(made, whole.labels, (1.0, 1.0))
+        whole.set_draws(single(THETA))
+    grown = first.condition_on(X[6:], Labels(whole.labels.y[6:], RELATIVE[6:], KNOWN[6:]))
     for one, two in zip(grown.predict(Z, covariance=True), whole.predict(Z, covariance=True), strict=True):
         torch.testing.assert_close(one, two)
+    torch.testing.assert_close(grown.leave_one_out().mean, whole.leave_one_out().mean, equal_nan=True)
 
 
 def test_moments_of_a_mixture() -> None:
-    gp, *_ = dense_problem(False, False)
-    theta = torch.stack([gp.draws.best, gp.draws.best + 0.5])
+    gp = gaussian(False, False)
+    theta = torch.stack([THETA, THETA + 0.5])
     singles = []
     for point in theta:
-        gp.set_draws(Draws(point.unsqueeze(0), torch.ones(1).double(), 0.0, point))
+        gp.set_draws(single(point))
         singles.append(gp.predict(Z, covariance=True))
     weights = torch.tensor([0.3, 0.7]).double()
     gp.set_draws(Draws(theta, weights, 0.0, theta[1]))
@@ -273,9 +341,9 @@ def test_inference_needs_no_gradients_switched_on() -> None:
 
 def test_a_single_kernel_must_be_better_by_far() -> None:
     single, both = Candidate("ntk"), Candidate("ntk+stationary")
-    assert preferred({single: 2.0, both: 0.0}, fresh=False) == both
-    assert preferred({single: 4.0, both: 0.0}, fresh=False) == single
-    assert preferred({single: 2.0, both: 0.0}, fresh=True) == single
+    assert preferred({single: 2.0, both: 0.0}, new_head=False) == both
+    assert preferred({single: 4.0, both: 0.0}, new_head=False) == single
+    assert preferred({single: 2.0, both: 0.0}, new_head=True) == single
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -375,42 +443,140 @@ def test_the_network_ends_where_the_labels_agree_with_it() -> None:
     torch.testing.assert_close(gp.predict(Z).mean.reshape(-1, 2), FROZEN(Z))
 
 
-def test_more_labels_than_are_dense_take_the_tangent_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpntk.transfer.regression.DENSE_LIMIT", 10)
-    gp = TransferGP(FROZEN, X, Y)
-    gp.fit()
-    assert gp.chosen == Candidate("ntk")
-    assert gp.leave_one_out() is None
-    first = TransferGP(FROZEN, X[:7], Y[:7])
-    first.fit()
-    grown = first.condition_on(X[7:], Y[7:])
-    assert grown.predict(Z).mean.isfinite().all()
-    monkeypatch.setattr("gpntk.transfer.regression.LARGEST_DENSE", 10)
-    with pytest.raises(InputError, match="18 labels are more than the 10"):
-        TransferGP(FROZEN, X, Y, kernel="stationary").fit()
+def few_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a handful of labels were too many for exact factorisations."""
+    monkeypatch.setattr("gpntk.transfer.fitting._EXACT_SHARE", 1e-12)
+    monkeypatch.setattr("gpntk.transfer.regression.AVERAGE_LIMIT", 10)
+    monkeypatch.setattr("gpntk.transfer.fitting.PREFER_MATRIX", 0.0)
 
 
-def test_costly_tangent_kernels_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpntk.transfer.prior.TANGENT_COST", 10)
-    gp = TransferGP(FROZEN, X, Y)
+def sines(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
+    noise = 0.05 * torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+    return x, (3 * x[:, :1]).sin() + x[:, 1:2] * x[:, 2:] + noise
+
+
+def small(outputs: int = 1) -> gpntk.FrozenNetwork:
+    torch.manual_seed(0)
+    return gpntk.freeze(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, outputs)).double())
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("kernel", ["auto", "ntk", "nngp", "stationary"])
+def test_no_number_of_labels_changes_the_model(outputs: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), (z, _) = sines(120), sines(20, seed=1)
+    y = y if outputs == 1 else torch.cat([y, 2 * y.square()], -1)
+    few_are_exact(monkeypatch)
+    gp = TransferGP(small(outputs), x, y, kernel=kernel, mean="constant")
     gp.fit()
+    assert "features" in gp.fitted.model.note
+    # The same hyperparameters, exactly.
+    exact = TransferGP(small(outputs), x, y, kernel=gp.chosen.kernel, mean="constant",
+                       stationary_inputs=gp.chosen.stationary_inputs, hyperparameters=gp.hyperparameters())  # fmt: skip
+    monkeypatch.undo()
+    exact.fit()
+    assert "matrix" in exact.fitted.model.note
+    for noisy in (False, True):
+        one, two = (each.predict(z, observation_noise=noisy) for each in (gp, exact))
+        torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=0.02)
+        torch.testing.assert_close(one.spread.sqrt(), two.spread.sqrt(), rtol=0.1, atol=1e-3)
+    one, two = (each.leave_one_out() for each in (gp, exact))
+    torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=0.03)
+    assert report_on(gp).log_density == pytest.approx(report_on(exact).log_density, abs=0.05)
+    grown = gp.condition_on(*((z, y[:20])))
+    assert grown.predict(z).mean.isfinite().all()
+
+
+def test_missing_and_known_noise_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), (z, truth) = sines(120), sines(20, seed=1)
+    y = torch.cat([y, -y], -1)
+    y[::3, 0] = math.nan
+    wild = y.clone()
+    wild[1::3, 1] += 5
+    known = torch.zeros_like(y)
+    known[1::3, 1] = 1e4
+    few_are_exact(monkeypatch)
+    gp = TransferGP(small(2), x, wild, kernel="ntk+stationary", known_noise=known, mean="zero")
+    gp.fit()
+    assert "features" in gp.fitted.model.note
+    mean = gp.predict(z).mean.reshape(-1, 2)
+    torch.testing.assert_close(mean, torch.cat([truth, -truth], -1), rtol=0, atol=0.3)
+
+
+def test_a_kernel_of_gpytorchs_with_ours_inside() -> None:
+    x, y = sines(40)
+    network = small()
+    kernel = gpytorch.kernels.ScaleKernel(gpntk.NTKKernel(network)) + gpytorch.kernels.ScaleKernel(
+        gpytorch.kernels.PeriodicKernel()
+    )
+    gp = TransferGP(network, x, y, kernel=kernel, mean="zero", hyperparameters="maximum")
+    gp.fit()
+    names = list(gp.hyperparameters())
+    assert names[0] == "outputscale"
+    assert set(names[1:]) == {"outputscale", "base_kernel.lengthscale", "base_kernel.period_length", "noise"} - {
+        "outputscale"
+    }
+    assert (gp.predict(x).mean - y[:, 0]).square().mean() < 0.02
+    assert gp.chosen.kernel == "custom"
+    assert report_on(gp).kernel == "custom"
+
+
+def test_beyond_the_time_budget_it_says_what_was_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "gpntk.transfer"):
+        gp = TransferGP(FROZEN, X, Y, time_budget=1e-9)
+        gp.fit()
     assert set(gp.comparison.log_evidence) == {"stationary of features", "nngp", "stationary"}
-    monkeypatch.setattr("gpntk.transfer.regression.DENSE_LIMIT", 10)
-    gp = TransferGP(FROZEN, X, Y)
-    gp.fit()
-    assert gp.chosen == Candidate("nngp")
-    assert report_regression(gp).alignment > 0
+    assert "kernel='ntk+stationary' would take about" in caplog.text
+    report = report_on(gp)
+    assert report.alignment > 0
+    assert any("time_budget" in note for note in report.notes)
     body = gpntk.freeze(NETWORK, lambda name, _: not name.startswith("5"))
-    gp = TransferGP(body, X, Y)
+    gp = TransferGP(body, X, Y, time_budget=1e-9)
     gp.fit()
-    assert gp.chosen == Candidate("ntk")
+    assert "ntk" in gp.comparison.log_evidence  # nothing stands in for it
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match="time_budget"):
+            TransferGP(FROZEN, X, Y, time_budget=wrong)
 
 
-def test_the_cost_of_a_tangent_kernel() -> None:
-    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
-    builder = PriorBuilder(gpntk.freeze(nn.Linear(5, 2).double()), X, num_outputs=None, **common)
+def test_predictions_before_a_fit_say_so() -> None:
+    gp = TransferGP(FROZEN, X, Y)
+    for call in (lambda: gp.predict(Z), gp.leave_one_out, lambda: gp.condition_on(X, Y), gp.state):
+        with pytest.raises(NotFittedError, match="not fitted yet: call fit"):
+            call()
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_targets_whose_squares_are_no_numbers_are_refused(size: float) -> None:
+    with pytest.raises(InputError, match="give them in other units"):
+        TransferGP(FROZEN, X, Y * size)
+
+
+def test_a_constant_target_has_no_spread() -> None:
+    y = torch.full((9, 1), 0.1).double()
+    gp = TransferGP(small(), X[:, :3], y, mean="constant")
+    gp.fit()
+    prediction = gp.predict(Z[:, :3])
+    torch.testing.assert_close(prediction.mean, y[:4, 0], rtol=0, atol=1e-6)
+    assert (prediction.spread.sqrt() > 1e-9).all()
+    torch.testing.assert_close(gp.task.units, torch.tensor([0.1]).double())
+
+
+def test_a_network_whose_jacobian_is_zero() -> None:
+    dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    nn.init.constant_(dead[0].bias, -100.0)
+    x, y = sines(40)
+    for kernel in ("ntk", "auto"):
+        gp = TransferGP(gpntk.freeze(dead, "0.*"), x, y, kernel=kernel)
+        gp.fit()
+        assert gp.predict(x).mean.isfinite().all()
+
+
+def test_the_time_of_a_tangent_kernel() -> None:
     # 9 inputs, 2 outputs: 3 passes of 2 * 5 * 2 operations each, and 2 * 9 * 9 products of rows of 12.
-    assert builder.tangent_cost == 2 * 9 * (3 * 20 + 2 * 9 * 12)
+    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X).tangent_seconds
+    assert found == pytest.approx(2 * 9 * (3 * 20 + 2 * 9 * 12) / 2.5e10)
 
 
 def test_what_comparison_shares_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,30 +589,12 @@ def test_what_comparison_shares_is_computed_once(monkeypatch: pytest.MonkeyPatch
 
         return call
 
-    monkeypatch.setattr(Tangent, "_parts", counted("tangent", Tangent._parts))
+    monkeypatch.setattr(FeatureTerm, "_grams", counted("tangent", FeatureTerm._grams))
     monkeypatch.setattr(Outputs, "_compute", counted("network", Outputs._compute))
     TransferGP(gpntk.freeze(mlp(1).double().eval()), X, Y[:, :1]).fit()
-    assert calls == {"tangent": 1, "network": 2}  # the network's outputs and its features
-
-
-def test_values_at_the_latest_inputs_are_remembered_but_not_pickled() -> None:
-    asked = []
-
-    def square(x: Tensor) -> Tensor:
-        asked.append(x)
-        return x.square()
-
-    remembered = Remembered(square, 2)
-    for x in (X, Z, X.clone(), Z, Y, Z, X):
-        torch.testing.assert_close(remembered(x), x.square())
-    assert [len(x) for x in asked] == [9, 4, 9, 9]  # X, Z, Y, and X again, which Y had displaced
-    changing = 3 * X
-    remembered(changing)
-    torch.testing.assert_close(remembered(changing.mul_(-2)), 36 * X.square())
-    outputs = Outputs(FROZEN)
-    outputs(X)
-    one, other = pickle.dumps(outputs), pickle.dumps(Outputs(FROZEN))
-    assert len(one) == len(other)
+    # Of all rows, and of single rows of them, on which the network is probed.
+    assert calls["tangent"] == 1
+    assert calls["network"] <= 4
 
 
 def test_outputs_come_in_the_networks_own_precision() -> None:
@@ -458,6 +606,11 @@ def test_outputs_come_in_the_networks_own_precision() -> None:
     assert not outputs.requires_grad
     half = Outputs(gpntk.freeze(mlp(2).half().eval()))(X)
     torch.testing.assert_close(half, Outputs(gpntk.freeze(mlp(2).half().float().eval()))(X), rtol=0, atol=0)
+    changing = 3 * X
+    remembered = Outputs(gpntk.freeze(NETWORK))
+    remembered(changing)
+    torch.testing.assert_close(remembered(changing.mul_(-2)), NETWORK(-6 * X).detach())
+    assert len(pickle.dumps(remembered)) == len(pickle.dumps(Outputs(gpntk.freeze(NETWORK))))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -467,9 +620,8 @@ def test_moves_of_the_readout_are_those_of_its_jacobian(bias: bool, extract: Any
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2, bias=bias)).double().eval()
     frozen = gpntk.freeze(network, extract=extract)
-    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
-    prior = PriorBuilder(frozen, X, num_outputs=None, **common).build(Candidate("nngp"), shared)
-    assert isinstance(prior.components[0], Readout if extract is None else Tangent)
+    prior = builder(frozen).build(Candidate("nngp"), shared)
+    assert isinstance(prior.terms[0], HostTerm if extract is None else FeatureTerm)
     readout = nn.Sequential(network, *([] if extract is None else [Scaled()]))
     j = reference_jacobian(readout, X).reshape(9, 2, -1)[..., 42:]
     expected = torch.einsum("ncp,mdp->ncmd", j, j)
@@ -477,8 +629,9 @@ def test_moves_of_the_readout_are_those_of_its_jacobian(bias: bool, extract: Any
         expected = torch.einsum("ncmc->nm", expected) / 2
     elif extract is None:
         expected = expected[:, 0, :, 0]  # both outputs alike
-    expected = expected.reshape(prior.covariance(logs(1.0), prior.parts(X, X)).shape)
-    torch.testing.assert_close(prior.covariance(logs(1.0), prior.parts(X, X)), expected / expected.diagonal().mean())
+    found = prior.matrix(logs(1.0), X, X)
+    expected = expected.reshape(found.shape)
+    torch.testing.assert_close(found, expected / expected.diagonal().mean())
 
 
 class Cosine(nn.Linear):
@@ -507,9 +660,8 @@ class Tied(nn.Module):
     ids=["changed in place", "a forward of its own", "parametrised", "tied"],
 )
 def test_readouts_that_are_no_plain_linear_map_keep_their_jacobian(network: nn.Module) -> None:
-    common = {"layer_variances": False, "form": "rbf", "medians": RESIDUAL, "constant": False}
-    builder = PriorBuilder(gpntk.freeze(network.double().eval()), X, num_outputs=None, **common)
-    assert isinstance(builder.build(Candidate("nngp")).components[0], Tangent)
+    prior = builder(gpntk.freeze(network.double().eval())).build(Candidate("nngp"))
+    assert isinstance(prior.terms[0], FeatureTerm)
 
 
 def test_labels_without_noise_leave_room_for_more_of_them() -> None:
@@ -518,7 +670,7 @@ def test_labels_without_noise_leave_room_for_more_of_them() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     for kernel in ("auto", "stationary", "ntk+stationary"):
-        gp = TransferGP(gpntk.freeze(network), x, x.sum(-1, keepdim=True), kernel=kernel, num_outputs=1)
+        gp = TransferGP(gpntk.freeze(network), x, x.sum(-1, keepdim=True), kernel=kernel, new_head=True)
         gp.fit()
         grown = gp.condition_on(x[:3] + 0.1, (x[:3] + 0.1).sum(-1, keepdim=True))
         close = grown.predict(x[:3] + 0.05).mean
@@ -533,9 +685,9 @@ class Scaled(nn.Module):
 def test_the_report_against_its_definitions() -> None:
     gp = TransferGP(FROZEN, X, Y, kernel="ntk", hyperparameters="maximum")
     gp.fit()
-    report = report_regression(gp)
-    residual = ((Y - FROZEN(X)) / gp.units).reshape(-1)
-    scaled = jacobian(X) / gp.units.repeat(9).unsqueeze(-1)
+    report = report_on(gp)
+    residual = ((Y - FROZEN(X)) / gp.task.units).reshape(-1)
+    scaled = jacobian(X) / gp.task.units.repeat(9).unsqueeze(-1)
     kernel = scaled @ scaled.mT
     cosine = residual @ kernel @ residual / (kernel.norm() * residual.square().sum())
     assert report.alignment == pytest.approx(cosine.item())
@@ -554,7 +706,7 @@ def test_the_report_of_a_dense_model_is_calibrated_on_its_own_prior() -> None:
     network = gpntk.freeze(mlp(1).double().eval())
     gp = TransferGP(network, x, y, mean="zero", kernel="ntk+stationary", hyperparameters="maximum")
     gp.fit()
-    report = report_regression(gp)
+    report = report_on(gp)
     assert report.left_out["ntk+stationary"] == pytest.approx(report.log_density)
     assert report.left_out["stationary alone"] < report.log_density
     for level, seen in report.calibration.items():
@@ -575,17 +727,19 @@ def blobs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
-@pytest.mark.parametrize("method", ["laplace", "dirichlet", "variational"])
-def test_every_method_learns_new_classes(method: str, outputs: int) -> None:
+@pytest.mark.parametrize("likelihood", ["categorical", "dirichlet"])
+def test_every_likelihood_learns_new_classes(likelihood: str, outputs: int) -> None:
     (x, labels), (z, truth) = blobs(60), blobs(200, seed=1)
     classes = 3 if outputs == 3 else 2
     x, labels = x[labels < classes], labels[labels < classes]
     z, truth = z[truth < classes], truth[truth < classes]
     frozen = gpntk.freeze(mlp(outputs).double().eval())
-    model = TransferClassification(frozen, x, labels, classes, fresh=outputs != 1, kernel="ntk", method=method)
+    model = TransferGP(
+        frozen, x, labels, likelihood=likelihood, num_classes=classes, new_head=outputs != 1, kernel="ntk"
+    )
     assert math.isfinite(model.fit())
     for link in ("probit", "monte_carlo", "laplace_bridge"):
-        probabilities = model.predict(z, link)
+        probabilities = model.probabilities(z, link)
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(z)).double())
         assert (probabilities.argmax(-1) == truth).double().mean() > 0.8
 
@@ -594,21 +748,24 @@ def test_one_logit_with_many_inputs() -> None:
     x, labels = blobs(480)
     x, labels = x[labels < 2], labels[labels < 2]
     frozen = gpntk.freeze(mlp(1).double().eval())
-    model = TransferClassification(frozen, x, labels, 2, kernel="ntk")
+    model = TransferGP(frozen, x, labels, likelihood="categorical", kernel="ntk")
     model.fit()
-    assert model.predict(x[:5]).shape == (5, 2)
+    assert model.probabilities(x[:5]).shape == (5, 2)
+    with pytest.raises(InputError, match="call probabilities"):
+        model.predict(x[:5])
 
 
-@pytest.mark.parametrize("method", ["laplace", "dirichlet"])
-def test_more_labels_at_the_same_hyperparameters(method: str) -> None:
+@pytest.mark.parametrize("likelihood", ["categorical", "dirichlet"])
+def test_more_labels_at_the_same_hyperparameters(likelihood: str) -> None:
     (x, labels), (z, _) = blobs(30), blobs(7, seed=1)
     frozen = gpntk.freeze(mlp(3).double().eval())
-    first = TransferClassification(frozen, x[:20], labels[:20], 3, fresh=True, kernel="ntk", method=method)
+    options = {"likelihood": likelihood, "num_classes": 3, "new_head": True, "kernel": "ntk"}
+    first = TransferGP(frozen, x[:20], labels[:20], **options)
     first.fit()
     grown = first.condition_on(x[20:], labels[20:])
-    whole = TransferClassification(frozen, x, labels, 3, fresh=True, kernel="ntk", method=method)
+    whole = TransferGP(frozen, x, labels, **options)
     whole.load_state(first.state(), first.chosen)
-    torch.testing.assert_close(grown.predict(z), whole.predict(z), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(grown.probabilities(z), whole.probabilities(z), rtol=1e-6, atol=1e-8)
 
 
 def test_leave_one_out_is_nearly_that_of_refits() -> None:
@@ -616,9 +773,16 @@ def test_leave_one_out_is_nearly_that_of_refits() -> None:
     frozen = gpntk.freeze(mlp(3).double().eval())
     fixed = {"ntk": 0.5, "readout": 2.0}
 
-    def model(rows: Tensor) -> TransferClassification:
-        made = TransferClassification(
-            frozen, x[rows], labels[rows], 3, fresh=True, kernel="ntk", hyperparameters=fixed, method="laplace"
+    def model(rows: Tensor) -> TransferGP:
+        made = TransferGP(
+            frozen,
+            x[rows],
+            labels[rows],
+            likelihood="categorical",
+            num_classes=3,
+            new_head=True,
+            kernel="ntk",
+            hyperparameters=fixed,
         )
         made.fit()
         return made
@@ -629,14 +793,15 @@ def test_leave_one_out_is_nearly_that_of_refits() -> None:
     for index in (0, 7, 13):
         others = model(everything[everything != index])
         # Units are those of the rows at hand; those of one row less hardly differ.
-        torch.testing.assert_close(left_out[index], others.predict(x[index : index + 1])[0], rtol=0.2, atol=0.05)
+        torch.testing.assert_close(left_out[index], others.probabilities(x[index : index + 1])[0], rtol=0.2, atol=0.05)
 
 
 def test_report_of_a_classification() -> None:
     x, labels = blobs(45)
-    model = TransferClassification(gpntk.freeze(mlp(3).double().eval()), x, labels, 3, fresh=True, kernel="ntk")
+    frozen = gpntk.freeze(mlp(3).double().eval())
+    model = TransferGP(frozen, x, labels, likelihood="dirichlet", new_head=True, kernel="ntk")
     model.fit()
-    report = report_classification(model)
+    report = report_on(model)
     left_out = model.leave_one_out()
     assert report.score == pytest.approx((left_out.argmax(-1) == labels).double().mean().item())
     assert report.log_density == pytest.approx(left_out[torch.arange(45), labels].log().mean().item())

@@ -103,7 +103,7 @@ def nystrom_features(
 
 
 def stacked(
-    parts: Sequence[AbstractFeatureKernel | NystromFeatures], grouped: Sequence[bool], outputs: int
+    parts: Sequence[AbstractFeatureKernel | NystromFeatures], grouped: Sequence[bool], outputs: int, x: Tensor
 ) -> AbstractJacobianBackend:
     """The features of several kernels side by side: those of the sum of the kernels.
 
@@ -111,9 +111,24 @@ def stacked(
         parts: Kernels of ours, and features of others.
         grouped: Whether each layer of a part has a prior variance of its own, or all its features share one.
         outputs: C, to which kernels of one row per input are extended as independent outputs.
+        x: An input `[1, D]`.
     """
-    backends = [part.backend if isinstance(part, AbstractFeatureKernel) else _explicit(part, outputs) for part in parts]
+    backends = [
+        _of_outputs(part.backend, outputs, x) if isinstance(part, AbstractFeatureKernel) else _explicit(part, outputs)
+        for part in parts
+    ]
     return StackedBackend(backends, by_layer=list(grouped))
+
+
+def _of_outputs(backend: AbstractJacobianBackend, outputs: int, x: Tensor) -> AbstractJacobianBackend:
+    """Features of one row per input, as those of independent outputs."""
+    if backend.num_outputs(x) == outputs:
+        return backend
+
+    def rows(x: Tensor) -> Tensor:
+        return backend.jacobian(x.unsqueeze(0)).squeeze(0)
+
+    return ExplicitBackend(rows, backend.num_features, outputs, dtype=backend.dtype, device=backend.device)
 
 
 def _explicit(found: NystromFeatures, outputs: int) -> ExplicitBackend:
