@@ -167,7 +167,7 @@ def test_nystrom_features_are_a_projection_that_explains_what_it_says() -> None:
     assert found.unexplained == pytest.approx(missed.item(), rel=0.2)
     assert missed <= 1e-4
     few = nystrom_features(kernel, lambda rows: rows.new_full((len(rows),), 2.0), x, 1e-4, 5)
-    assert few.count == 5
+    assert few.size == 5
     assert few.unexplained > found.unexplained
 
 
@@ -479,7 +479,7 @@ def test_no_number_of_labels_changes_the_model(outputs: int, kernel: str, monkey
     assert "matrix" in exact.fitted.model.note
     for noisy in (False, True):
         one, two = (each.predict(z, observation_noise=noisy) for each in (gp, exact))
-        torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=0.02)
+        assert ((one.mean - two.mean).abs() < 0.5 * two.spread.sqrt() + 1e-3).all()
         torch.testing.assert_close(one.spread.sqrt(), two.spread.sqrt(), rtol=0.1, atol=1e-3)
     one, two = (each.leave_one_out() for each in (gp, exact))
     torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=0.03)

@@ -6,9 +6,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from glob import escape
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class TransferEstimator(BaseEstimator, ABC):
         frozen = self._network.tensors(self._network.dtype, self._network.device)
         tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
         tensors |= {f"model.{name}": tensor for name, tensor in self._model.state().items()}
-        tensors |= {f"data.{name}": tensor for name, tensor in self._data().items()}
+        tensors |= {f"data.{name}": tensor for name, tensor in self._model.task.data().items()}
         tensors["outputs"] = self._outputs()
         names = (*_STORED, *self._own_options())
         facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
@@ -162,10 +162,10 @@ class TransferEstimator(BaseEstimator, ABC):
 
     # --- what a model adds -------------------------------------------------------------------------------------
 
-    _model: ClassVar[Any]
-    _network: ClassVar[Any]
-    _row_shape: ClassVar[Any]
-    _report: ClassVar[Any]
+    _model: TransferGP = field(init=False)
+    _network: FrozenNetwork = field(init=False)
+    _row_shape: tuple[int, ...] = field(init=False)
+    _report: Report | None = field(init=False)
 
     @classmethod
     @abstractmethod
@@ -173,21 +173,17 @@ class TransferEstimator(BaseEstimator, ABC):
         """Names of further constructor arguments to be saved."""
 
     @abstractmethod
-    def _data(self) -> dict[str, Tensor]:
-        """The training data by name."""
-
-    @abstractmethod
     def _facts(self) -> dict[str, Any]:
         """What else `_restore` needs."""
 
     @abstractmethod
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Set up the model, not fitted yet, from what `_data` and `_facts` gave."""
+        """Set up the model, not fitted yet, from the training data by name and what `_facts` gave."""
 
     @torch.no_grad()
     def _outputs(self) -> Tensor:
         """What the network makes of a few training inputs: weights do not tell a tanh from a ReLU, outputs do."""
-        return self._network.forward(self._data()["x"][:_COMPARED])
+        return self._network.forward(self._model.task.data()["x"][:_COMPARED])
 
     # --- shared ------------------------------------------------------------------------------------------------
 

@@ -185,9 +185,6 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def _own_options(cls) -> tuple[str, ...]:
         return ("num_classes", "method", "link")
 
-    def _data(self) -> dict[str, Tensor]:
-        return {"x": self._model.task.x, "labels": self._model.task.labels}
-
     def _facts(self) -> dict[str, Any]:
         kind = self.classes_.dtype
         return {"classes": self.classes_.tolist(), "kind": kind.str}

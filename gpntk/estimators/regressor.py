@@ -213,11 +213,6 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     def _own_options(cls) -> tuple[str, ...]:
         return ("num_outputs",)
 
-    def _data(self) -> dict[str, Tensor]:
-        task = self._model.task
-        data = {"x": task.x, "y": task.y}
-        return data if task.known_noise is None else {**data, "yvar": task.known_noise}
-
     def _facts(self) -> dict[str, Any]:
         return {"y_ndim": self._y_ndim}
 

@@ -44,7 +44,7 @@ class NystromFeatures(NamedTuple):
     """Features of a kernel, and how good they are."""
 
     features: NystromMap
-    count: int
+    size: int
     unexplained: float
     """Share of the prior variance that the features miss, on rows that did not choose the points."""
 
@@ -71,7 +71,7 @@ def nystrom_features(
         ...     return (-0.5 * torch.cdist(x, z).square()).exp()
         >>> x = torch.rand(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         >>> found = nystrom_features(rbf, lambda x: x.new_ones(len(x)), x, 1e-6, 200)
-        >>> found.count < 60 and found.unexplained < 1e-5
+        >>> found.size < 60 and found.unexplained < 1e-5
         True
 
     References:
@@ -82,7 +82,8 @@ def nystrom_features(
     chosen = draw(len(x), min(len(x), _CANDIDATES), seed=0).to(x.device)
     candidates = x[chosen]
     left = variance(candidates)
-    total, most = float(left.sum()), min(most, len(candidates))
+    total: float = left.sum().item()
+    most = min(most, len(candidates))
     rows, pivots = left.new_zeros(most, len(candidates)), []
     enough = min(max(missed * len(left), _LEAST * total), _MOST * total)
     while len(pivots) < most and float(left.sum()) > enough:
@@ -98,8 +99,8 @@ def nystrom_features(
     features = NystromMap(kernel, candidates[where], rows[: len(pivots), where].mT.tril().contiguous())
     others = x[draw(len(x), min(len(x), _MEASURED), seed=1).to(x.device)]
     own = variance(others)
-    missed = (own - features(others).square().sum(-1)).clamp_min(0)
-    return NystromFeatures(features, len(pivots), float(missed.sum() / own.sum()) if total > 0 else 0.0)
+    gaps = (own - features(others).square().sum(-1)).clamp_min(0)
+    return NystromFeatures(features, len(pivots), float(gaps.sum() / own.sum()) if total > 0 else 0.0)
 
 
 def stacked(
@@ -133,4 +134,4 @@ def _of_outputs(backend: AbstractJacobianBackend, outputs: int, x: Tensor) -> Ab
 
 def _explicit(found: NystromFeatures, outputs: int) -> ExplicitBackend:
     points = found.features.points
-    return ExplicitBackend(found.features, found.count, outputs, dtype=points.dtype, device=points.device)
+    return ExplicitBackend(found.features, found.size, outputs, dtype=points.dtype, device=points.device)

@@ -62,6 +62,10 @@ class AbstractClassTask(AbstractTask, ABC):
         self.reference = len(x)
 
     @property
+    def units(self) -> None:
+        return None
+
+    @property
     def screened(self) -> int:
         return _SCREENED
 
@@ -78,7 +82,7 @@ class AbstractClassTask(AbstractTask, ABC):
         # Logits matter to about one.
         return 1.0
 
-    def predict(self, *_: Any) -> Prediction:
+    def predict(self, model: Any, x: Tensor, covariance: bool, observation_noise: bool) -> Prediction:  # noqa: ARG002
         raise InputError("a likelihood of classes has no targets: call probabilities instead of predict.")
 
     def grown(self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None) -> tuple[Self, Any]:
@@ -118,6 +122,9 @@ class AbstractClassTask(AbstractTask, ABC):
             top[bins == index].mean().item(): right[bins == index].mean().item() for index in bins.unique().tolist()
         }
         return Checks(right.mean().item(), own.log().mean().item(), calibration)
+
+    def data(self) -> dict[str, Tensor]:
+        return {"x": self.x, "labels": self.labels}
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -82,7 +82,7 @@ class Fitting:
     ) -> None:
         self.task, self._builder, self._candidates = task, builder, candidates
         self._treatment, self._fixed, self._time_budget = treatment, fixed, time_budget
-        self._notes: list[str] = []
+        self._some: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self) -> Fit:
         """Choose, and fit to all labels."""
@@ -97,7 +97,10 @@ class Fitting:
         else:
             model, draws = self._many(chosen, start)
         model.set_draws(draws)
-        return Fit(model, chosen, comparison, tuple(self._notes))
+        notes = () if len(self._candidates) == 1 or self._builder.left_out is None else (self._builder.left_out,)
+        for note in notes:
+            logger.warning(note)
+        return Fit(model, chosen, comparison, notes)
 
     # --- 1. which kernel ---------------------------------------------------------------------------------------
 
@@ -105,11 +108,11 @@ class Fitting:
         few = len(self.task.x) > self.task.screened
         if len(self._candidates) == 1 and not few:
             return self._candidates[0], None, None
-        rows = self._rows(self.task.screened)
+        count = self.task.screened
         # Comparing takes the evidence, a start does not.
         compare = len(self._candidates) > 1
         fits = {
-            candidate: self._from_prior(self._model(candidate, rows, screening=True), compare, _TOLERANCE)
+            candidate: self._from_prior(self._model(candidate, count, screening=True), compare, _TOLERANCE)
             for candidate in self._candidates
         }
         if not compare:
@@ -117,7 +120,7 @@ class Fitting:
             return chosen, fits[chosen].best, None
         evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
         chosen = preferred(evidence, self._builder.new_head)
-        shift = self.task.log_units(rows)
+        shift = self.task.log_units(self._some[count][0] if count in self._some else None)
         named_evidence = {str(candidate): value - shift for candidate, value in evidence.items()}
         return chosen, fits[chosen].best, Comparison(chosen, named_evidence)
 
@@ -141,7 +144,7 @@ class Fitting:
         if count // self._outputs <= self.task.screened:
             return start
         start = self._warmed(chosen, start, count)
-        model = self._model(chosen, self._rows(count // self._outputs))
+        model = self._model(chosen, count // self._outputs)
         return self._maximum(model, start, _FEW < 2 * count <= 2 * _FEW, _ROUGH).best
 
     def _maximum(self, model: AbstractModel, start: Tensor | None, afresh: bool, tolerance: float | None) -> Draws:
@@ -170,7 +173,7 @@ class Fitting:
     def _many(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
         if self.task.averages:
-            subset = self._model(chosen, self._rows(max(1, _SUBSET // self._outputs)))
+            subset = self._model(chosen, max(1, _SUBSET // self._outputs))
             best = subset.fit(True, self._fixed, start).best
         else:
             best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
@@ -211,15 +214,18 @@ class Fitting:
         """A factorisation and an inverse for each evaluation, and passes over matrices beside."""
         return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / _FLOPS
 
-    def _polish_seconds(self, form: FeatureForm) -> float:
+    def _polish_seconds(self, form: AbstractForm) -> float:
         features = form.num_features
         return (self._size * features**2 + _EVALUATIONS * features**3) / _FLOPS
 
-    def _rows(self, count: int) -> Tensor:
-        rows = draw(len(self.task.x), min(len(self.task.x), count), seed=0)
-        return rows.to(self.task.x.device)
-
-    def _model(self, candidate: Candidate, rows: Tensor | None, screening: bool = False) -> AbstractModel:
+    def _model(self, candidate: Candidate, count: int | None, screening: bool = False) -> AbstractModel:
+        """The model of a candidate for so many labels, or for all of them."""
         prior = self._builder.build(candidate, self.task.shared("screening" if screening else "matrix"))
-        x = self.task.x if rows is None else self.task.x[rows]
+        if count is None or count >= len(self.task.x):
+            return self.task.model(DenseForm(prior, self.task.x))
+        if count not in self._some:
+            rows = draw(len(self.task.x), count, seed=0).to(self.task.x.device)
+            # The very same inputs for all that is compared on them: what is computed of them is kept.
+            self._some[count] = rows, self.task.x[rows]
+        rows, x = self._some[count]
         return self.task.model(DenseForm(prior, x), rows)

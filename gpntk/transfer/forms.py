@@ -13,6 +13,7 @@ from torch import Tensor
 from gpntk.inference import AbstractCovariance, DenseCovariance, FeatureCovariance, Features
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Hyperparameter
+from gpntk.kernels import AbstractFeatureKernel
 from gpntk.kernels.nystrom import NystromFeatures, nystrom_features, stacked
 from gpntk.transfer.terms import AbstractTerm, FeatureTerm, SumOfTerms
 
@@ -153,19 +154,12 @@ class FeatureForm(AbstractForm):
         self._recipe = recipe._replace(logs=recipe.logs.detach())
         self.shared = prior.shared and not recipe.row_per_output
         rows = x[:reference]
-        self._nystrom = [
-            None if isinstance(term, FeatureTerm) else _features_of(term, own, rows, recipe)
+        self._sources: list[AbstractFeatureKernel | NystromFeatures] = [
+            term.features if isinstance(term, FeatureTerm) else _features_of(term, own, rows, recipe)
             for term, own in zip(prior.terms, prior.split(self._recipe.logs), strict=True)
         ]
-        self._backend = stacked(
-            [
-                term.features if isinstance(term, FeatureTerm) else found
-                for term, found in zip(prior.terms, self._nystrom, strict=True)
-            ],
-            [isinstance(term, FeatureTerm) and term.grouped for term in prior.terms],
-            1 if self.shared else prior.num_outputs,
-            x[:1],
-        )
+        grouped = [isinstance(term, FeatureTerm) and term.grouped for term in prior.terms]
+        self._backend = stacked(self._sources, grouped, 1 if self.shared else prior.num_outputs, x[:1])
         self.features = Features(self._backend, x)
 
     def covariance(self, logs: Tensor) -> FeatureCovariance:
@@ -176,9 +170,9 @@ class FeatureForm(AbstractForm):
 
     def unexplained(self, logs: Tensor, x: Tensor) -> Tensor:
         rows = x.new_zeros(len(x), dtype=exact_dtype(x.device))
-        for term, found, own, ratio in self._parts(logs):
-            if found is not None:
-                left = term.diagonal(own, x) - found.features(x).square().sum(-1)
+        for term, source, then, ratio in self._parts(logs):
+            if isinstance(source, NystromFeatures):
+                left = term.diagonal(then, x) - source.features(x).square().sum(-1)
                 rows = rows + ratio * left.clamp_min(0)
         return rows if self.shared else rows.repeat_interleave(self.num_outputs)
 
@@ -201,32 +195,40 @@ class FeatureForm(AbstractForm):
 
     @property
     def note(self) -> str:
-        pieces = [
-            f"{term.features.num_features} tangent"
-            if found is None
-            else f"{found.count} Nyström (missing {found.unexplained:.1e} of {term.hyperparameters[0].name})"
-            for term, found in zip(self.prior.terms, self._nystrom, strict=True)
-            if found is None or len(term.hyperparameters)
-        ]
+        pieces = []
+        for term, source in zip(self.prior.terms, self._sources, strict=True):
+            if not isinstance(source, NystromFeatures):
+                pieces.append(f"{source.num_features} tangent")
+            elif term.hyperparameters:
+                missing = f"missing {source.unexplained:.1e} of {term.hyperparameters[0].name}"
+                pieces.append(f"{source.size} Nyström ({missing})")
         return " + ".join(pieces) + " features"
 
     def _variances(self, logs: Tensor) -> Tensor:
+        """Prior variances of all groups of features `[G]`."""
         parts = [
             term.variances(own) if isinstance(term, FeatureTerm) else ratio.reshape(1)
             for (term, _, _, ratio), own in zip(self._parts(logs), self.prior.split(logs), strict=True)
         ]
         return torch.cat(parts)
 
-    def _parts(self, logs: Tensor) -> list[tuple[AbstractTerm, NystromFeatures | None, Tensor, Tensor]]:
+    def _parts(self, logs: Tensor) -> list[_Part]:
         """Every term, its features, the hyperparameters that these are made for, and the factor of its variance."""
         now, then = self.prior.split(logs), self.prior.split(self._recipe.logs)
         ratios = [
             torch.ones((), dtype=logs.dtype, device=logs.device)
-            if isinstance(term, FeatureTerm) or term.scale is None
+            if term.scale is None
             else (one[term.scale] - other[term.scale].to(one)).exp()
             for term, one, other in zip(self.prior.terms, now, then, strict=True)
         ]
-        return list(zip(self.prior.terms, self._nystrom, then, ratios, strict=True))
+        return [_Part(*part) for part in zip(self.prior.terms, self._sources, then, ratios, strict=True)]
+
+
+class _Part(NamedTuple):
+    term: AbstractTerm
+    source: AbstractFeatureKernel | NystromFeatures
+    then: Tensor
+    ratio: Tensor
 
 
 def _free(term: AbstractTerm) -> list[bool]:

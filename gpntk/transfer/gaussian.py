@@ -108,8 +108,7 @@ class GaussianModel(AbstractModel):
         return self._mixed(moments)
 
     def noise_variance(self) -> float:
-        """The mean over draws of σ²."""
-        return float(self.draws.weights @ self.draws.logs[:, -1].exp())
+        return 0.0 if self._noise_prior is None else float(self.draws.weights @ self.draws.logs[:, -1].exp())
 
     def leave_one_out(self) -> Prediction:
         """Mean and variance of each label given all the others `[N*C]`, noise included; NaN where it is missing."""

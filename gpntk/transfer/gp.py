@@ -123,7 +123,8 @@ class TransferGP:
             time_budget=time_budget,
         )
         self.network, self.likelihood = network, likelihood
-        self._kernel, self._new_head, self._layer_variances = kernel, new_head, layer_variances
+        self._kernel: KernelChoice | Kernel = kernel
+        self._new_head, self._layer_variances = new_head, layer_variances
         self._form: StationaryForm = stationary
         self._stationary_inputs: StationaryInputs | None = stationary_inputs
         self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
@@ -175,8 +176,9 @@ class TransferGP:
         """The kernel in use."""
         if self._fit is not None:
             return self._fit.chosen
-        kernel = "custom" if isinstance(self._kernel, Kernel) else "ntk" if self._kernel == "auto" else self._kernel
-        return Candidate(kernel, self._stationary_inputs or "inputs")
+        if isinstance(self._kernel, Kernel):
+            return Candidate("custom")
+        return Candidate("ntk" if self._kernel == "auto" else self._kernel, self._stationary_inputs or "inputs")
 
     @property
     def comparison(self) -> Comparison | None:
@@ -223,8 +225,8 @@ class TransferGP:
     @property
     def noise(self) -> Tensor:
         """Noise variance of each output `[C]`, in the units of y squared."""
-        assert self.task.units is not None
-        return self.fitted.model.noise_variance() * self.task.units.square()
+        units = self.x.new_ones(self.task.num_outputs) if self.task.units is None else self.task.units
+        return self.fitted.model.noise_variance() * units.square()
 
     @property
     def log_evidence(self) -> float:

@@ -95,6 +95,9 @@ class LaplaceModel(AbstractModel):
     def log_evidence(self) -> float:
         return self._posteriors[int(self.draws.weights.argmax())].log_evidence.item()
 
+    def noise_variance(self) -> float:
+        return 0.0
+
     def effective_parameters(self) -> float:
         counts = [posterior.effective_parameters() for posterior in self._posteriors]
         return float(self.draws.weights @ torch.tensor(counts, dtype=torch.float64, device="cpu"))

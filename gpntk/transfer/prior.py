@@ -10,7 +10,6 @@ from glob import escape
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from gpytorch.constraints import Positive
 from gpytorch.kernels import AdditiveKernel, ConstantKernel, Kernel, LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpntk.cost import Machine
 from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.inference.features import draw
-from gpntk.kernels import AbstractFeatureKernel, NTKKernel
+from gpntk.kernels import AbstractFeatureKernel, NTKKernel, log_scale_constraint
 from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import Body, Rescaled
@@ -226,6 +225,16 @@ class PriorBuilder:
         return self.tangent_seconds <= self._time_budget or not self._moves_linear_readout
 
     @property
+    def left_out(self) -> str | None:
+        """What the time budget keeps from a comparison, and what it would cost; None if there is nothing."""
+        if self.affords_tangent:
+            return None
+        return (
+            f"kernel='ntk+stationary' would take about {self.tangent_seconds:.3g} s, more than "
+            f"time_budget={self._time_budget:g}: kernels of the readout and the inputs were compared without it."
+        )
+
+    @property
     def widest(self) -> Candidate:
         """The tangent kernel of as many parameters as are affordable."""
         return Candidate("ntk" if self.affords_tangent else "nngp")
@@ -265,7 +274,8 @@ class PriorBuilder:
         assert self._custom is not None
         kernel = copy.deepcopy(self._custom)
         terms: list[AbstractTerm] = []
-        for one in kernel.kernels if isinstance(kernel, AdditiveKernel) else [kernel]:
+        parts: list[Any] = list(kernel.kernels) if isinstance(kernel, AdditiveKernel) else [kernel]
+        for one in parts:
             base = one.base_kernel if isinstance(one, ScaleKernel) else one
             if isinstance(base, AbstractFeatureKernel):
                 terms.append(FeatureTerm(one, self._x, self.num_outputs, unit=False))
@@ -326,11 +336,11 @@ class PriorBuilder:
         lengths: dict[str, Any] = {
             "ard_num_dims": columns if own else None,
             "lengthscale_prior": LogStudentTPrior(0.3, 1.0),
-            "lengthscale_constraint": Positive(torch.exp, torch.log),
+            "lengthscale_constraint": log_scale_constraint(),
         }
         base = RBFKernel(**lengths) if self._form == "rbf" else MaternKernel(2.5, **lengths)
         prior = LogStudentTPrior(self._medians.stationary, self._medians.spread)
-        kernel = ScaleKernel(base, outputscale_prior=prior, outputscale_constraint=Positive(torch.exp, torch.log))
+        kernel = ScaleKernel(base, outputscale_prior=prior, outputscale_constraint=log_scale_constraint())
         numbers = [f"{inputs} lengthscale {column}" for column in range(columns)] if own else [f"{inputs} lengthscale"]
         names = {"raw_outputscale": [f"{inputs} {self._form}"], "base_kernel.raw_lengthscale": numbers}
         return HostTerm(kernel, self._x, self.num_outputs, names, Represented(features, typical))

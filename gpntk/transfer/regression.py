@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from gpntk.errors import InputError
+from gpntk.likelihoods import Link
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.gaussian import GaussianModel, Labels
 from gpntk.transfer.prior import RESIDUAL, TARGET, MeanChoice
@@ -66,10 +67,13 @@ class RegressionTask(AbstractTask):
         outputs = y.shape[1]
         medians = RESIDUAL if mean == "network" else TARGET
         super().__init__(x, outputs, mean, medians, int((~y.isnan()).sum()))
-        self.centre = centre
-        if centre is None:
-            self.centre = y.nanmean(0) if mean == "constant" else y.new_zeros(outputs)
-        self.units: Tensor = units_of(y, self._residual()) if units is None else units
+        middle = y.nanmean(0) if mean == "constant" else y.new_zeros(outputs)
+        self.centre: Tensor = middle if centre is None else centre
+        self._units = units_of(y, self._residual()) if units is None else units
+
+    @property
+    def units(self) -> Tensor:
+        return self._units
 
     @property
     def screened(self) -> int:
@@ -89,7 +93,8 @@ class RegressionTask(AbstractTask):
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
         labels = self._labels(self.x, self.y, self.known_noise)
         if rows is not None:
-            labels = Labels(*(None if part is None else part[rows] for part in labels))
+            relative, known = (None if part is None else part[rows] for part in labels[1:])
+            labels = Labels(labels.y[rows], relative, known)
         return GaussianModel(form, labels, (self.medians.noise, self.medians.noise_spread))
 
     def _labels(self, x: Tensor, y: Tensor, known_noise: Tensor | None) -> Labels:
@@ -116,11 +121,15 @@ class RegressionTask(AbstractTask):
     def flops(self, samples: int) -> float:
         return float(samples * self.num_outputs) ** 3
 
+    def data(self) -> dict[str, Tensor]:
+        data = {"x": self.x, "y": self.y}
+        return data if self.known_noise is None else {**data, "yvar": self.known_noise}
+
     def state(self) -> dict[str, Tensor]:
         return {"units": self.units, "centre": self.centre}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
+        self._units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
 
     def plain_mean(self) -> MeanChoice:
         return "constant"
@@ -157,7 +166,7 @@ class RegressionTask(AbstractTask):
             ]
             return Prediction(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
-    def probabilities(self, *_: Any) -> Tensor:
+    def probabilities(self, model: GaussianModel, x: Tensor, link: Link) -> Tensor:  # noqa: ARG002
         raise InputError("likelihood='gaussian' has targets, not classes: call predict instead of probabilities.")
 
     def leave_one_out(self, model: GaussianModel) -> Prediction:
@@ -172,7 +181,7 @@ class RegressionTask(AbstractTask):
             pairs = (self.y, self.known_noise), (y, known_noise)
             known = torch.cat([torch.zeros_like(one) if noise is None else noise for one, noise in pairs])
         grown = self._with(torch.cat([self.x, x]), torch.cat([self.y, y]), known, self.mean)
-        grown.units, grown.centre = self.units, self.centre
+        grown._units, grown.centre = self._units, self.centre
         return grown, model.condition_on(x, self._labels(x, y, known_noise))
 
     def _back(self, x: Tensor, prediction: Prediction) -> Prediction:

@@ -71,6 +71,10 @@ class AbstractModel(ABC):
         """Predict with these draws from now on."""
 
     @abstractmethod
+    def noise_variance(self) -> float:
+        """σ², the mean over draws; 0 where labels are classes."""
+
+    @abstractmethod
     def log_evidence(self) -> float:
         """Log evidence of the labels at the best draw, in nats; NaN if it is only known by estimates."""
 
@@ -95,12 +99,15 @@ class AbstractTask(ABC):
         num_labels: How many labels there are.
     """
 
-    units: Tensor | None = None
-    """What each output is measured in `[C]`; None for ones."""
-
     def __init__(self, x: Tensor, num_outputs: int, mean: MeanChoice, medians: Medians, num_labels: int) -> None:
-        self.x, self.num_outputs, self.mean, self.medians = x, num_outputs, mean, medians
+        self.x, self.num_outputs, self.medians = x, num_outputs, medians
+        self.mean: MeanChoice = mean
         self.num_labels = num_labels
+
+    @property
+    @abstractmethod
+    def units(self) -> Tensor | None:
+        """What each output is measured in `[C]`; None for ones."""
 
     # --- for a fit ---------------------------------------------------------------------------------------------
 
@@ -174,6 +181,10 @@ class AbstractTask(ABC):
     @abstractmethod
     def checks(self, model: Any) -> Checks:
         """What leaving each label out says."""
+
+    @abstractmethod
+    def data(self) -> dict[str, Tensor]:
+        """Inputs and labels by name, for a file."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
