@@ -52,11 +52,11 @@ ITERATED: list[tuple[AbstractActivation, float, float]] = [
 
 
 def iterated(step: Callable[[Tensor], Tensor], start: float) -> Tensor:
-    """Where 300 layers lead, or as many as it takes until nothing but the last digit moves."""
+    """Where 300 layers lead, or as many as it takes until nothing moves any more."""
     value = torch.tensor(start).double()
     for _ in range(300):
         value, before = step(value), value
-        if (value - before).abs() <= 1e-15 * value.abs():
+        if (value - before).abs() <= 1e-12 * value.abs().clamp_min(1):
             break
     return value
 

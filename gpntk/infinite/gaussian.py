@@ -25,6 +25,8 @@ from gpntk.memory import tracks_gradient
 # Bytes of a temporary of elementary formulas: so many stay in a core's cache, or in a device.
 _CACHED = 2**18
 _ON_DEVICE = 2**27
+# Work of so small a share of a chunk keeps what its backward pass needs: a few megabytes.
+_SMALL = 16
 # Share of q1 q2 below which a difference to k² is computed exactly; above, three digits are lost at most.
 _LOST = 1e-3
 
@@ -144,7 +146,8 @@ def by_chunks(
 ) -> Tensor:
     """``function(*arguments)``, computed for about ``entries`` of the entries at a time.
 
-    Under automatic differentiation nothing is kept but the arguments: a part is computed again in the backward pass.
+    Under automatic differentiation nothing is kept but the arguments, and a part is computed again in the backward pass,
+    unless all is a small fraction of what is computed together.
 
     Args:
         function: Acts on every entry by itself, and may append dimensions.
@@ -158,7 +161,7 @@ def by_chunks(
     if shape.numel() > max(entries, 1):
         halves = [by_chunks(function, half, entries, trailing) for half in _halves(arguments, shape, trailing)]
         return torch.cat(halves, next(index for index, size in enumerate(shape) if size > 1))
-    if tracked(*arguments):
+    if tracked(*arguments) and shape.numel() * _SMALL > entries:
         result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(result, Tensor)
         return result
