@@ -146,8 +146,8 @@ def by_chunks(
 ) -> Tensor:
     """``function(*arguments)``, computed for about ``entries`` of the entries at a time.
 
-    Under automatic differentiation nothing is kept but the arguments, and a part is computed again in the backward pass,
-    unless all is a small fraction of what is computed together.
+    Under automatic differentiation nothing is kept but the arguments, and a part is computed again for the backward pass
+    (but where all is a small fraction of what is computed together).
 
     Args:
         function: Acts on every entry by itself, and may append dimensions.
