@@ -146,7 +146,7 @@ def by_chunks(
 ) -> Tensor:
     """``function(*arguments)``, computed for about ``entries`` of the entries at a time.
 
-    Under automatic differentiation nothing is kept but the arguments, and a part is computed again for the backward pass
+    Under automatic differentiation nothing is kept but the arguments, and parts are computed again in the backward pass
     (but where all is a small fraction of what is computed together).
 
     Args:
