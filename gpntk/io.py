@@ -12,11 +12,11 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, final
+from typing import Any, BinaryIO, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,7 +78,7 @@ class Contents:
         # To Python a truth value is an integer.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             raise self._error(f"its fact {name!r} is {value!r}, of type {type(value).__name__}")
-        return self._named("fact", name + ": ", value) if isinstance(value, dict) else value
+        return value
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of this name, of this shape if one is given."""
@@ -94,7 +94,7 @@ class Contents:
         """Tensors by what follows ``prefix`` in their names: all, or those of ``like`` in its shapes and no others."""
         names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
         if like is None:
-            return self._named("tensor", prefix, {name: self.tensor(prefix + name) for name in names})
+            return {name: self.tensor(prefix + name) for name in names}
         group = {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
         for name in names:
             if name not in like:
@@ -105,7 +105,8 @@ class Contents:
         """Refuse a file whose tensor of this name is not ``values``, up to what machines differ by."""
         stored = self.tensor(name, tuple(values.shape)).to(values)
         if bool((stored - values).abs().max() > _ROUNDING * stored.abs().max()):
-            raise self._error(f"its tensor {name!r} is {_few(stored)}, but here it is {_few(values)}")
+            there, here = ([round(value, 4) for value in t.flatten()[:4].tolist()] for t in (stored, values))
+            raise self._error(f"its tensor {name!r} is {there}, but here it is {here}")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -115,7 +116,7 @@ class Contents:
         except FileFormatError:
             raise
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise self._error(f"its contents do not go together ({error})") from error
+            raise self._error(f"its contents do not go together ({type(error).__name__}: {error})") from error
         self.finish()
 
     def finish(self) -> None:
@@ -124,9 +125,6 @@ class Contents:
         for name in names:
             if name not in self._asked:
                 raise self._error(f"its {name} does not belong there")
-
-    def _named(self, what: str, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-        return _Named(values, lambda name: self._error(f"it has no {what} {prefix + name!r}"))
 
     def _error(self, problem: str) -> FileFormatError:
         return FileFormatError(f"{self.path!r} does not fit: {problem}.")
@@ -234,13 +232,6 @@ def described(tensors: Tensor | Mapping[str, Tensor]) -> str:
 # --- work that may be stopped ----------------------------------------------------------------------------------------
 
 
-class Progress(NamedTuple):
-    """How far a piece of work has come: tensors and JSON-serialisable facts by name."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
 @final
 class Checkpoint:
     """A file for a piece of work that may be stopped, with a description of what the work is.
@@ -256,10 +247,9 @@ class Checkpoint:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     checkpoint = Checkpoint(f"{folder}/file", "count", {"up to": 10})
-        ...     start = Progress({"value": torch.zeros(1)}, {"steps": 0})
-        ...     checkpoint.save(start._replace(facts={"steps": 3}))
-        ...     checkpoint.load(start).facts
-        {'steps': 3}
+        ...     checkpoint.save({"value": torch.ones(1)}, {"steps": 3})
+        ...     checkpoint.load({"value": torch.zeros(1)}, {"steps": 0})
+        ({'value': tensor([1.])}, {'steps': 3})
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, identity: Identity) -> None:
@@ -270,19 +260,18 @@ class Checkpoint:
         if not self._path.parent.is_dir():
             raise InputError(f"checkpoint={name!r}: there is no folder {str(self._path.parent)!r}: make it first.")
 
-    def save(self, progress: Progress) -> None:
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace what the file holds, whole or not at all."""
-        facts = {**progress.facts, "identity": self._identity}
-        save_tensors(self._path, self._kind, progress.tensors, facts)
+        save_tensors(self._path, self._kind, tensors, {**facts, "identity": self._identity})
 
-    def load(self, start: Progress) -> Progress:
-        """What the file holds, or ``start`` if there is none yet, which also says what it must hold.
+    def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the file holds; or, if there is none yet, ``tensors`` and ``facts``, which also say what it must hold.
 
         Raises:
             FileFormatError: The file is damaged, holds something else, or belongs to other work.
         """
         if not self._path.exists():
-            return start
+            return tensors, facts
         contents = load_tensors(self._path, self._kind)
         there = contents.fact("identity", dict)
         differing = [
@@ -295,29 +284,13 @@ class Checkpoint:
                 f"{str(self._path)!r} is the checkpoint of another {self._kind}: {'; '.join(differing)}. Take what it "
                 "was written for, or give another checkpoint, or delete this one to start afresh."
             )
-        facts = {name: contents.fact(name, type(value)) for name, value in start.facts.items()}
-        tensors = contents.group("", start.tensors)
+        found = contents.group("", tensors)
+        facts = {name: contents.fact(name, type(value)) for name, value in facts.items()}
         contents.finish()
-        return Progress({name: tensor.to(start.tensors[name]) for name, tensor in tensors.items()}, facts)
-
-
-@final
-class _Named(dict[str, Any]):
-    """A part of a file, which says what is missing."""
-
-    def __init__(self, values: dict[str, Any], error: Callable[[str], FileFormatError]) -> None:
-        super().__init__(values)
-        self._error = error
-
-    def __missing__(self, name: str) -> None:
-        raise self._error(name)
+        return {name: tensor.to(tensors[name]) for name, tensor in found.items()}, facts
 
 
 # --- private ---------------------------------------------------------------------------------------------------------
-
-
-def _few(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.flatten()[:4].tolist()]
 
 
 def _differ(one: Any, two: str | float) -> bool:

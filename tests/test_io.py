@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpntk.errors import FileFormatError, InputError
-from gpntk.io import Checkpoint, Contents, Progress, checksum, load_tensors, save_tensors
+from gpntk.io import Checkpoint, Contents, checksum, load_tensors, save_tensors
 
 ROOT = Path(__file__).parent.parent
 TENSORS = {"data.x": torch.ones(2, 3), "data.y": torch.zeros(2), "bound": torch.tensor(1.0)}
@@ -155,17 +155,20 @@ def test_links_and_permissions_are_those_of_any_file(tmp_path: Path) -> None:
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-START = Progress({"value": torch.zeros(2, dtype=torch.float64)}, {"steps": 0, "best": -math.inf})
+START: tuple[dict[str, Tensor], dict[str, Any]] = (
+    {"value": torch.zeros(2, dtype=torch.float64)},
+    {"steps": 0, "best": -math.inf},
+)
 
 
 def test_a_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0})
-    assert checkpoint.load(START) == START
-    there = Progress({"value": torch.tensor([1 / 3, math.pi], dtype=torch.float64)}, {"steps": 7, "best": 0.1 + 0.2})
-    checkpoint.save(there)
-    loaded = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0005}).load(START)
-    assert torch.equal(loaded.tensors["value"], there.tensors["value"])
-    assert loaded.facts == there.facts
+    assert checkpoint.load(*START) == START
+    value, facts = torch.tensor([1 / 3, math.pi], dtype=torch.float64), {"steps": 7, "best": 0.1 + 0.2}
+    checkpoint.save({"value": value}, facts)
+    loaded = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0005}).load(*START)
+    assert torch.equal(loaded[0]["value"], value)
+    assert loaded[1] == facts
 
 
 OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -186,17 +189,17 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_checkpoints_of_other_work_are_refused(name: str, tmp_path: Path) -> None:
     make, message = OTHERS[name]
     path = tmp_path / "file"
-    Checkpoint(path, "count", {"data": "these", "rows": 3}).save(START)
+    Checkpoint(path, "count", {"data": "these", "rows": 3}).save(*START)
     with pytest.raises(FileFormatError, match=message):
-        make(path).load(START)
+        make(path).load(*START)
 
 
 def test_checkpoints_that_were_forged_are_refused(tmp_path: Path) -> None:
     path, identity = tmp_path / "file", {"data": "these"}
     own = Checkpoint(path, "count", identity)
-    value, facts = START.tensors["value"], {**START.facts, "identity": identity}
+    value, facts = START[0]["value"], {**START[1], "identity": identity}
     forged = {
-        "no fact 'identity'": ({"value": value}, START.facts),
+        "no fact 'identity'": ({"value": value}, START[1]),
         "fact 'identity' is 3": ({"value": value}, {**facts, "identity": 3}),
         "no fact 'steps'": ({"value": value}, without(facts, "steps")),
         "fact 'best' is 'x'": ({"value": value}, {**facts, "best": "x"}),
@@ -208,7 +211,7 @@ def test_checkpoints_that_were_forged_are_refused(tmp_path: Path) -> None:
     for message, (tensors, stored) in forged.items():
         save_tensors(path, "count", tensors, stored)
         with pytest.raises(FileFormatError, match=message):
-            own.load(START)
+            own.load(*START)
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:

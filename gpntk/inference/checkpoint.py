@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpntk.errors import FileFormatError, InputError
 from gpntk.inference.system import Space, WhitenedSystem
-from gpntk.io import Checkpoint, Progress, described
+from gpntk.io import Checkpoint, described
 
 
 @final
@@ -51,24 +51,24 @@ class SolveCheckpoint:
             FileFormatError: The file is damaged, holds something else, or belongs to another solve.
             InputError: There is no such folder.
         """
-        progress = Progress({"value": torch.zeros(*self._shape, dtype=torch.float64)}, {"iterations": 0})
+        tensors, facts = {"value": torch.zeros(*self._shape, dtype=torch.float64)}, {"iterations": 0}
         ranks, error = self._features.ranks, None
         if ranks.rank == 0:
             try:
-                progress = self._file().load(progress)
+                tensors, facts = self._file().load(tensors, facts)
             except (FileFormatError, InputError) as found:
                 error = found
-        iterations, failed = ranks.first(torch.tensor([progress.facts["iterations"], error is not None])).tolist()
+        iterations, failed = ranks.first(torch.tensor([facts["iterations"], error is not None])).tolist()
         if error is not None:
             raise error
         if failed:
             raise FileFormatError(f"checkpoint={os.fspath(self._path)!r} cannot be used: rank 0 says why.")
-        return ranks.first(progress.tensors["value"].to(self._features.device)), iterations
+        return ranks.first(tensors["value"].to(self._features.device)), iterations
 
     def save(self, value: Tensor, iterations: int) -> None:
         """Replace what the file holds, whole or not at all."""
         if self._features.ranks.rank == 0:
-            self._file().save(Progress({"value": value.double()}, {"iterations": iterations}))
+            self._file().save({"value": value.double()}, {"iterations": iterations})
 
     def _file(self) -> Checkpoint:
         return Checkpoint(self._path, "solve", self._identity)

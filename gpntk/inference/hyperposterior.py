@@ -22,7 +22,7 @@ from torch.distributions import StudentT
 from tqdm import tqdm
 
 from gpntk.errors import InputError, SolveError
-from gpntk.io import Checkpoint, Progress
+from gpntk.io import Checkpoint
 
 Treatment = Literal["auto", "average", "maximum"]
 """What is done with hyperparameters: averaged over, put at their maximum, or the first up to 300 labels."""
@@ -246,11 +246,11 @@ def maximize(
         raise InputError(f"max_steps={max_steps}: give the number of steps to take at most, zero or more.")
     if tolerance is not None and not tolerance > 0:
         raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
-    progress = Progress({"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False})
+    tensors, facts = {"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False}
     if checkpoint is not None:
-        progress = checkpoint.load(progress)
-    best = Maximum(progress.tensors["point"].numpy(), progress.facts["value"], progress.facts["steps"])
-    if progress.facts["finished"]:
+        tensors, facts = checkpoint.load(tensors, facts)
+    best = Maximum(tensors["point"].numpy(), facts["value"], facts["steps"])
+    if facts["finished"]:
         return best
     with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
         search = _Search(evaluate, best, bar, checkpoint, callback)
@@ -311,7 +311,7 @@ class _Search:
         """Write the best point to the file."""
         if self._checkpoint is not None:
             facts = {"value": self.best.value, "steps": self.best.steps, "finished": finished}
-            self._checkpoint.save(Progress({"point": torch.tensor(self.best.point)}, facts))
+            self._checkpoint.save({"point": torch.tensor(self.best.point)}, facts)
 
     def _at(self, point: Point) -> tuple[float, Point]:
         self._bar.update()

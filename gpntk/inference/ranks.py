@@ -91,16 +91,12 @@ class Alone(AbstractRanks):
 
 @final
 class Group(AbstractRanks):
-    """The processes of a group of torch.distributed.
+    """The processes of a group of torch.distributed; see `gpntk.inference.ShardedFeatures`.
 
     Args:
         device: Where messages are made.
         group: The process group; None for all processes.
         timeout: Seconds to wait for the others.
-
-    Raises:
-        DistributedError: There is no process group; in any later call: a rank has died, does not answer within
-            ``timeout``, or asks for a sum of another shape.
     """
 
     def __init__(self, device: torch.device, group: distributed.ProcessGroup | None, timeout: float) -> None:

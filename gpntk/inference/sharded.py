@@ -11,7 +11,6 @@ is spread over them. All ranks run the same program; they must do the same thing
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, final
 
@@ -22,9 +21,7 @@ from gpntk.errors import DistributedError
 from gpntk.inference.features import AbstractFeatures
 from gpntk.inference.ranks import DTYPES, Group, by_rank
 from gpntk.io import checksum
-
-# Matrices kept: a second moment and its spectrum, in two precisions.
-_KEPT = 4
+from gpntk.memory import TensorCache
 
 
 @final
@@ -69,7 +66,6 @@ class ShardedFeatures(AbstractFeatures):
         self, local: AbstractFeatures, group: distributed.ProcessGroup | None = None, timeout: float = 600.0
     ) -> None:
         self._local = local
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         ranks = Group(local.device, group, timeout)
         weights = {name: weight.cpu() for name, weight in local.backend.weights().items()}
         own = {
@@ -93,15 +89,10 @@ class ShardedFeatures(AbstractFeatures):
                 )
         samples = facts["samples"]
         super().__init__(
-            local.backend,
-            local.dtype,
-            local.device,
-            local.num_samples,
-            max(1, facts["outputs"][0]),
-            ranks=ranks,
-            place=(sum(samples[: ranks.rank]), sum(samples)),
-            memory_budget=min(facts["memory budget"]),
-        )
+            local.backend, local.dtype, local.device, local.num_samples, max(1, facts["outputs"][0]), ranks=ranks,
+            place=(sum(samples[: ranks.rank]), sum(samples)), memory_budget=min(facts["memory budget"]),
+        )  # fmt: skip
+        self._cache = TensorCache(self.memory_budget)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         return self._local.parts()
@@ -117,16 +108,9 @@ class ShardedFeatures(AbstractFeatures):
         return other
 
     def remember(self, kind: Hashable, compute: Callable[[], Any]) -> Any:
-        # Not by the backend, which forgets when memory is short: all ranks must forget the same, as they compute it
+        # Not by the backend, whose budget may be another on each rank: all must forget the same, as they compute it
         # together.
-        key = (kind, self.backend.version)
-        if key not in self._kept:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept[key] = compute()
-        self._kept.move_to_end(key)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        return self._cache.get((kind, self.backend.version), (), compute)
 
     def holds(self, kind: Hashable) -> bool:
-        return (kind, self.backend.version) in self._kept
+        return self._cache.holds((kind, self.backend.version), ())

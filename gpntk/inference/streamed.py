@@ -82,16 +82,16 @@ class StreamedFeatures(AbstractFeatures):
     ) -> None:
         if chunk_rows is not None and chunk_rows < 1:
             raise InputError(f"chunk_rows={chunk_rows}: at least one row must be read at once.")
-        self._source, self._progress = _Source(source), progress
+        self._source, self._progress = source, progress
         # What is kept of the data is found by this name, in all precisions.
         self._name = object()
         # Those of the pieces of the first pass, in all precisions.
         self._checksums: list[int] = []
         dtype, device = dtype or backend.dtype, torch.device(device or backend.device)
-        samples, outputs = self._source.num_rows, 1
+        samples, outputs = _length(source), 1
         self._first_row = torch.zeros(1, 0)
         if samples:
-            self._first_row = self._source.take([0]).reshape(1, -1)
+            self._first_row = _rows(source, 0, [0]).reshape(1, -1)
             first = self._first_row.to(device=device, dtype=dtype)
             self._check(first, 0)
             outputs = backend.num_outputs(first)
@@ -116,12 +116,12 @@ class StreamedFeatures(AbstractFeatures):
                 bar.update(stop - start)
                 start = stop
         if start < self.num_samples:
-            raise _ended(start, self.num_samples)
+            raise InputError(f"the source ended after {start} rows of a pass: {self.num_samples} were expected.")
 
     def take(self, chosen: Tensor) -> Tensor:
         if not chosen.numel():
             return torch.zeros(0, self._first_row.shape[1], dtype=self.dtype, device=self.device)
-        x = self._shaped(self._source.take(chosen.tolist()), 0)
+        x = self._shaped(_rows(self._source, 0, chosen.tolist()), 0)
         self._check(x, chosen)
         return x
 
@@ -145,7 +145,7 @@ class StreamedFeatures(AbstractFeatures):
         """The source's batches, joined or cut to ``chunk_rows``."""
         waiting: list[Tensor] = []
         held = 0
-        for batch in self._source.batches(self._chunk_rows):
+        for batch in _batches(self._source, 0, self._chunk_rows):
             for piece in batch.split(self._chunk_rows):
                 if waiting and (held + len(piece) > self._chunk_rows or piece.shape[1:] != waiting[0].shape[1:]):
                     yield torch.cat(waiting)
@@ -157,7 +157,7 @@ class StreamedFeatures(AbstractFeatures):
 
     def _compare(self, number: int, raw: Tensor, start: int) -> None:
         """Refuse a piece that is not what it was in an earlier pass, or what the first row was at the start."""
-        checksum, stop = zlib.crc32(_bytes(raw)), start + raw.shape[0]
+        checksum, stop = zlib.crc32(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data), start + raw.shape[0]
         if number == len(self._checksums):
             self._checksums.append(checksum)
         same = checksum == self._checksums[number] and stop <= self.num_samples
@@ -207,7 +207,8 @@ def targets(source: Any, outputs: int = 1) -> Tensor:
     """
     pieces = [torch.zeros(0, dtype=torch.float64)]
     start = 0
-    for piece in _Source(source, part=1).batches(_ITEMS):
+    _length(source)
+    for piece in _batches(source, 1, _ITEMS):
         if piece.numel() != piece.shape[0] * outputs:
             each = piece.numel() / max(1, piece.shape[0])
             raise InputError(f"targets from row {start} on have {each:g} values each, but {outputs} are wanted.")
@@ -219,128 +220,97 @@ def targets(source: Any, outputs: int = 1) -> Tensor:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-@final
-class _Source:
-    """The rows x (``part`` 0) or targets y (1) of an array, a dataset or a loader.
-
-    Raises:
-        InputError: It cannot be read twice in the same order, or has no length.
-    """
-
-    def __init__(self, source: Any, part: int = 0) -> None:
-        if isinstance(source, TensorDataset) and len(source.tensors) > part:
-            source, part = source.tensors[part], 0
-        if part and not isinstance(source, (Dataset, DataLoader)):
-            raise InputError(
-                "an array has no targets: read them from a Dataset or DataLoader, or from their own array."
-            )
-        self._source: Any = source
-        self._part = part
-        self.num_rows = self._counted() if isinstance(source, DataLoader) else _length(source)
-
-    def batches(self, rows: int) -> Iterator[Tensor]:
-        """All of them in order, as pieces `[b, ...]` of about so many, in the source's own dtype, on the CPU."""
-        if isinstance(self._source, DataLoader):
-            yield from self._of_loader()
-            return
-        source: Any = self._source
-        size = min(rows, _ITEMS) if isinstance(source, Dataset) else rows
-        # Asked again: an array may have become shorter, which is found at the end of the pass.
-        total = min(self.num_rows, len(source))  # pyright: ignore[reportArgumentType]
-        for start in range(0, total, size):
-            yield self.take(range(start, min(start + size, total)))
-
-    def take(self, chosen: Sequence[int]) -> Tensor:
-        """Those `[M, ...]` at increasing places ``chosen``."""
-        if isinstance(self._source, DataLoader):
-            return self._passed_by(torch.tensor(chosen))
-        if isinstance(self._source, Dataset):
-            return self._stacked(chosen)
-        array, first, stop = self._source, chosen[0], chosen[-1] + 1
-        if stop - first == len(chosen):
-            return as_tensor(array[first:stop], "the source")
-        if isinstance(array, (np.ndarray, Tensor)):
-            return as_tensor(array[list(chosen)], "the source")
-        return torch.cat([as_tensor(array[place : place + 1], "the source") for place in chosen])
-
-    def _stacked(self, places: Sequence[int]) -> Tensor:
-        """Items of a dataset."""
-        items: list[Tensor] = []
-        for place in places:
-            item = as_tensor(_part(self._source[place], self._part), "the source")
-            if items and item.shape != items[0].shape:
-                raise InputError(f"row {place} has shape {tuple(item.shape)}, others have {tuple(items[0].shape)}.")
-            items.append(item)
-        return torch.stack(items)
-
-    def _of_loader(self) -> Iterator[Tensor]:
-        """A loader's batches."""
-        for batch in self._source:
-            values = as_tensor(_part(batch, self._part), "the source")
-            if values.dim() == 0:
-                raise InputError("the DataLoader gives single numbers, not batches: give it a batch_size.")
-            yield values
-
-    def _passed_by(self, places: Tensor) -> Tensor:
-        """Rows of a loader, which gives them all."""
-        found, start = [], 0
-        for batch in self._of_loader():
-            inside = places[(places >= start) & (places < start + len(batch))]
-            if inside.numel():
-                found.append(batch[inside - start])
-            start += len(batch)
-            if start > places[-1]:
-                return torch.cat(found)
-        raise _ended(start, self.num_rows)
-
-    def _counted(self) -> int:
-        """A loader's length, which is not believed but counted where batches or workers may change it."""
-        loader: Any = self._source
-        batches = loader.batch_sampler
-        _check_order(loader)
-        if isinstance(loader.dataset, IterableDataset) or not isinstance(batches, BatchSampler) or batches.drop_last:
-            return sum(map(len, self._of_loader()))
-        return len(loader.dataset)
-
-
 def _length(source: Any) -> int:
-    """N of an array or a map-style dataset."""
+    """N, the rows of an array, a dataset or a loader that can be read again in the same order."""
     kind = type(source).__name__
+    if isinstance(source, DataLoader):
+        return _length_of_loader(source)
     if isinstance(source, IterableDataset):
         raise InputError(
             f"{kind} is an IterableDataset: wrap it in a DataLoader with a batch_size (if it has a length), or give a "
             "map-style Dataset or an array."
         )
     try:
-        length = len(source)  # pyright: ignore[reportArgumentType]
         if not isinstance(source, Dataset):
             source[0:0]
+        return len(source)  # pyright: ignore[reportArgumentType]
     except (TypeError, KeyError, NotImplementedError):
         raise InputError(
             f"a {kind} cannot be read as data: give an array that has a length and can be sliced, a map-style Dataset "
             "with __len__, or a DataLoader with shuffle=False."
         ) from None
-    return length
 
 
-def _check_order(loader: DataLoader[Any]) -> None:
-    """Refuse loaders that shuffle, or may."""
-    if isinstance(loader.dataset, IterableDataset):
+def _length_of_loader(loader: DataLoader[Any]) -> int:
+    dataset: Any = loader.dataset
+    batches = loader.batch_sampler
+    if isinstance(dataset, IterableDataset):
         try:
-            len(loader.dataset)  # pyright: ignore[reportArgumentType]
+            len(dataset)  # pyright: ignore[reportArgumentType]
         except (TypeError, NotImplementedError):
             raise InputError(
-                f"the DataLoader reads {type(loader.dataset).__name__}, which has no length: give it __len__, or use "
-                "a map-style Dataset."
+                f"the DataLoader reads {type(dataset).__name__}, which has no length: give it __len__, or use a "
+                "map-style Dataset."
             ) from None
+    else:
+        sampler = loader.sampler if batches is None else batches.sampler if type(batches) is BatchSampler else batches
+        if type(sampler) is not SequentialSampler:
+            raise InputError(
+                f"the DataLoader draws rows by {type(sampler).__name__}, which may change their order from pass to "
+                "pass: make it with shuffle=False and no sampler; to choose rows, give it a torch.utils.data.Subset."
+            )
+    # A length that batches or workers may change is not believed but counted.
+    if isinstance(dataset, IterableDataset) or not isinstance(batches, BatchSampler) or batches.drop_last:
+        return sum(map(len, _batches(loader, 0, 1)))
+    return len(dataset)
+
+
+def _batches(source: Any, part: int, rows: int) -> Iterator[Tensor]:
+    """x (``part`` 0) or y (1) of all rows, as pieces `[b, ...]` of about so many, in the source's dtype, on the CPU."""
+    if isinstance(source, DataLoader):
+        for batch in source:
+            values = as_tensor(_part(batch, part), "the source")
+            if values.dim() == 0:
+                raise InputError("the DataLoader gives single numbers, not batches: give it a batch_size.")
+            yield values
         return
-    batches = loader.batch_sampler
-    sampler = loader.sampler if batches is None else batches.sampler if type(batches) is BatchSampler else batches
-    if type(sampler) is not SequentialSampler:
-        raise InputError(
-            f"the DataLoader draws rows by {type(sampler).__name__}, which may change their order from pass to pass: "
-            "make it with shuffle=False and no sampler; to choose rows, give it a torch.utils.data.Subset."
-        )
+    total, size = len(source), min(rows, _ITEMS) if isinstance(source, Dataset) else rows
+    for start in range(0, total, size):
+        yield _rows(source, part, range(start, min(start + size, total)))
+
+
+def _rows(source: Any, part: int, places: Sequence[int]) -> Tensor:
+    """x or y of the rows at increasing ``places`` `[M, ...]`."""
+    if isinstance(source, DataLoader):
+        return _rows_of_loader(source, part, torch.tensor(places))
+    if isinstance(source, TensorDataset) and len(source.tensors) > part:
+        return _rows(source.tensors[part], 0, places)
+    if isinstance(source, Dataset):
+        items = [as_tensor(_part(source[place], part), "the source") for place in places]
+        for place, item in zip(places, items, strict=True):
+            if item.shape != items[0].shape:
+                raise InputError(f"row {place} has shape {tuple(item.shape)}, others have {tuple(items[0].shape)}.")
+        return torch.stack(items)
+    if part:
+        raise InputError("an array has no targets: read them from a Dataset or DataLoader, or from their own array.")
+    first, stop = places[0], places[-1] + 1
+    if stop - first == len(places):
+        return as_tensor(source[first:stop], "the source")
+    if isinstance(source, (np.ndarray, Tensor)):
+        return as_tensor(source[list(places)], "the source")
+    return torch.cat([as_tensor(source[place : place + 1], "the source") for place in places])
+
+
+def _rows_of_loader(loader: DataLoader[Any], part: int, places: Tensor) -> Tensor:
+    found, start = [], 0
+    for batch in _batches(loader, part, 1):
+        inside = places[(places >= start) & (places < start + len(batch))]
+        if inside.numel():
+            found.append(batch[inside - start])
+        start += len(batch)
+        if start > places[-1]:
+            return torch.cat(found)
+    raise InputError(f"the source ended after {start} rows of a pass, before row {int(places[-1])}.")
 
 
 def _part(item: Any, part: int) -> Any:
@@ -354,11 +324,3 @@ def _part(item: Any, part: int) -> Any:
         f"items are {type(item).__name__}: give x, or (x, y) where targets are wanted; for others, use a collate_fn or "
         "a Dataset that picks them."
     )
-
-
-def _bytes(piece: Tensor) -> Any:
-    return piece.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _ended(seen: int, expected: int) -> InputError:
-    return InputError(f"the source ended after {seen} rows of a pass: {expected} were expected.")
