@@ -49,6 +49,7 @@ class Prediction(NamedTuple):
     mean: Array
     deviation: Array
     kernel: str
+    solver: str
     fit_s: float
     fit_cpu_s: float
     predict_s: float
@@ -89,7 +90,8 @@ def adapted(module: nn.Module, data: Task) -> Prediction:
     model = gpntk.TransferRegressor(module).fit(data.x, data.y)
     fitted = _clocks()
     mean, deviation = model.predict(data.points, return_std=True, observation_noise=False)
-    return Prediction(mean, deviation, model.kernel_, *(fitted - start), (_clocks() - fitted)[0])
+    predict_s = (_clocks() - fitted)[0]
+    return Prediction(mean, deviation, model.kernel_, model.report_.method, *(fitted - start), predict_s)
 
 
 def dense(module: nn.Module, data: Task) -> Prediction:
@@ -111,7 +113,8 @@ def dense(module: nn.Module, data: Task) -> Prediction:
     mean = _outputs(module, data.points) + cross @ weights
     variance = scale**2 - (solve_triangular(factor[0], cross.T, lower=True) ** 2).sum(0)
     deviation = np.sqrt(np.maximum(variance, 0))
-    return Prediction(mean, deviation, "squared exponential", *(fitted - start), (_clocks() - fitted)[0])
+    predict_s = (_clocks() - fitted)[0]
+    return Prediction(mean, deviation, "squared exponential", "Cholesky", *(fitted - start), predict_s)
 
 
 def measured(sizes: Iterable[int], seeds: int | None = None) -> list[dict[str, Any]]:
@@ -154,6 +157,7 @@ def _row(
         "method": name,
         "seeds": len(tasks),
         "kernel": " / ".join(dict.fromkeys(found.kernel for found in predictions)),
+        "solver": predictions[0].solver,
         "network_rmse": float(np.mean([_rmse(_outputs(module, data.points), data.truth) for data in tasks])),
         "rmse": float(np.mean(errors)),
         "± rmse": _standard_error(errors),
