@@ -482,9 +482,9 @@ def test_both_kernels_follow_what_was_learned() -> None:
 def test_both_kernels_refuse_by_name() -> None:
     network = BOTH["pooled"][0]
     both = gpntk.infinite.kernels(network, input_shape=(2, 3, 3))
-    with pytest.raises(InputError, match=r"x1 must be floating point \[N, 18\] or \[N, 2, 3, 3\], got torch.float32"):
+    with pytest.raises(InputError, match=r"x1 must have shape \[N, 18\] or \[N, 2, 3, 3\], got \(3, 17\)"):
         both(torch.zeros(3, 17))
-    with pytest.raises(InputError, match=r"x2 must be floating point .* got torch.int64"):
+    with pytest.raises(InputError, match=r"x2 must be floating point, got torch.int64"):
         both(torch.zeros(3, 18), torch.zeros(3, 18).long())
     with pytest.raises(InputError, match="x1 is a ndarray: pass a tensor"):
         both(np.zeros((3, 18)))

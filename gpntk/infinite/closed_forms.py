@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from numpy.polynomial.hermite_e import herme2poly
 from torch import Tensor
 from torch.nn import functional
 
@@ -393,9 +394,5 @@ def monomial(power: int) -> Polynomial:
 
 def hermite(degree: int) -> Polynomial:
     """φ = He_degree / √degree!, of norm one under N(0, 1): E[φ(u) φ(v)] = k^degree where q1 = q2 = 1."""
-    previous, current = [0.0], [1.0]
-    for n in range(degree):
-        shifted = [0.0, *current]
-        padded = previous + [0.0] * (len(shifted) - len(previous))
-        previous, current = current, [a - n * b for a, b in zip(shifted, padded, strict=True)]
-    return Polynomial(tuple(a / math.sqrt(math.factorial(degree)) for a in current))
+    coefficients = herme2poly([0.0] * degree + [1.0]) / math.sqrt(math.factorial(degree))
+    return Polynomial(tuple(coefficients.tolist()))

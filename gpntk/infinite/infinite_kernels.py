@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpntk._checks import check_memory_budget, check_tensors
+from gpntk._checks import check_input, check_memory_budget, check_tensors
 from gpntk._types import Extract
 from gpntk.errors import InputError, SelectionError
 from gpntk.infinite.gaussian import tracked
@@ -156,12 +156,11 @@ class InfiniteKernels:
         return one, two, one is two or equal_inputs(one, two)
 
     def _rows(self, x: Tensor, name: str) -> Tensor:
+        check_input(x, x.device, name)
         shape = self.program.input_shape
-        if x.dim() < 2 or math.prod(x.shape[1:]) != math.prod(shape) or not x.is_floating_point():
-            raise InputError(
-                f"{name} must be floating point [N, {math.prod(shape)}] or [N, {', '.join(map(str, shape))}], got "
-                f"{x.dtype} of shape {tuple(x.shape)}."
-            )
+        if math.prod(x.shape[1:]) != math.prod(shape):
+            expected = f"[N, {math.prod(shape)}] or [N, {', '.join(map(str, shape))}]"
+            raise InputError(f"{name} must have shape {expected}, got {tuple(x.shape)}.")
         return x.flatten(1)
 
     def _tracked(self, x1: Tensor, x2: Tensor) -> bool:

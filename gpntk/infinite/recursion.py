@@ -15,8 +15,6 @@ Variances = tuple[Tensor, ...]
 """Variances of a unit, `[N, *S]` at every value of a program that some step may ask about."""
 
 Settle = Callable[[int, LayerMoments], LayerMoments]
-# Numbers of a matrix that are copied at a time.
-_ENTRIES = 2**15
 
 
 def variances(program: Program, x: Tensor, weights: Sequence[Weights]) -> Variances:
@@ -115,37 +113,13 @@ def _start(
 
 @torch.no_grad()
 def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows of x1 `[N, D]` and x2 `[M, D]`: the same for equal rows, without a copy of either."""
-    sides = [x1] if x2 is x1 else [x1, x2]
-    found, numbers = torch.unique(torch.cat([_hashes(x) for x in sides]), return_inverse=True)
-    places = torch.arange(len(numbers), device=x1.device)
-    first = torch.full_like(found, len(numbers)).scatter_reduce(0, numbers, places, "amin")[numbers]
-    # Equal hashes are no proof: what differs from the first row with its number has one of its own.
-    for at in (first != places).nonzero().squeeze(1).split(max(1, _ENTRIES // max(1, x1.shape[1]))):
-        differs = (_rows(x1, x2, at) != _rows(x1, x2, first[at])).any(1)
-        numbers[at[differs]] = len(found) + at[differs]
-    return numbers[: len(x1)], numbers if x2 is x1 else numbers[len(x1) :]
+    """Numbers of the rows of x1 `[N]` and x2 `[M]`, the same for equal rows."""
+    rows = x1 if x2 is x1 else torch.cat([x1, x2])
+    numbers = torch.unique(rows, dim=0, return_inverse=True)[1]
+    return numbers[: len(x1)], numbers[-len(x2) :]
 
 
 def equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, ...] | bool:
     """Indices of all pairs of equal numbers, `[E]` each; False if there are none."""
     pairs = (numbers1.unsqueeze(1) == numbers2).nonzero(as_tuple=True)
     return pairs if len(pairs[0]) else False
-
-
-def _hashes(x: Tensor) -> Tensor:
-    """Hashes of the bits of every row `[N]`, by arithmetic modulo 2**64, which does not round."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    words = x.shape[1] * exact.itemsize // 4
-    generator = torch.Generator("cpu").manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device="cpu").to(x.device)
-    pieces = x.split(max(1, _ENTRIES // max(1, x.shape[1])))
-    # A negative zero becomes a positive one.
-    return torch.cat([((piece.to(exact) + 0.0).view(torch.int32) * factors).sum(1) for piece in pieces])
-
-
-def _rows(x1: Tensor, x2: Tensor, index: Tensor) -> Tensor:
-    """Rows of x1, and from its end on of x2."""
-    rows, beyond = x1[index.clamp(max=len(x1) - 1)], index >= len(x1)
-    rows[beyond] = x2[index[beyond] - len(x1)]
-    return rows
