@@ -234,7 +234,7 @@ def described(tensors: Tensor | Mapping[str, Tensor]) -> str:
 
 @final
 class Checkpoint:
-    """A file for a piece of work that may be stopped, with a description of what the work is.
+    """A file for work that may be stopped, in one piece or in several that follow one another, and what the work is.
 
     It is taken up only by the same work: the same data, model and settings, as far as ``identity`` tells them.
 
@@ -243,37 +243,60 @@ class Checkpoint:
         kind: ``"fit"``, ``"solve"``: what it is a checkpoint of.
         identity: What the work is, by the name of each part.
 
+    Raises:
+        InputError: ``path`` is a folder, or stands in one that does not exist.
+        FileFormatError: The file is damaged, holds something else, or belongs to other work.
+
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     checkpoint = Checkpoint(f"{folder}/file", "count", {"up to": 10})
-        ...     checkpoint.save({"value": torch.ones(1)}, {"steps": 3})
-        ...     checkpoint.load({"value": torch.zeros(1)}, {"steps": 0})
+        ...     first = Checkpoint(f"{folder}/file", "count", {"up to": 10})
+        ...     _ = first.begin({"value": torch.zeros(1)}, {"steps": 0})
+        ...     first.save({"value": torch.ones(1)}, {"steps": 3})
+        ...     Checkpoint(f"{folder}/file", "count", {"up to": 10}).begin({"value": torch.zeros(1)}, {"steps": 0})
         ({'value': tensor([1.])}, {'steps': 3})
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, identity: Identity) -> None:
         self._path, self._kind, self._identity = Path(path), kind, dict(identity)
+        self._tensors: dict[str, Tensor] = {}
+        self._pieces: list[Any] = []
+        self._number = -1
         name = os.fspath(path)
         if self._path.is_dir():
             raise InputError(f"checkpoint={name!r} is a folder: give the name of a file in it.")
         if not self._path.parent.is_dir():
             raise InputError(f"checkpoint={name!r}: there is no folder {str(self._path.parent)!r}: make it first.")
+        if self._path.exists():
+            contents = load_tensors(self._path, kind)
+            self._check(contents.fact("identity", dict))
+            self._tensors, self._pieces = contents.group(""), contents.fact("pieces", list)
+            contents.finish()
 
-    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replace what the file holds, whole or not at all."""
-        save_tensors(self._path, self._kind, tensors, {**facts, "identity": self._identity})
-
-    def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the file holds; or, if there is none yet, ``tensors`` and ``facts``, which also say what it must hold.
+    def begin(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where the next piece of the work stands; ``tensors`` and ``facts``, which also say what it is, if not begun.
 
         Raises:
-            FileFormatError: The file is damaged, holds something else, or belongs to other work.
+            FileFormatError: The file holds another piece.
         """
-        if not self._path.exists():
+        self._number += 1
+        if self._number >= len(self._pieces):
             return tensors, facts
-        contents = load_tensors(self._path, self._kind)
-        there = contents.fact("identity", dict)
+        prefix, piece = f"{self._number}.", self._pieces[self._number]
+        own = {name: tensor for name, tensor in self._tensors.items() if name.startswith(prefix)}
+        contents = Contents(self._path, own, piece if isinstance(piece, dict) else {})
+        found = contents.group(prefix, tensors)
+        facts = {name: contents.fact(name, type(value)) for name, value in facts.items()}
+        contents.finish()
+        return {name: tensor.to(tensors[name]) for name, tensor in found.items()}, facts
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace what the file holds of the present piece, whole or not at all."""
+        self._tensors |= {f"{self._number}.{name}": tensor for name, tensor in tensors.items()}
+        self._pieces[self._number :] = [dict(facts)]
+        save_tensors(self._path, self._kind, self._tensors, {"identity": self._identity, "pieces": self._pieces})
+
+    def _check(self, there: Mapping[str, Any]) -> None:
         differing = [
             f"its {name}: {there.get(name)}, but here: {value}"
             for name, value in self._identity.items()
@@ -284,10 +307,6 @@ class Checkpoint:
                 f"{str(self._path)!r} is the checkpoint of another {self._kind}: {'; '.join(differing)}. Take what it "
                 "was written for, or give another checkpoint, or delete this one to start afresh."
             )
-        found = contents.group("", tensors)
-        facts = {name: contents.fact(name, type(value)) for name, value in facts.items()}
-        contents.finish()
-        return {name: tensor.to(tensors[name]) for name, tensor in found.items()}, facts
 
 
 # --- private ---------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from gpytorch.priors import GammaPrior, LogNormalPrior
 from scipy.integrate import quad
 from torch import Tensor
 
+import gpntk
 from gpntk.errors import FileFormatError, InputError, SolveError
 from gpntk.inference.hyperposterior import Hyperparameter, infer, log_prior, maximize
 from gpntk.io import Checkpoint
+from tests.cases import mlp
 
 Point = Any
 
@@ -148,3 +150,48 @@ def test_a_search_that_was_stopped_goes_on_from_its_best_point(tmp_path: Path) -
     torch.testing.assert_close(again.logs, resumed.logs)
     with pytest.raises(FileFormatError, match="another fit: its what: this, but here: that"):
         infer(likelihood, pair, average=True, checkpoint=checkpoint("that"))
+
+
+# --- a transfer that was stopped -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_transfer_that_was_stopped_goes_on(classes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, dtype=torch.float64, generator=generator)
+    y = x[:, 0].sin() + 0.1 * torch.randn(40, dtype=torch.float64, generator=generator)
+    kind = gpntk.TransferClassifier if classes else gpntk.TransferRegressor
+    labels = (y > 0).numpy() if classes else y.numpy()
+    save, left = Checkpoint.save, 7
+
+    def stopping(self: Checkpoint, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StoppedError
+        save(self, *args)
+
+    def fitted(**options: Any) -> Any:
+        return kind(mlp(1).double().eval(), kernel="auto", checkpoint=tmp_path / "file", **options).fit(x, labels)
+
+    def predicted(model: Any) -> Any:
+        return model.predict_proba(x[:9]) if classes else model.predict(x[:9])
+
+    monkeypatch.setattr(Checkpoint, "save", stopping)
+    with pytest.raises(StoppedError):
+        fitted()
+    left = 10**6
+    resumed = fitted()
+    written, left = 10**6 - left, 10**6
+    again = fitted()
+    assert left == 10**6  # all searches had ended
+    np.testing.assert_allclose(predicted(again), predicted(resumed), rtol=1e-10)
+    (tmp_path / "file").unlink()
+    whole = fitted()
+    assert written < 10**6 - left
+    np.testing.assert_allclose(predicted(resumed), predicted(whole), atol=1e-2)
+    with pytest.raises(FileFormatError, match=r"another fit: its options: .*, but here: "):
+        fitted(layer_variances=True)
+    x = x + 1
+    with pytest.raises(FileFormatError, match="another fit: its data x: float64"):
+        fitted()

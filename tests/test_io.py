@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,56 +161,83 @@ START: tuple[dict[str, Tensor], dict[str, Any]] = (
 
 
 def test_a_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0})
-    assert checkpoint.load(*START) == START
+    first = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0})
+    assert first.begin(*START) == START
     value, facts = torch.tensor([1 / 3, math.pi], dtype=torch.float64), {"steps": 7, "best": 0.1 + 0.2}
-    checkpoint.save({"value": value}, facts)
-    loaded = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0005}).load(*START)
+    first.save({"value": value}, facts)
+    loaded = Checkpoint(tmp_path / "file", "count", {"data": "these", "rows": 3, "level": 1.0005}).begin(*START)
     assert torch.equal(loaded[0]["value"], value)
     assert loaded[1] == facts
 
 
-OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (
-        lambda f: Checkpoint(f, "count", {"data": "those", "rows": 3}),
-        "another count: its data: these, but here: ",
-    ),
-    "integer": (
-        lambda f: Checkpoint(f, "count", {"data": "these", "rows": 4}),
-        "its rows: 3, but here: 4",
-    ),
-    "new part": (lambda f: Checkpoint(f, "count", {"colour": "red"}), "another count: its colour: None, but here: red"),
-    "kind": (lambda f: Checkpoint(f, "solve", {"data": "these", "rows": 3}), "holds a count, not a solve"),
+def test_pieces_follow_one_another(tmp_path: Path) -> None:
+    """Each piece of the work finds what is its own, as far as it had come; those after it begin afresh."""
+
+    def work(stops: int) -> list[int]:
+        checkpoint, found = Checkpoint(tmp_path / "file", "count", {}), []
+        for size in (1, 3, 2):
+            _, facts = checkpoint.begin({"value": torch.zeros(size)}, {"steps": 0})
+            found.append(facts["steps"])
+            for step in range(facts["steps"] + 1, 4):
+                stops -= 1
+                if stops < 0:
+                    return found
+                checkpoint.save({"value": torch.full((size,), float(step))}, {"steps": step})
+        return found
+
+    assert work(5) == [0, 0]
+    assert work(2) == [3, 2, 0]
+    assert work(9) == [3, 3, 1]
+    assert work(0) == [3, 3, 3]
+    contents = load_tensors(tmp_path / "file", "count")
+    assert torch.equal(contents.tensor("1.value"), torch.full((3,), 3.0))
+
+
+IDENTITY = {"data": "these", "rows": 3}
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "text": ("count", {"data": "those", "rows": 3}, "another count: its data: these, but here: those"),
+    "integer": ("count", {"data": "these", "rows": 4}, "another count: its rows: 3, but here: 4"),
+    "new part": ("count", {"colour": "red"}, "another count: its colour: None, but here: red"),
+    "kind": ("solve", IDENTITY, "holds a count, not a solve"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpoints_of_other_work_are_refused(name: str, tmp_path: Path) -> None:
-    make, message = OTHERS[name]
-    path = tmp_path / "file"
-    Checkpoint(path, "count", {"data": "these", "rows": 3}).save(*START)
+    kind, identity, message = OTHERS[name]
+    own = Checkpoint(tmp_path / "file", "count", IDENTITY)
+    own.begin(*START)
+    own.save(*START)
     with pytest.raises(FileFormatError, match=message):
-        make(path).load(*START)
+        Checkpoint(tmp_path / "file", kind, identity)
 
 
 def test_checkpoints_that_were_forged_are_refused(tmp_path: Path) -> None:
-    path, identity = tmp_path / "file", {"data": "these"}
-    own = Checkpoint(path, "count", identity)
-    value, facts = START[0]["value"], {**START[1], "identity": identity}
-    forged = {
-        "no fact 'identity'": ({"value": value}, START[1]),
-        "fact 'identity' is 3": ({"value": value}, {**facts, "identity": 3}),
-        "no fact 'steps'": ({"value": value}, without(facts, "steps")),
-        "fact 'best' is 'x'": ({"value": value}, {**facts, "best": "x"}),
-        "fact 'z' does not belong": ({"value": value}, {**facts, "z": 1}),
-        "no tensor 'value'": ({}, facts),
-        r"tensor 'value' has shape \(3,\)": ({"value": torch.zeros(3)}, facts),
-        "tensor 'z' does not belong": ({"value": value, "z": value}, facts),
+    path, value, piece = tmp_path / "file", START[0]["value"], START[1]
+    forged: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
+        "no fact 'identity'": ({"0.value": value}, {"pieces": [piece]}),
+        "fact 'identity' is 3": ({"0.value": value}, {"pieces": [piece], "identity": 3}),
+        "no fact 'pieces'": ({"0.value": value}, {"identity": IDENTITY}),
+        "fact 'z' does not belong": ({"0.value": value}, {"pieces": [piece], "identity": IDENTITY, "z": 1}),
+        "no fact 'steps'": ({"0.value": value}, {"pieces": [without(piece, "steps")], "identity": IDENTITY}),
+        "no fact 'best'": ({"0.value": value}, {"pieces": [{"steps": 3}], "identity": IDENTITY}),
+        "no fact": ({"0.value": value}, {"pieces": [3], "identity": IDENTITY}),
+        "fact 'best' is 'x'": ({"0.value": value}, {"pieces": [{**piece, "best": "x"}], "identity": IDENTITY}),
+        "fact 'y' does not belong": ({"0.value": value}, {"pieces": [{**piece, "y": 1}], "identity": IDENTITY}),
+        "no tensor '0.value'": ({}, {"pieces": [piece], "identity": IDENTITY}),
+        r"tensor '0.value' has shape \(3,\)": (
+            {"0.value": torch.zeros(3)},
+            {"pieces": [piece], "identity": IDENTITY},
+        ),
+        "tensor '0.z' does not belong": (
+            {"0.value": value, "0.z": value},
+            {"pieces": [piece], "identity": IDENTITY},
+        ),
     }
     for message, (tensors, stored) in forged.items():
         save_tensors(path, "count", tensors, stored)
         with pytest.raises(FileFormatError, match=message):
-            own.load(*START)
+            Checkpoint(path, "count", IDENTITY).begin(*START)
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class TransferEstimator(BaseEstimator, ABC):
         extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
         dtype: Precision of Jacobians, ``"float64"`` or ``"float32"``; the network's outputs and features are computed
             in its own, and systems are solved in double precision.
+        checkpoint: File in which `fit` keeps its best hyperparameters after each step; a `fit` to the same data that
+            finds it goes on from there.
         verbose: Print the report after `fit`.
     """
 
@@ -93,6 +95,7 @@ class TransferEstimator(BaseEstimator, ABC):
     input_shape: Sequence[int] | None = None
     extract: Extract | None = None
     dtype: Literal["float64", "float32"] = "float64"
+    checkpoint: str | os.PathLike[str] | None = None
     verbose: bool = False
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class TransferEstimator(BaseEstimator, ABC):
     def _fit_model(self, model: TransferGP) -> None:
         """Fit it, and set what is common to all fitted estimators."""
         self._model = model
-        self.log_marginal_likelihood_ = model.fit()
+        self.log_marginal_likelihood_ = model.fit(self.checkpoint)
         self._finish()
 
     @contextmanager

@@ -30,6 +30,7 @@ class SolveCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str], system: WhitenedSystem, space: Space, rhs: Tensor) -> None:
         self._path, self._features = path, system.features
+        self._file: Checkpoint | None = None
         self._shape = rhs.shape[0], system.size(space)
         start, samples = self._features.place()
         noise = [value for value in (system.noise, system.root) if value is not None]
@@ -55,7 +56,8 @@ class SolveCheckpoint:
         ranks, error = self._features.ranks, None
         if ranks.rank == 0:
             try:
-                tensors, facts = self._file().load(tensors, facts)
+                self._file = Checkpoint(self._path, "solve", self._identity)
+                tensors, facts = self._file.begin(tensors, facts)
             except (FileFormatError, InputError) as found:
                 error = found
         iterations, failed = ranks.first(torch.tensor([facts["iterations"], error is not None])).tolist()
@@ -67,8 +69,5 @@ class SolveCheckpoint:
 
     def save(self, value: Tensor, iterations: int) -> None:
         """Replace what the file holds, whole or not at all."""
-        if self._features.ranks.rank == 0:
-            self._file().save({"value": value.double()}, {"iterations": iterations})
-
-    def _file(self) -> Checkpoint:
-        return Checkpoint(self._path, "solve", self._identity)
+        if self._file is not None:
+            self._file.save({"value": value.double()}, {"iterations": iterations})

@@ -248,7 +248,7 @@ def maximize(
         raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
     tensors, facts = {"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False}
     if checkpoint is not None:
-        tensors, facts = checkpoint.load(tensors, facts)
+        tensors, facts = checkpoint.begin(tensors, facts)
     best = Maximum(tensors["point"].numpy(), facts["value"], facts["steps"])
     if facts["finished"]:
         return best

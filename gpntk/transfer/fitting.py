@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gpntk.inference.features import draw
 from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
+from gpntk.io import Checkpoint
 from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.prior import Candidate, Comparison, PriorBuilder, preferred
@@ -68,6 +69,7 @@ class Fitting:
         treatment: Of hyperparameters.
         fixed: Hyperparameters that are known, by name.
         time_budget: Seconds that the fit may take.
+        checkpoint: File in which all searches for hyperparameters are kept, one after another.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Fitting:
         treatment: Treatment,
         fixed: Mapping[str, float] | None,
         time_budget: float,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self._checkpoint = checkpoint
         self.task, self._builder, self._candidates = task, builder, candidates
         self._treatment, self._fixed, self._time_budget = treatment, fixed, time_budget
         self._some: dict[int, tuple[Tensor, Tensor]] = {}
@@ -91,7 +95,7 @@ class Fitting:
         exact = self._exact_seconds
         if average and exact <= self._time_budget:
             model = self._model(chosen, None)
-            draws = model.fit(True, self._fixed, start)
+            draws = model.fit(True, self._fixed, start, checkpoint=self._checkpoint)
         elif exact <= _EXACT_SHARE * self._time_budget:
             model, draws = self._exactly(chosen, start)
         else:
@@ -130,8 +134,9 @@ class Fitting:
         """The best hyperparameters for the matrix of all labels."""
         model = self._model(chosen, None)
         if len(self.task.x) <= self.task.screened or self.task.averages:
-            draws = self._from_prior(model, True, None) if start is None else model.fit(False, self._fixed, start)
-            return model, draws
+            if start is None:
+                return model, self._from_prior(model, True, None)
+            return model, model.fit(False, self._fixed, start, checkpoint=self._checkpoint)
         start = self._warmed(chosen, start, self._size)
         return model, self._maximum(model, start, self._size <= _FEW, _TOLERANCE)
 
@@ -149,7 +154,8 @@ class Fitting:
 
     def _maximum(self, model: AbstractModel, start: Tensor | None, afresh: bool, tolerance: float | None) -> Draws:
         """The best hyperparameters from a start on; and, ``afresh``, from the prior's, which may be another maximum."""
-        draws = model.fit(False, self._fixed, start, curvature=False, tolerance=tolerance)
+        options: dict[str, Any] = {"curvature": False, "tolerance": tolerance, "checkpoint": self._checkpoint}
+        draws = model.fit(False, self._fixed, start, **options)
         if start is None or not afresh:
             return draws
         other = self._from_prior(model, False, tolerance)
@@ -157,7 +163,7 @@ class Fitting:
 
     def _from_prior(self, model: AbstractModel, curvature: bool, tolerance: float | None) -> Draws:
         """The best hyperparameters without a start; layers' variances also from where labels are mostly signal."""
-        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance}
+        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": self._checkpoint}
         draws = model.fit(False, self._fixed, None, **options)
         if not self._builder.layered:
             return draws
@@ -174,7 +180,7 @@ class Fitting:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
         if self.task.averages:
             subset = self._model(chosen, max(1, _SUBSET // self._outputs))
-            best = subset.fit(True, self._fixed, start).best
+            best = subset.fit(True, self._fixed, start, checkpoint=self._checkpoint).best
         else:
             best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
         assert best is not None
@@ -182,7 +188,7 @@ class Fitting:
         model = self.task.model(form)
         draws = Draws(best.unsqueeze(0), best.new_ones(1), math.nan, best)
         if form.num_features and self._polish_seconds(form) <= self._time_budget / 4:
-            draws = model.fit(False, self._fixed, best, curvature=False, tolerance=_TOLERANCE)
+            draws = self._maximum(model, best, False, _TOLERANCE)
         return model, draws
 
     def _form(self, chosen: Candidate, logs: Tensor) -> AbstractForm:

@@ -13,6 +13,7 @@ from gpntk.errors import SolveError
 from gpntk.inference import Posterior, WhitenedSystem, log_evidence
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
+from gpntk.io import Checkpoint
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.task import AbstractModel, Prediction
 
@@ -62,6 +63,7 @@ class GaussianModel(AbstractModel):
         *,
         curvature: bool = True,
         tolerance: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Draws:
         if start is not None and not all(self.form.free):
             held = [*(not free for free in self.form.free), *([False] * (self._noise_prior is not None))]
@@ -76,6 +78,7 @@ class GaussianModel(AbstractModel):
             fixed,
             curvature=curvature,
             tolerance=tolerance,
+            checkpoint=checkpoint,
         )
 
     def log_likelihood(self, logs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ at its pretrained weights. A stationary kernel, added to K, stands for what that
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, final
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from gpntk.errors import InputError
 from gpntk.inference.hyperposterior import Draws, Treatment, named
+from gpntk.io import Checkpoint, Identity, described
 from gpntk.likelihoods import Link
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
@@ -44,6 +46,8 @@ Likelihood = Literal["gaussian", "categorical", "dirichlet"]
 """What the labels of a transfer are: targets with noise, or classes by one of two methods."""
 
 _PREDICTION_ROWS = 512
+# Inputs whose outputs tell networks apart.
+_COMPARED = 16
 
 
 @final
@@ -140,10 +144,17 @@ class TransferGP:
 
     # --- fitting -----------------------------------------------------------------------------------------------
 
-    def fit(self) -> float:
+    def fit(self, checkpoint: str | os.PathLike[str] | None = None) -> float:
         """Choose the kernel and infer its hyperparameters; returns the log evidence at the best ones.
 
         In nats, in the units of y; NaN where conjugate gradients solve the posterior, which only estimate it.
+
+        Args:
+            checkpoint: File in which the best hyperparameters of each search are kept after each step. If it exists,
+                the fit goes on from there.
+
+        Raises:
+            FileFormatError: ``checkpoint`` is damaged, or belongs to another model or other data.
         """
         if isinstance(self._kernel, Kernel) or self._kernel != "auto":
             candidates = [self.chosen]
@@ -156,9 +167,23 @@ class TransferGP:
             treatment=self._treatment,
             fixed=self._fixed,
             time_budget=self._time_budget,
+            checkpoint=None if checkpoint is None else Checkpoint(checkpoint, "fit", self._identity()),
         )
         self._fit = fitting.run()
         return self._fit.model.log_evidence() - self.task.log_units()
+
+    def _identity(self) -> Identity:
+        """What distinguishes this fit from others; the mean output tells networks of the same weights apart."""
+        network, x = self.network, self.task.x
+        options = self._kernel, self._new_head, self._layer_variances, self._form, self._stationary_inputs
+        return {
+            **{f"data {name}": described(tensor) for name, tensor in self.task.data().items()},
+            "network's weights": described(network.tensors(network.dtype, network.device)),
+            "mean output": network.forward(x[:_COMPARED]).double().mean().item(),
+            "parameters": " ".join(network.names),
+            "options": str((self.likelihood, self.task.mean, *options, self._treatment, self._fixed)),
+            "time budget": self._time_budget,
+        }
 
     @property
     def fitted(self) -> Fit:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
 from gpntk.inference.hyperposterior import NEGLIGIBLE, Draws, infer, log_prior
+from gpntk.io import Checkpoint
 from gpntk.likelihoods import Latent, Link, probabilities
 from gpntk.models import LaplacePosterior
 from gpntk.transfer.forms import AbstractForm
@@ -49,6 +50,7 @@ class LaplaceModel(AbstractModel):
         *,
         curvature: bool = True,
         tolerance: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Draws:
         """Those of largest evidence; and to average, their variances times common factors.
 
@@ -57,7 +59,8 @@ class LaplaceModel(AbstractModel):
         label given the others.
         """
         evidence = (self if self._subset is None else self._subset).log_likelihood
-        draws = infer(evidence, self.hyperparameters, False, start, fixed, curvature=curvature, tolerance=tolerance)
+        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": checkpoint}
+        draws = infer(evidence, self.hyperparameters, False, start, fixed, **options)
         if not average:
             return draws
         names = fixed or {}

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 from torch import Tensor
 
 from gpntk.inference.hyperposterior import Draws, Hyperparameter
+from gpntk.io import Checkpoint
 from gpntk.likelihoods import Link
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.prior import MeanChoice, Medians
@@ -59,6 +60,7 @@ class AbstractModel(ABC):
         *,
         curvature: bool = True,
         tolerance: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Draws:
         """Infer the hyperparameters; see `gpntk.inference.hyperposterior.infer`."""
 
