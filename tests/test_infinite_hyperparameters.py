@@ -182,3 +182,12 @@ def test_what_is_kept_for_gradients_is_within_the_budget(diag: bool) -> None:
     for entry, result in zip(made, (value, small), strict=True):
         result.sum().backward()
         torch.testing.assert_close(entry.raw_weight_std.grad, made[0].raw_weight_std.grad, rtol=1e-12, atol=0)
+
+
+def test_deviations_are_set_by_names_too() -> None:
+    made = kernel()
+    first, *others = made.program.layers
+    made.weight_std = {first: 1.7, **dict.fromkeys(others, 0.9)}
+    torch.testing.assert_close(made.weight_std.double(), torch.tensor([1.7, *[0.9] * len(others)], dtype=D))
+    with pytest.raises(SelectionError, match="the pattern 'head' matches none of the layers"):
+        made.weight_std = {"head": 1.0}

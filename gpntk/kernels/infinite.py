@@ -71,8 +71,8 @@ class _InfiniteKernel(AbstractNetworkKernel):
         return self.raw_weight_std_constraint.transform(self.raw_weight_std)
 
     @weight_std.setter
-    def weight_std(self, value: Tensor | float) -> None:
-        self._set("raw_weight_std", self._by_layer(value, "weight_std"))
+    def weight_std(self, value: Std) -> None:
+        self._set("raw_weight_std", by_layer(value, self.program.layers, "weight_std").double())
 
     @property
     def bias_std(self) -> Tensor:
@@ -80,8 +80,8 @@ class _InfiniteKernel(AbstractNetworkKernel):
         return self.raw_bias_std_constraint.transform(self.raw_bias_std) * self._has_bias_std
 
     @bias_std.setter
-    def bias_std(self, value: Tensor | float) -> None:
-        values = self._by_layer(value, "bias_std")
+    def bias_std(self, value: Std) -> None:
+        values = by_layer(value, self.program.layers, "bias_std").double()
         # Zero is no logarithm of anything.
         self._has_bias_std.copy_(values > 0)
         self._set("raw_bias_std", torch.where(values > 0, values, 1.0))
@@ -90,9 +90,6 @@ class _InfiniteKernel(AbstractNetworkKernel):
     def both(self) -> InfiniteKernels:
         """NNGP and NTK with these σ's in one pass; `GradientFlow` takes them for an ensemble."""
         return InfiniteKernels(self.program, self.weight_std, self.bias_std, self.parametrization, self._memory_budget)
-
-    def _by_layer(self, value: Tensor | float, name: str) -> Tensor:
-        return by_layer(torch.as_tensor(value, dtype=torch.float64), self.program.layers, name)
 
     def _set(self, name: str, values: Tensor) -> None:
         raw = getattr(self, name)
