@@ -13,8 +13,8 @@ from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
 from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.preconditioners import Nystrom, SampledGram
-from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice
-from gpntk.inference.system import WhitenedSystem
+from gpntk.inference.solver import AbstractSolver, SolverChoice
+from gpntk.inference.system import Sizes, WhitenedSystem
 from gpntk.memory import budget_on
 
 # Right-hand sides that the choice is made for: a mean, the probes of a log-determinant, some variances.

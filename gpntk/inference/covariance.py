@@ -8,17 +8,15 @@ a combination of the covariance's functions; what it is a combination of differs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, final
+from collections.abc import Iterator
+from typing import final
 
 import torch
 from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures, Features, exact_dtype
-from gpntk.memory import chunks, default_budget
-
-Kernel = Callable[[Tensor, Tensor], Tensor]
+from gpntk.memory import chunks
 
 
 class AbstractCovariance(ABC):
@@ -284,130 +282,3 @@ class FeatureCovariance(AbstractCovariance):
     def _combined(self, parts: Tensor) -> Tensor:
         """Sum of the layers' Grams `[B, L, n, m]`, each times its variance."""
         return torch.einsum("bgnm,g->bnm", parts, self.variances.to(self.dtype))
-
-
-@final
-class DenseCovariance(AbstractCovariance):
-    """K = k(X, X) of any kernel, given as a function that returns matrices.
-
-    Args:
-        kernel: k, from x1 `[..., N, D]` and x2 `[..., M, D]` to `[..., N*C, M*C]`; with a graph, if derivatives of the
-            evidence in its hyperparameters are wanted.
-        x: X `[N, D]`.
-        num_outputs: C, rows of k for each input.
-        gram: K `[N*C, N*C]`, if it is known already.
-        memory_budget: Bytes that work stays within; default: a share of the memory.
-
-    Example:
-        >>> import torch
-        >>> from gpntk.inference import DenseCovariance, Posterior, WhitenedSystem
-        >>> x = torch.linspace(0, 1, 20, dtype=torch.float64).unsqueeze(-1)
-        >>> covariance = DenseCovariance(lambda one, two: (-8 * torch.cdist(one, two) ** 2).exp(), x)
-        >>> posterior = Posterior(WhitenedSystem(covariance, torch.tensor([0.01])), x.sin().squeeze(-1))
-        >>> abs(posterior.mean(x[:1] + 0.5) - 0.4794).item() < 0.01
-        True
-    """
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Tensor,
-        num_outputs: int = 1,
-        gram: Tensor | None = None,
-        memory_budget: int | None = None,
-    ) -> None:
-        budget = default_budget(x.device) if memory_budget is None else memory_budget
-        rows = x.shape[0] * num_outputs
-        if gram is not None and gram.shape != (rows, rows):
-            raise InputError(f"gram has shape {tuple(gram.shape)}: it must be square with N*C = {rows} rows.")
-        super().__init__(x.shape[0], num_outputs, x.dtype if gram is None else gram.dtype, x.device, budget)
-        self.kernel, self.x, self._given, self._kept = kernel, x, gram, gram
-
-    @classmethod
-    def of_matrix(cls, matrix: Tensor, num_outputs: int = 1) -> DenseCovariance:
-        """A covariance that is known at the data alone, K `[N*C, N*C]`; the inputs are their numbers `[N, 1]`."""
-        x = torch.arange(matrix.shape[0] // num_outputs, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
-        return cls(_Rows(matrix.detach(), num_outputs), x, num_outputs, matrix)
-
-    @property
-    def weighted(self) -> FeatureCovariance:
-        raise InputError("a dense covariance has no weight space: take FunctionSpace() or ConjugateGradients().")
-
-    def gram(self) -> Tensor:
-        if torch.is_grad_enabled() and self._given is None:
-            gram = self.kernel(self.x, self.x)
-            self._kept = gram.detach()
-            return gram.to(self.dtype)
-        if self._kept is None:
-            self._kept = self.kernel(self.x, self.x)
-        return self._kept.to(self.dtype)
-
-    def cross(self, x: Tensor) -> Tensor:
-        x = x.to(self.x.dtype)
-        flat = self.kernel(x.flatten(0, 1), self.x)
-        return flat.unflatten(0, (x.shape[0], -1)).to(self.dtype)
-
-    def prior(self, x: Tensor) -> Tensor:
-        x = x.to(self.x.dtype)
-        return self.kernel(x, x).to(self.dtype)
-
-    def prior_diagonal(self) -> Tensor:
-        return self.gram().diagonal()
-
-    def product(self, u: Tensor) -> Tensor:
-        return u @ self.gram()
-
-    def coefficients(self, dual: Tensor) -> Tensor:
-        return dual
-
-    def values(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        cross = self.cross(x.unsqueeze(0)).squeeze(0)
-        return coefficients @ cross[:, : coefficients.shape[-1]].mT
-
-    def representers(self, x: Tensor) -> Tensor:
-        size = x.shape[0] * self.num_outputs
-        identity = torch.eye(size, dtype=self.dtype, device=self.device)
-        return torch.cat([identity.new_zeros(size, self.num_rows), identity], 1)
-
-    def padded(self, coefficients: Tensor, x: Tensor) -> Tensor:
-        size = self.num_rows + x.shape[0] * self.num_outputs
-        return torch.nn.functional.pad(coefficients, (0, size - coefficients.shape[-1]))
-
-    def widened(self, x: Tensor) -> DenseCovariance:
-        return self.extended(x)
-
-    def inputs(self, rows: int) -> Iterator[Tensor]:
-        yield from self.x.split(rows)
-
-    def at(self, x: Tensor) -> DenseCovariance:
-        x = x.to(self.x.dtype)
-        other = DenseCovariance(self.kernel, x, self.num_outputs, memory_budget=self.memory_budget)
-        other.dtype = self.dtype
-        return other
-
-    def extended(self, x: Tensor) -> DenseCovariance:
-        x = x.to(self.x.dtype)
-        extended = self.at(torch.cat([self.x, x]))
-        if self._kept is not None:
-            cross, new = self.kernel(x, self.x), self.kernel(x, x)
-            extended._kept = torch.cat([torch.cat([self._kept, cross.mT], 1), torch.cat([cross, new], 1)])
-        return extended
-
-    def to(self, dtype: torch.dtype) -> DenseCovariance:
-        if dtype == self.dtype:
-            return self
-        other = DenseCovariance(self.kernel, self.x, self.num_outputs, self._given, self.memory_budget)
-        other.dtype, other._kept = dtype, self._kept
-        return other
-
-
-class _Rows(NamedTuple):
-    """A kernel of the numbers of inputs: what a matrix has for them."""
-
-    matrix: Tensor
-    outputs: int
-
-    def __call__(self, one: Tensor, two: Tensor) -> Tensor:
-        offsets = torch.arange(self.outputs, device=self.matrix.device)
-        rows, columns = ((self.outputs * x.long() + offsets).flatten(-2) for x in (one, two))
-        return self.matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]

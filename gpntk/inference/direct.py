@@ -19,8 +19,8 @@ from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFact
 from gpntk.inference.features import AbstractFeatures, exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution
 from gpntk.inference.outcome import Outcome
-from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice, refuse_sharded
-from gpntk.inference.system import Space, WhitenedSystem
+from gpntk.inference.solver import AbstractSolver, SolverChoice, refuse_sharded
+from gpntk.inference.system import Sizes, Space, WhitenedSystem
 
 # Error of the smallest eigenvalue, one, at which a factorisation is refused.
 _LARGEST_ROUNDING = 0.1

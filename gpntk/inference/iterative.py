@@ -22,19 +22,19 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.cost import Cost, Work
+from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.inference.checkpoint import SolveCheckpoint
 from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
 from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import not_in_function_space
-from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.outcome import Outcome, SolveResult
-from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
-from gpntk.inference.solver import AbstractSolver, Sizes, SolverChoice, refuse_sharded
-from gpntk.inference.system import Space, WhitenedSystem
+from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom
+from gpntk.inference.probes import function_derivatives, signs
+from gpntk.inference.solver import AbstractSolver, SolverChoice, refuse_sharded
+from gpntk.inference.system import Sizes, Space, WhitenedSystem
 from gpntk.memory import chunks
 
 # What one run of iterations is asked to reduce the residual by: float32 can, and float64 has no need for less.
@@ -58,8 +58,6 @@ _SMALLEST = 1e-9
 _ROW_PROBES = 4
 # Relative rounding of a difference of variances in float64.
 _ROUNDING = 1e-13
-# Iterations and ranks that costs are counted with.
-_TYPICAL_ITERATIONS, _TYPICAL_RANK = 30, 400
 
 
 @final
@@ -113,20 +111,11 @@ class ConjugateGradients(AbstractSolver):
         return SolverChoice(self)
 
     def cost(self, sizes: Sizes) -> Cost:
-        n, f, item = sizes.rows, sizes.features, sizes.itemsize
-        if isinstance(self.preconditioner, SampledGram):
-            s = min(n, self.preconditioner.oversampling * f)
-            once, kept = Work(s * f**2 + f**3 / 3, 4 * item * s * f, 10 + s * f / 2**20), 2.0 * item * f**2
-            step = sizes.product + Work(2 * f**2, item * f**2 / sizes.columns, 2)
-        else:
-            size = n if self.preconditioner.space == "function" else f
-            rank = min(_TYPICAL_RANK, size)
-            once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
-            kept, step = 5.0 * item * size * rank, sizes.product + Work(4 * size * rank, 2 * item * size * rank, 4)
-        fits = 1.5 * kept <= 2 * sizes.budget and not (sizes.sharded and self.preconditioner.space == "function")
-        name = f"CG, {type(self.preconditioner).__name__}, {self.preconditioner.space} space"
-        iterations = _TYPICAL_ITERATIONS if self.preconditioner.space == "function" else _TYPICAL_ITERATIONS // 2
-        return Cost(name, once, step.times(iterations * sizes.columns), kept, fits)
+        counted, space = self.preconditioner.counted(sizes), self.preconditioner.space
+        fits = 1.5 * counted.kept <= 2 * sizes.budget and not (sizes.sharded and space == "function")
+        steps = (sizes.product + counted.each).times(counted.iterations * sizes.columns)
+        name = f"CG, {type(self.preconditioner).__name__}, {space} space"
+        return Cost(name, counted.once, steps, counted.kept, fits)
 
 
 class _Refined(NamedTuple):
@@ -209,6 +198,8 @@ class _IterativeInverse(AbstractInverse):
     ) -> _Refined:
         """A⁻¹ b `[K, n]`; ``wanted(x, r)`` `[K]` says by which factor the residuals are still to be reduced."""
         value, residual, iterations = torch.zeros_like(rhs), rhs, 0
+        # What other solves have found must not change this one.
+        self._floor = 1.0
         if checkpoint is not None:
             value, iterations = checkpoint.load()
             residual = rhs - value - self._exact_product(value) if iterations else rhs
@@ -295,7 +286,7 @@ class _IterativeInverse(AbstractInverse):
         # log|A| = log|M| + log|R⁻¹ A R⁻ᵀ|, the first exact, the second by quadrature on probes z. With y = R⁻ᵀ z and
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
         covariance, size = self.system.covariance, self.system.size(self._space)
-        probes = _signs(self._solver.probes, size, self._solver.seed).to(covariance.device, covariance.dtype)
+        probes = signs(self._solver.probes, size, self._solver.seed).to(covariance.device, covariance.dtype)
         run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
         SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
@@ -307,7 +298,7 @@ class _IterativeInverse(AbstractInverse):
         diagonal = (self._factor.inverse_diagonal() + (y * rest).mean(0)).to(self.dtype)
         if self._space == "weight":
             return LogDet(value, *self._weight_derivatives(diagonal, by_row), error)
-        return LogDet(value, *self._function_derivatives(diagonal, y, rest), error)
+        return LogDet(value, *function_derivatives(self.system, self._factor, diagonal, y, rest), error)
 
     def _weight_derivatives(self, diagonal: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
         by_variance = self.exact.weighted.by_group(1 - diagonal)
@@ -323,25 +314,6 @@ class _IterativeInverse(AbstractInverse):
         total = self.exact.covariance.total(reductions.sum())
         return 1 - reductions * trace / torch.where(total > 0, total, 1.0)
 
-    def _function_derivatives(self, diagonal: Tensor, y: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        by_noise = diagonal.sum(0, keepdim=True) if self.exact.homoscedastic else diagonal
-        if self.exact.covariance.features is None:
-            return diagonal.new_zeros(0), by_noise
-        weighted = self.exact.weighted
-        if weighted.variances.shape == (1,):
-            return (1 - diagonal).sum(0, keepdim=True), by_noise
-        # tr(B⁻¹ H_g) = tr(M⁻¹ H_g) + E[rest H_g y], M⁻¹ = (1/c) I + U diag(1/m - 1/c) Uᵀ.
-        factor = self._factor
-        assert isinstance(factor, SpectralFactor)
-        gains = (1 / factor.values - 1 / factor.rest).to(self.dtype)
-        traces = self.exact.group_traces() / factor.rest
-        bytes_each = 3 * self.dtype.itemsize * self.system.size("weight")
-        for part in chunks(gains.shape[0], bytes_each, self.system.covariance.memory_budget // 4):
-            images = self.system.adjoint(factor.vectors[:, part].mT).to(self.dtype).square()
-            traces = traces + weighted.by_group(gains[part] @ images)
-        product = self.system.adjoint(rest) * self.system.adjoint(y)
-        return traces + weighted.by_group(product.to(self.dtype).mean(0)), by_noise
-
     def precision(self) -> Tensor:
         covariance = self.exact.covariance
         return self.solve(torch.eye(covariance.num_rows, dtype=self.dtype, device=covariance.device)).checked()
@@ -351,7 +323,7 @@ class _IterativeInverse(AbstractInverse):
         width, covariance = self.exact.likelihood.width, self.exact.covariance
         rank = 0 if covariance.features is None else covariance.features.ranks.rank
         count, size = _ROW_PROBES * self._solver.probes, self.exact.size("function")
-        probes = _signs(count, size, self._solver.seed + 1 + rank).to(covariance.device, self.dtype)
+        probes = signs(count, size, self._solver.seed + 1 + rank).to(covariance.device, self.dtype)
         solution = self.whitened(probes)
         solved = solution.result(solution.dual).checked().unflatten(-1, (-1, width))
         blocks = torch.einsum("knp,knq->npq", probes.unflatten(-1, (-1, width)), solved) / count
@@ -363,8 +335,8 @@ class _IterativeInverse(AbstractInverse):
         # First derivatives follow from the features of x alone: at the solution, those of the solve cancel.
         if self._space == "weight":
             psi = self.exact.weighted.rows(x)
-            columns, residual = self._columns(psi.detach().flatten(0, 1), self._allowed(close))
-            columns, residual = in_batches(columns, x.shape[0]), in_batches(residual, x.shape[0])
+            found = self._columns(psi.detach().flatten(0, 1), self._allowed(close))
+            columns, residual = (in_batches(rows, x.shape[0]) for rows in found)
             # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
             quadratic = columns @ (psi.detach() - residual).mT
             return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
@@ -375,8 +347,8 @@ class _IterativeInverse(AbstractInverse):
             raise not_in_function_space()
         cross, batch = self.exact.likelihood.whiten(cross), cross.shape[0]
         variances = prior.detach().diagonal(dim1=-2, dim2=-1).flatten()
-        columns, residual = self._duals(cross.detach().flatten(0, 1), variances, self._allowed(close))
-        columns, residual = in_batches(columns, batch), in_batches(residual, batch)
+        found = self._duals(cross.detach().flatten(0, 1), variances, self._allowed(close))
+        columns, residual = (in_batches(rows, batch) for rows in found)
         quadratic = columns @ (cross.detach() - residual).mT
         return prior - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
 
@@ -431,9 +403,3 @@ class _IterativeInverse(AbstractInverse):
 def _norms(rows: Tensor) -> Tensor:
     """Norms of rows `[K]`, in float64."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=exact_dtype(rows.device))
-
-
-def _signs(count: int, size: int, seed: int) -> Tensor:
-    """Random signs `[K, n]` as integers, on the CPU: the same on all devices."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return 2 * torch.randint(0, 2, (count, size), generator=generator, device="cpu") - 1

@@ -30,6 +30,10 @@ class AbstractNoise(ABC):
         """R v `[..., n]` for v `[..., m]`."""
 
     @abstractmethod
+    def rows(self, block: Tensor) -> Tensor:
+        """Rᵀ A `[m, F]` for rows A `[n, F]`."""
+
+    @abstractmethod
     def congruence(self, matrix: Tensor) -> Tensor:
         """Rᵀ A R `[m, m]` for A `[n, n]`, in new memory."""
 
@@ -79,6 +83,9 @@ class RowNoise(AbstractNoise):
     def unwhiten(self, v: Tensor) -> Tensor:
         return v * self.scales
 
+    def rows(self, block: Tensor) -> Tensor:
+        return block * self.scales.unsqueeze(-1)
+
     def congruence(self, matrix: Tensor) -> Tensor:
         return self.scales * matrix * self.scales.unsqueeze(-1)
 
@@ -123,6 +130,9 @@ class BlockNoise(AbstractNoise):
     def unwhiten(self, v: Tensor) -> Tensor:
         inner = (self.root.shape[0], self.root.shape[2])
         return torch.einsum("...nq,ncq->...nc", v.unflatten(-1, inner), self.root).flatten(-2)
+
+    def rows(self, block: Tensor) -> Tensor:
+        return (self.root.mT @ block.unflatten(0, self.root.shape[:2])).flatten(0, 1)
 
     def congruence(self, matrix: Tensor) -> Tensor:
         return congruence(matrix, self.root)

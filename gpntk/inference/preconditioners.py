@@ -14,19 +14,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final, get_args
+from typing import Any, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
 
+from gpntk.cost import Work
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
 from gpntk.inference.features import Features, add_second_moment, exact_dtype, mirror
 from gpntk.inference.outcome import Outcome
-from gpntk.inference.system import Space, WhitenedSystem
+from gpntk.inference.system import Sizes, Space, WhitenedSystem
 from gpntk.io import checksum
 
+# Iterations and ranks that costs are counted with.
+_TYPICAL_ITERATIONS, _TYPICAL_RANK = 30, 400
 # Products with a fresh vector that estimate the norm of what a low-rank approximation leaves out.
 _POWER_STEPS = 4
 _FIRST_RANK = 32
@@ -34,6 +37,15 @@ _FIRST_RANK = 32
 _PIVOTS = 32
 # Trace of a Gram matrix, times ε, from which on the one that is added to it is mostly lost.
 _ROUNDING = 0.5
+
+
+class Counted(NamedTuple):
+    """What a preconditioner costs: work once and for each application and column, bytes kept, iterations left."""
+
+    once: Work
+    each: Work
+    kept: float
+    iterations: int
 
 
 class AbstractPreconditioner(ABC):
@@ -45,6 +57,10 @@ class AbstractPreconditioner(ABC):
     @abstractmethod
     def build(self, system: WhitenedSystem) -> AbstractFactor:
         """The factor of this very system, in the dtype of its features."""
+
+    @abstractmethod
+    def counted(self, sizes: Sizes) -> Counted:
+        """What it costs, and the iterations that are typically left."""
 
     @final
     def prepare(self, system: WhitenedSystem) -> AbstractFactor:
@@ -103,12 +119,25 @@ class Nystrom(AbstractPreconditioner):
         if not self.error >= 0:
             raise InputError(f"error={self.error} must be at least 0.")
 
+    def counted(self, sizes: Sizes) -> Counted:
+        return _of_rank(sizes, self.space)
+
     def build(self, system: WhitenedSystem) -> SpectralFactor:
         covariance = system.covariance
         like = torch.empty(system.size(self.space), dtype=covariance.dtype, device=covariance.device)
         values, vectors = nystrom(system.product(self.space), like, self.max_rank, self.error, self.seed)
         # Beyond the rank, eigenvalues are at most about the smallest found.
         return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
+
+
+def _of_rank(sizes: Sizes, space: Space) -> Counted:
+    """Costs of a low-rank factor of a typical rank."""
+    size = sizes.rows if space == "function" else sizes.features
+    rank, item = min(_TYPICAL_RANK, size), sizes.itemsize
+    once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
+    each = Work(4 * size * rank, 2 * item * size * rank, 4)
+    iterations = _TYPICAL_ITERATIONS if space == "function" else _TYPICAL_ITERATIONS // 2
+    return Counted(once, each, 5.0 * item * size * rank, iterations)
 
 
 def nystrom(
@@ -200,6 +229,9 @@ class PivotedCholesky(AbstractPreconditioner):
     seed: int = 0
     space: Space = field(default="function", init=False)
 
+    def counted(self, sizes: Sizes) -> Counted:
+        return _of_rank(sizes, self.space)
+
     def build(self, system: WhitenedSystem) -> SpectralFactor:
         covariance, rows = system.covariance, system.size("function")
         options: Any = {"dtype": covariance.dtype, "device": covariance.device}
@@ -247,6 +279,14 @@ class SampledGram(AbstractPreconditioner):
     seed: int = 0
     space: Space = field(default="weight", init=False)
 
+    def counted(self, sizes: Sizes) -> Counted:
+        f, item = sizes.features, sizes.itemsize
+        s = min(sizes.rows, self.oversampling * f)
+        once = Work(s * f**2 + f**3 / 3, 4 * item * s * f, 10 + s * f / 2**20)
+        return Counted(
+            once, Work(2 * f**2, item * f**2 / sizes.columns, 2), 2.0 * item * f**2, _TYPICAL_ITERATIONS // 2
+        )
+
     def build(self, system: WhitenedSystem) -> AbstractFactor:
         features = system.weighted.features
         indices = [torch.arange(features.num_features, device=features.device)]
@@ -282,7 +322,7 @@ class SampledGram(AbstractPreconditioner):
         moments = [scales.new_zeros(index.numel(), index.numel()) for index in indices]
         for part, block in sampled.blocks():
             inputs = slice(part.start // features.num_outputs, part.stop // features.num_outputs)
-            whitened = noise.at(inputs).whiten((block * (share * scales)).mT).mT
+            whitened = noise.at(inputs).rows(block * (share * scales))
             for moment, index in zip(moments, indices, strict=True):
                 # One block of all features is the whole: no copy of it.
                 own = whitened if index.numel() == whitened.shape[-1] else whitened[:, index]

@@ -5,37 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from gpntk.cost import Cost, Work, table
+from gpntk.cost import Cost, table
 from gpntk.errors import InputError
 from gpntk.inference.inverse import AbstractInverse
-from gpntk.inference.system import WhitenedSystem
-
-
-class Sizes(NamedTuple):
-    """What the costs of solvers are counted from.
-
-    Attributes:
-        rows: m, rows of B, over all processes; features: F, 0 for a dense covariance.
-        groups: Matrices `[n, n]` that the covariance keeps.
-        columns: Right-hand sides to be solved.
-        itemsize: Bytes of a value of the data.
-        gram: Work of the matrix K.
-        product: Work of one product with Rᵀ K R and one column.
-        budget: Bytes that may be used.
-        sharded: Whether rows are spread over processes.
-        spectral: Whether an eigendecomposition serves all hyperparameters, and many will follow.
-    """
-
-    rows: int
-    features: int
-    groups: int
-    columns: int
-    itemsize: int
-    gram: Work
-    product: Work
-    budget: int
-    sharded: bool
-    spectral: bool = False
+from gpntk.inference.system import Sizes, WhitenedSystem
 
 
 class AbstractSolver(ABC):

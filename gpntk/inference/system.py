@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from gpntk.cost import Work
 from gpntk.errors import DistributedError, InputError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.features import AbstractFeatures, exact_dtype
@@ -15,6 +16,33 @@ from gpntk.inference.noise import AbstractNoise, BlockNoise, RowNoise
 from gpntk.memory import chunks
 
 Space = Literal["function", "weight"]
+
+
+class Sizes(NamedTuple):
+    """What the costs of solvers are counted from.
+
+    Attributes:
+        rows: m, rows of B, over all processes; features: F, 0 for a dense covariance.
+        groups: Matrices `[n, n]` that the covariance keeps.
+        columns: Right-hand sides to be solved.
+        itemsize: Bytes of a value of the data.
+        gram: Work of the matrix K.
+        product: Work of one product with Rᵀ K R and one column.
+        budget: Bytes that may be used.
+        sharded: Whether rows are spread over processes.
+        spectral: Whether an eigendecomposition serves all hyperparameters, and many will follow.
+    """
+
+    rows: int
+    features: int
+    groups: int
+    columns: int
+    itemsize: int
+    gram: Work
+    product: Work
+    budget: int
+    sharded: bool
+    spectral: bool = False
 
 
 @final
@@ -165,7 +193,7 @@ class WhitenedSystem:
         """Explicit rows of Ψ `[m', F]` from rows of Φ `[n', F]`, those of whole inputs."""
         outputs = self.covariance.num_outputs
         part = self.likelihood.at(slice(rows.start // outputs, rows.stop // outputs))
-        return part.whiten((block * self.weighted.scales).mT).mT
+        return part.rows(block * self.weighted.scales)
 
     def diagonal(self) -> Tensor:
         """Diagonal of Rᵀ K R `[m]`, in float64."""

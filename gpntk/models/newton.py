@@ -15,15 +15,15 @@ from torch import Tensor
 from gpntk.inference import (
     AbstractCovariance,
     AbstractSolver,
-    CholeskyFactor,
     FunctionSpace,
-    LogDet,
     Outcome,
     Posterior,
     SolverChoice,
     WhitenedSystem,
 )
 from gpntk.inference.direct import cholesky, not_factorised
+from gpntk.inference.factors import CholeskyFactor
+from gpntk.inference.inverse import LogDet
 from gpntk.likelihoods import AbstractLikelihood
 
 # Test points predicted at once.

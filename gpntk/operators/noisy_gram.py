@@ -17,7 +17,9 @@ from linear_operator.operators import (
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from gpntk.inference import AbstractInverse, AbstractSolver, FeatureCovariance, WhitenedSystem, inv_quad_logdet
+from gpntk.inference import AbstractSolver, FeatureCovariance, WhitenedSystem
+from gpntk.inference.evidence import inv_quad_logdet
+from gpntk.inference.inverse import AbstractInverse
 
 # Elements of a batch that are solved one after the other; more are left to the host's batched algorithms.
 _MOST = 16
