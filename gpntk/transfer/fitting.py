@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ _SUBSET = 1_500
 # A gain in nats below which the search for the best hyperparameters of many labels ends.
 _TOLERANCE = 0.02
 _ROUGH = 0.1
-# Rows up to which the search also starts from the prior: with more, it finds another maximum only at a price.
-_FEW = 1_000
 # Variances where labels are mostly signal.
 _SIGNAL, _NOISE = 0.5, 0.05
 # The matrix of all labels is taken where its factorisation costs so much of what features do.
@@ -138,7 +136,7 @@ class Fitting:
                 return model, self._from_prior(model, True, None)
             return model, model.fit(False, self._fixed, start, checkpoint=self._checkpoint)
         start = self._warmed(chosen, start, self._size)
-        return model, self._maximum(model, start, self._size <= _FEW, _TOLERANCE)
+        return model, self._maximum(model, start, _TOLERANCE)
 
     def _warmed(self, chosen: Candidate, start: Tensor | None, size: int) -> Tensor | None:
         """A start for a fit to matrices of ``size`` rows: the maximum for half as many, found likewise.
@@ -150,27 +148,32 @@ class Fitting:
             return start
         start = self._warmed(chosen, start, count)
         model = self._model(chosen, count // self._outputs)
-        return self._maximum(model, start, _FEW < 2 * count <= 2 * _FEW, _ROUGH).best
+        return self._maximum(model, start, _ROUGH).best
 
-    def _maximum(self, model: AbstractModel, start: Tensor | None, afresh: bool, tolerance: float | None) -> Draws:
-        """The best hyperparameters from a start on; and, ``afresh``, from the prior's, which may be another maximum."""
-        options: dict[str, Any] = {"curvature": False, "tolerance": tolerance, "checkpoint": self._checkpoint}
-        draws = model.fit(False, self._fixed, start, **options)
-        if start is None or not afresh:
-            return draws
-        other = self._from_prior(model, False, tolerance)
-        return max((draws, other), key=lambda found: self._density(model, found))
+    def _maximum(self, model: AbstractModel, start: Tensor | None, tolerance: float | None) -> Draws:
+        """The best hyperparameters from a start on; of few labels also from where labels are mostly signal.
+
+        What fewer labels took for noise may be signal: another maximum, which the start would never leave.
+        """
+        draws = self._searched(model, start, False, tolerance)
+        few = len(model.form.x) * self._outputs <= _SUBSET
+        return self._better(model, draws, False, tolerance) if start is not None and few else draws
 
     def _from_prior(self, model: AbstractModel, curvature: bool, tolerance: float | None) -> Draws:
         """The best hyperparameters without a start; layers' variances also from where labels are mostly signal."""
-        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": self._checkpoint}
-        draws = model.fit(False, self._fixed, None, **options)
-        if not self._builder.layered:
-            return draws
+        draws = self._searched(model, None, curvature, tolerance)
+        return self._better(model, draws, curvature, tolerance) if self._builder.layered else draws
+
+    def _better(self, model: AbstractModel, draws: Draws, curvature: bool, tolerance: float | None) -> Draws:
+        """These draws, or those found from where labels are mostly signal."""
         signal = [_NOISE if h.name == "noise" else max(h.median, _SIGNAL * h.variance) for h in model.hyperparameters]
-        logs = torch.tensor(signal, dtype=torch.float64, device="cpu").log()
-        other = model.fit(False, self._fixed, logs, **options)
+        start = torch.tensor(signal, dtype=torch.float64, device="cpu").log()
+        other = self._searched(model, start, curvature, tolerance)
         return max((draws, other), key=lambda found: self._density(model, found))
+
+    def _searched(self, model: AbstractModel, start: Tensor | None, curvature: bool, tolerance: float | None) -> Draws:
+        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": self._checkpoint}
+        return model.fit(False, self._fixed, start, **options)
 
     def _density(self, model: AbstractModel, draws: Draws) -> float:
         with torch.no_grad():
