@@ -131,6 +131,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         if bool(return_std) + bool(return_cov) + (return_quantiles is not None) > 1:
             raise InputError("return_std, return_cov and return_quantiles exclude each other: ask for one.")
         x = self._new_input(X)
+        if not (return_std or return_cov or return_quantiles is not None):
+            return self._shaped(self._model.predict_mean(x))
         mean, spread = self._model.predict(x, covariance=return_cov, observation_noise=observation_noise)
         if return_cov:
             return self._shaped(mean), spread.cpu().numpy()
@@ -140,7 +142,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
                 raise InputError(f"return_quantiles={return_quantiles}: give numbers between 0 and 1.")
             rows = mean + torch.special.ndtri(levels).to(mean).unsqueeze(-1) * spread.sqrt()
             return self._shaped(mean), np.stack([self._shaped(row) for row in rows])
-        return (self._shaped(mean), self._shaped(spread.sqrt())) if return_std else self._shaped(mean)
+        return self._shaped(mean), self._shaped(spread.sqrt())
 
     def sample(
         self,

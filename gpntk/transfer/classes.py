@@ -85,6 +85,9 @@ class AbstractClassTask(AbstractTask, ABC):
     def predict(self, model: Any, x: Tensor, covariance: bool, observation_noise: bool) -> Prediction:  # noqa: ARG002
         raise InputError("a likelihood of classes has no targets: call probabilities instead of predict.")
 
+    def mean_at(self, model: Any, x: Tensor) -> Tensor:
+        return self.predict(model, x, False, False).mean
+
     def grown(self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None) -> tuple[Self, Any]:
         if known_noise is not None:
             raise InputError("known_noise is for targets: labels that are classes have none.")

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
-from gpntk.inference import Posterior, WhitenedSystem, log_evidence
+from gpntk.inference import AbstractSolver, AutoSolver, Posterior, SolverChoice, WhitenedSystem, log_evidence
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
 from gpntk.io import Checkpoint
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.task import AbstractModel, Prediction
 
+# Posterior samples that variances are taken from where each would cost a solve.
+SAMPLES = 64
+# Seconds up to which a factorisation is made for the sake of exact variances, at the speed of one core.
+_DIRECT_SECONDS, _FLOPS = 60.0, 2.5e10
 _LARGEST_NOISE = 1e4
 # Relative to the targets' variance; below it a covariance of order one cannot be factorised.
 _SMALLEST_NOISE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -52,6 +56,7 @@ class GaussianModel(AbstractModel):
         super().__init__(form, (*form.hyperparameters, *own))
         self.labels, self._noise_prior = labels, noise
         self._posteriors: list[list[Posterior]] = []
+        self._samples: dict[int, Tensor] = {}
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
@@ -110,6 +115,11 @@ class GaussianModel(AbstractModel):
         ]
         return self._mixed(moments)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The posterior mean of g at x `[M, D]`: `[M*C]`."""
+        means = torch.stack([self._mean(posteriors, x) for posteriors in self._posteriors])
+        return self.draws.weights.to(means) @ means
+
     def noise_variance(self) -> float:
         return 0.0 if self._noise_prior is None else float(self.draws.weights @ self.draws.logs[:, -1].exp())
 
@@ -144,7 +154,11 @@ class GaussianModel(AbstractModel):
 
     @property
     def note(self) -> str:
-        return f"{self._posteriors[0][0].solver}, {self.form.note}"
+        solver = self._posteriors[0][0].solver
+        if solver.is_direct:
+            return f"{solver}, {self.form.note}"
+        error = 100 / math.sqrt(2 * SAMPLES)
+        return f"{type(solver).__name__}, {self.form.note}; deviations from {SAMPLES} samples, to {error:.0f} %"
 
     # --- private -----------------------------------------------------------------------------------------------
 
@@ -182,7 +196,10 @@ class GaussianModel(AbstractModel):
     def _posterior(self, logs: Tensor) -> list[Posterior]:
         with torch.no_grad():
             covariance = self.form.covariance(self._of_form(logs))
-            return [Posterior(WhitenedSystem(covariance, noise), y) for y, noise in self._problems(self.labels, logs)]
+            return [
+                Posterior(*_solvable(WhitenedSystem(covariance, noise), y))
+                for y, noise in self._problems(self.labels, logs)
+            ]
 
     def _mean(self, posteriors: Sequence[Posterior], x: Tensor) -> Tensor:
         return self._rows([posterior.mean(x) for posterior in posteriors])
@@ -192,12 +209,27 @@ class GaussianModel(AbstractModel):
         unexplained = self.form.unexplained(self._of_form(logs), x)
         outputs = self.labels.y.shape[1]
         if not joint:
-            return self._rows([posterior.variance(x) + unexplained for posterior in posteriors], len(x) * outputs)
-        covariances = [posterior.covariance(x) + unexplained.diag() for posterior in posteriors]
+            variances = [self._covariance(posterior, x, joint) + unexplained for posterior in posteriors]
+            return self._rows(variances, len(x) * outputs)
+        covariances = [self._covariance(posterior, x, joint) + unexplained.diag() for posterior in posteriors]
         if not self.form.shared:
             return covariances[0]
         by_output = torch.stack(covariances).expand(outputs, -1, -1).movedim(0, -1).diag_embed()  # [M, M, C, C]
         return by_output.movedim(2, 1).flatten(2).flatten(0, 1)
+
+    def _covariance(self, posterior: Posterior, x: Tensor, joint: bool) -> Tensor:
+        """Variances `[n]` or covariance `[n, n]` of one problem: exact, or from samples where each costs a solve."""
+        if posterior.solver.is_direct:
+            return posterior.covariance(x) if joint else posterior.variance(x)
+        key = id(posterior)
+        if key not in self._samples:
+            generator = torch.Generator(x.device).manual_seed(0)
+            self._samples[key] = posterior.sample_weights(SAMPLES, generator).flatten(0, -2)
+        covariance = posterior.system.covariance
+        deviations = covariance.values(x, self._samples[key]).to(self.labels.y)
+        mean = posterior.mean(x)
+        deviations = (deviations.unflatten(0, (SAMPLES, -1)) - mean.reshape(-1, mean.shape[-1])).flatten(0, 1)
+        return deviations.mT @ deviations / len(deviations) if joint else deviations.square().mean(0)
 
     def _rows(self, parts: Sequence[Tensor], size: int | None = None) -> Tensor:
         """What the problems give, `[C, M]` or C times `[M]`, or `[M]` for all outputs, as `[M*C]`."""
@@ -217,3 +249,22 @@ class GaussianModel(AbstractModel):
         if spreads.dim() == means.dim():
             return Prediction(mean, weights @ (spreads + deviation.square()))
         return Prediction(mean, torch.einsum("s,sij->ij", weights, spreads) + (deviation.mT * weights) @ deviation)
+
+
+def _solvable(system: WhitenedSystem, y: Tensor) -> tuple[WhitenedSystem, Tensor, AbstractSolver]:
+    """The system with its solver: direct, for then variances are exact; or made for a mean alone.
+
+    Conjugate gradients run in single precision, twice as fast, and are refined in double.
+    """
+    choice = AutoSolver().select(system)
+    if choice.solver.is_direct and _seconds(choice) > _DIRECT_SECONDS:
+        choice = AutoSolver(columns=1).select(system)
+    if choice.solver.is_direct:
+        return system, y, choice.solver
+    return system.to(torch.float32), y, choice.solver
+
+
+def _seconds(choice: SolverChoice) -> float:
+    """What the cheapest factorisation takes."""
+    direct = [cost.once.flops for cost in choice.costs if cost.strategy in ("weight space", "function space")]
+    return min(direct, default=0.0) / _FLOPS

@@ -216,6 +216,10 @@ class TransferGP:
         """Posterior at x `[M, D]`: mean, and variances or covariance, of y (or of the noise-free function)."""
         return self.task.predict(self.fitted.model, x, covariance, observation_noise)
 
+    def predict_mean(self, x: Tensor) -> Tensor:
+        """The posterior mean alone `[M*C]`, which costs no solve."""
+        return self.task.mean_at(self.fitted.model, x)
+
     def probabilities(self, x: Tensor, link: Link = "probit") -> Tensor:
         """Probabilities of the classes at x `[M, D]`: `[M, K]`."""
         model = self.fitted.model

@@ -166,6 +166,14 @@ class RegressionTask(AbstractTask):
             ]
             return Prediction(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
+    @torch.no_grad()
+    def mean_at(self, model: GaussianModel, x: Tensor) -> Tensor:
+        parts = [
+            (self.offset(rows) + self.centre).reshape(-1) + self.units.repeat(len(rows)) * model.mean(rows)
+            for rows in x.split(_PREDICTION_ROWS)
+        ]
+        return torch.cat(parts)
+
     def probabilities(self, model: GaussianModel, x: Tensor, link: Link) -> Tensor:  # noqa: ARG002
         raise InputError("likelihood='gaussian' has targets, not classes: call predict instead of probabilities.")
 

@@ -155,6 +155,10 @@ class AbstractTask(ABC):
         """Posterior at x `[M, D]` of targets; classes have none."""
 
     @abstractmethod
+    def mean_at(self, model: Any, x: Tensor) -> Tensor:
+        """Its mean alone `[M*C]`."""
+
+    @abstractmethod
     def probabilities(self, model: Any, x: Tensor, link: Link) -> Tensor:
         """Of the classes at x `[M, D]`: `[M, K]`; targets have none."""
 
