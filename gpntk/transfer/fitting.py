@@ -172,8 +172,9 @@ class Fitting:
         return max((draws, other), key=lambda found: self._density(model, found))
 
     def _searched(self, model: AbstractModel, start: Tensor | None, curvature: bool, tolerance: float | None) -> Draws:
-        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": self._checkpoint}
-        return model.fit(False, self._fixed, start, **options)
+        return model.fit(
+            False, self._fixed, start, curvature=curvature, tolerance=tolerance, checkpoint=self._checkpoint
+        )
 
     def _density(self, model: AbstractModel, draws: Draws) -> float:
         with torch.no_grad():
@@ -191,7 +192,7 @@ class Fitting:
         model = self.task.model(form)
         draws = Draws(best.unsqueeze(0), best.new_ones(1), math.nan, best)
         if form.num_features and self._polish_seconds(form) <= self._time_budget / 4:
-            draws = self._maximum(model, best, False, _TOLERANCE)
+            draws = self._searched(model, best, False, _TOLERANCE)
         return model, draws
 
     def _form(self, chosen: Candidate, logs: Tensor) -> AbstractForm:
