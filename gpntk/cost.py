@@ -116,50 +116,66 @@ class Cost(NamedTuple):
     kept: float
     fits: bool
 
+    def seconds(self, machine: Machine) -> float:
+        """Time of 20 products with the same x."""
+        return (self.once + self.product.times(PRODUCTS)).seconds(machine)
 
-class Sizes(NamedTuple):
-    """What the counts are made from.
+
+class RowSizes(NamedTuple):
+    """What one row of x takes: costs are counted, and memory is shared out, by this record alone.
 
     Attributes:
-        rows: N; outputs: C; parameters: P; columns: K; itemsize: bytes of a value.
-        multiplications: q, of a row, one column and one direction; pair: of two rows in the Gram.
-        kept: Values of a row's factors; activations: of a row's forward pass.
+        product: q, multiplications in a product with one column, one way; pair: of two rows in the Gram.
+        kept: Values of its factors; activations: of its forward pass; largest: of its largest temporary.
         calls: Calls of torch functions in a forward pass; uses: of parameters by functions with a rule.
+        backward: Whether its factors take backward passes.
     """
 
-    rows: int
-    outputs: int
-    parameters: int
-    columns: int
-    itemsize: int
-    multiplications: float
+    product: float
     pair: float
-    kept: float
-    activations: float
+    kept: int
+    activations: int
+    largest: int
     calls: int
     uses: int
+    backward: bool
+
+    @property
+    def passing(self) -> int:
+        """Values in all while the passes run."""
+        return self.kept + self.activations + 4 * self.largest
 
 
+# Products with one x for which strategies are compared: between one, and the hundreds of a long solve.
+PRODUCTS = 20
 # Calls of torch functions that a use takes in a product, one way; that passes take for one of a plain forward pass.
 _CALLS_PER_USE = 12
 _CALLS_PER_PASS = 4
 
 
-def count(sizes: Sizes, budget: int, machine: Machine) -> tuple[Cost, ...]:
+def count(
+    row: RowSizes,
+    *,
+    rows: int,
+    outputs: int,
+    parameters: int,
+    columns: int,
+    itemsize: int,
+    budget: int,
+    machine: Machine,
+) -> tuple[Cost, ...]:
     """The cost of every strategy: the cheapest for many products first, those beyond the budget last."""
-    n, c, p, k, item, q, pair, kept, activations, calls, uses = sizes
-    passes = Work(
-        2 * n * q * (1 + c),
-        item * n * (2 * (1 + c) * activations + 2 * kept),
-        _CALLS_PER_PASS * calls,
-    )
-    columns = Work(4 * n * q * k, 2 * item * (n * kept * min(k, 2) + p * k), 2 * _CALLS_PER_USE * uses)
-    gram = Work(2 * n**2 * pair, 4 * item * (n * c) ** 2, _CALLS_PER_USE * uses)
+    n, c, p, k, item = rows, outputs, parameters, columns, itemsize
+    q, kept, activations, calls, uses = row.product, row.kept, row.activations, row.calls, row.uses
+    runs = 1 + c if row.backward else 1
+    passes = Work(2 * n * q * runs, item * n * (2 * runs * activations + 2 * kept), _CALLS_PER_PASS * calls)
+    lazy = Work(4 * n * q * k, 2 * item * (n * kept * min(k, 2) + p * k), 2 * _CALLS_PER_USE * uses)
+    gram = Work(2 * n**2 * row.pair, 4 * item * (n * c) ** 2, _CALLS_PER_USE * uses)
     jacobian = item * n * c * p
     chunk = item * (kept + activations)
     counted = (
-        Cost("factors, kept", passes, columns, item * n * kept, fits=4 * item * n * kept <= budget),
-        Cost("factors, recomputed", Work(), passes.times(2) + columns, chunk, fits=chunk <= budget),
+        Cost("factors, kept", passes, lazy, item * n * kept, fits=4 * item * n * kept <= budget),
+        Cost("factors, recomputed", Work(), passes.times(2) + lazy, chunk, fits=chunk <= budget),
         Cost(
             "Gram",
             passes + gram,
@@ -183,6 +199,16 @@ def count(sizes: Sizes, budget: int, machine: Machine) -> tuple[Cost, ...]:
         ),
     )
     return tuple(sorted(counted, key=lambda cost: (not cost.fits, cost.product.seconds(machine))))
+
+
+def cheapest(costs: tuple[Cost, ...], machine: Machine, among: str = "") -> str:
+    """The strategy whose name starts with ``among`` that takes least for 20 products, of those that fit if any does.
+
+    A function of the counts alone, which are functions of the sizes: nothing that happened before can change it.
+    """
+    chosen = [cost for cost in costs if cost.strategy.startswith(among)]
+    fitting = [cost for cost in chosen if cost.fits] or chosen
+    return min(fitting, key=lambda cost: cost.seconds(machine)).strategy
 
 
 def table(costs: tuple[Cost, ...]) -> str:

@@ -83,7 +83,7 @@ def halving(items: slice, compute: Callable[[slice], Part]) -> list[Part]:
     try:
         return [compute(items)]
     except RuntimeError as error:
-        if not _out_of_memory(error) or items.stop - items.start < 2:
+        if not is_out_of_memory(error) or items.stop - items.start < 2:
             raise
     warnings.warn(
         f"out of memory on {items.stop - items.start} items at once: going on with half as many; a smaller "
@@ -98,13 +98,19 @@ def halving(items: slice, compute: Callable[[slice], Part]) -> list[Part]:
         return [*halving(slice(items.start, middle), compute), *halving(slice(middle, items.stop), compute)]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the system, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def tracks_gradient(x: Tensor) -> bool:
     """Whether results must carry a graph back to x."""
     return torch.is_grad_enabled() and x.requires_grad
+
+
+def attached(result: Tensor, x: Tensor) -> Tensor:
+    """``result`` with a graph back to x where x's gradient is tracked: zero gradients if it does not depend on x."""
+    return result + x.flatten()[:0].sum() if tracks_gradient(x) else result
 
 
 def frozen(x: Tensor) -> Tensor:

@@ -377,7 +377,7 @@ ARCHITECTURES: list[Case] = [
     _net("einsum", (5, 4), lambda: (Applied(nn.Parameter(torch.randn(5, 4, 3)), mixed), *tail(3)), structured=False),
     _net("prelu", (4,), lambda: (nn.Linear(4, 6), nn.PReLU(6), *tail(6))),
     _net("embedding-bag", (5,), lambda: (Applied(nn.EmbeddingBag(11, 4), of_tokens), *tail(4))),
-    _net("bilinear", (6,), lambda: (Applied(nn.Bilinear(3, 3, 5), of_halves), *tail(5)), structured=False),
+    _net("bilinear", (6,), lambda: (Applied(nn.Bilinear(3, 3, 5), of_halves), *tail(5))),
 ]
 
 

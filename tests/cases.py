@@ -137,6 +137,17 @@ class PlainNorm(nn.Module):
         return self.head(nn.functional.layer_norm(self.first(x), (6,)))
 
 
+class Bilinear(nn.Module):
+    """A bilinear map at every position, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.head = nn.Bilinear(2, 3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.map(x[..., :2], x[..., 2:])).sum(1) + self.map(x[:, 0, :2], x[:, 1, 2:]))
+
+
 class Attention(nn.Module):
     """A transformer block: attention, norms, and a learned token used directly."""
 
@@ -189,6 +200,7 @@ CASES = [
         True,
     ),
     Case("attention", Attention, (4, 6), structured=True),
+    Case("bilinear", Bilinear, (4, 5), structured=True),
     Case("tied", Tied, (4,), structured=True),
     Case("called-twice", Twice, (4,), structured=True),
     Case("functional-use", Functional, (4,), structured=True),

@@ -60,7 +60,7 @@ def test_every_use_has_a_rule_but_those_that_have_none(case: Case) -> None:
     if case.structured:
         backend.check(case.x(5).unsqueeze(0))
         return
-    with pytest.raises(UnruledError, match=r"has no structured rule: it is used by (einsum|bilinear)"):
+    with pytest.raises(UnruledError, match=r"has no structured rule: it is used by einsum"):
         backend.check(case.x(5).unsqueeze(0))
 
 

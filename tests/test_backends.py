@@ -17,7 +17,7 @@ from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend, AverageBackend
 from gpntk.network.primitives import differentiable_operations
 from gpntk.testing import check_backend
-from tests.cases import CASES, Case, reference_jacobian
+from tests.cases import CASES, Case, mlp, reference_jacobian
 
 BACKENDS = [gpntk.jacobians.DenseBackend, gpntk.jacobians.AutodiffBackend, gpntk.jacobians.StructuredBackend]
 PAIRS = [(case, backend) for case in CASES for backend in BACKENDS]
@@ -310,7 +310,7 @@ def test_reduced_precision_keeps_to_its_stated_error(name: str, precision, toler
     assert relative_error(backend.diagonal(x1)[0, 0], exact[0].square().sum(-1)) < tolerance
     assert torch.get_float32_matmul_precision() == before
     kept = backend._blocks(x1)[0]  # pyright: ignore[reportIndexIssue]
-    half = {t.dtype for part in kept.values() for f in part.factors for t in f if t is not None}
+    half = {t.dtype for part in kept.values() for t in part.factors if t is not None}
     assert half == {torch.bfloat16 if precision == "bfloat16" else torch.float32}
 
 
@@ -332,3 +332,86 @@ def test_float32_sums_over_many_parameters() -> None:
     assert (gram - expected).norm() < 3e-6 * expected.norm()
     expected = exact.jvp(x.double(), v.double())
     assert (image - expected).norm() < 2e-5 * expected.norm()
+
+
+class Lookup(nn.Module):
+    """Token ids in, so that nothing depends on x smoothly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x.abs().long() % 5)).sum(1))
+
+
+@pytest.mark.parametrize("make", [*BACKENDS, gpntk.AutoBackend])
+@pytest.mark.parametrize(("module", "parameters"), [(mlp(3), "5.bias"), (mlp(3), "5.*"), (Lookup(), None)])
+def test_gradients_are_zero_where_the_jacobian_does_not_depend_on_x(make, module: nn.Module, parameters) -> None:
+    backend = make(gpntk.freeze(module.double().eval(), parameters))
+    x = torch.randn(1, 4, 5, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(1, 2, 4 * backend.num_outputs(x), dtype=torch.float64)
+    v = torch.randn(1, 2, backend.num_features, dtype=torch.float64)
+    zero = parameters != "5.*"
+    for value in (backend.vjp(x, u), backend.jvp(x, v), backend.gram(x, x), backend.diagonal(x), backend.jacobian(x)):
+        (gradient,) = torch.autograd.grad((value * torch.randn_like(value)).sum(), x)
+        assert bool((gradient == 0).all()) == zero
+
+
+@pytest.mark.parametrize("make", [*BACKENDS, gpntk.AutoBackend])
+def test_a_jacobian_that_is_zero(make) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    nn.init.constant_(module[0].bias, -1e3)
+    backend = make(gpntk.freeze(module, ["0.*", "2.weight"]))
+    x = torch.randn(1, 5, 3, dtype=torch.float64)
+    assert backend.gram(x, x).abs().max() == 0
+    assert backend.vjp(x, torch.ones(1, 1, 10, dtype=torch.float64)).abs().max() == 0
+    if make is gpntk.AutoBackend:
+        assert "structured rule" in backend.by_rules(x).reason
+
+
+def test_a_network_that_only_torch_func_cannot_run_goes_by_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its many outputs would go by passes of their own; what is no fault of torch.func is raised."""
+
+    class Written(torch.autograd.Function):
+        """In the old style, which torch.func refuses."""
+
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return gradient * ctx.saved_tensors[0].cos()
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 30)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(Written.apply(self.first(x)))
+
+    module = Wrapped().double()
+    monkeypatch.setattr(gpntk.cost.Machine, "of", lambda _device: gpntk.cost.Machine(calls=1e12))
+    backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
+    x, u = torch.randn(1, 4, 3, dtype=torch.float64), torch.randn(1, 1, 120, dtype=torch.float64)
+    torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ reference_jacobian(module, x[0]))
+    assert not backend._runs_without_rules
+
+    plain = gpntk.jacobians.StructuredBackend(gpntk.freeze(many_outputs()))
+    plain.check(x)
+    assert plain._by_passes(x, 1)
+    assert plain._runs_without_rules
+
+    def fail(*_args: object) -> Tensor:
+        raise RuntimeError("a real bug")
+
+    monkeypatch.setattr(plain._autodiff, "vjp", fail)
+    with pytest.raises(RuntimeError, match="a real bug"):
+        plain.vjp(x, torch.ones(1, 1, 800, dtype=torch.float64))
+
+
+def many_outputs() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 200)).double()

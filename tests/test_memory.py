@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpntk
 from gpntk import cost, jacobians, memory
 from gpntk.errors import InputError
+from gpntk.operators.batching import batch_product
 from tests.cases import mlp, reference_jacobian
 
 
@@ -69,15 +70,15 @@ def test_running_out_of_memory_halves_and_warns_once(monkeypatch: pytest.MonkeyP
     j = reference_jacobian(module.eval(), x[0])
     backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     backend.check(x)
-    assert backend._passes is not None
-    parts = backend._passes.parts
+    assert backend._capture is not None
+    parts = backend._capture.parts
 
     def limited(rows: Tensor):
         if rows.shape[1] > limit:
             raise torch.OutOfMemoryError("as a device would")
         return parts(rows)
 
-    monkeypatch.setattr(backend._passes, "parts", limited)
+    monkeypatch.setattr(backend._capture, "parts", limited)
     u = torch.randn(1, 2, 26, dtype=torch.float64)
     with pytest.warns(UserWarning, match="out of memory on 13 items at once: going on with half as many") as caught:
         torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ j)
@@ -178,26 +179,30 @@ def _allocate(size: int) -> int:
 
 def count_passes(backend: gpntk.jacobians.StructuredBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
-    assert backend._passes is not None
-    parts = backend._passes.parts
-    monkeypatch.setattr(backend._passes, "parts", lambda x: made.append(x.shape[1]) or parts(x))
+    assert backend._capture is not None
+    parts = backend._capture.parts
+    monkeypatch.setattr(backend._capture, "parts", lambda x: made.append(x.shape[1]) or parts(x))
     return made
 
 
-def test_many_outputs_take_a_pass_per_column_until_factors_have_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("outputs", "rows", "passes"), [(4, 64, False), (200, 4, True)])
+def test_very_many_outputs_take_a_pass_per_column(
+    outputs: int, rows: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 20)).double()
-    x = torch.randn(1, 4, 3, dtype=torch.float64)
+    module = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, outputs)).double()
+    x = torch.randn(1, rows, 3, dtype=torch.float64)
     j = reference_jacobian(module, x[0])
     backend = gpntk.jacobians.StructuredBackend(gpntk.freeze(module))
     backend.check(x)
     made = count_passes(backend, monkeypatch)
-    u, v = torch.randn(1, 3, 80, dtype=torch.float64), torch.randn(1, 3, j.shape[1], dtype=torch.float64)
-    for index in range(1, 6):
+    # What counts for a large x counts here, if calls cost nothing.
+    monkeypatch.setattr(cost.Machine, "of", lambda _device: cost.Machine(calls=1e12))
+    u, v = torch.randn(1, 1, rows * outputs, dtype=torch.float64), torch.randn(1, 1, j.shape[1], dtype=torch.float64)
+    for _ in range(3):
         torch.testing.assert_close(backend.vjp(x, u)[0], u[0] @ j)
         torch.testing.assert_close(backend.jvp(x, v)[0], v[0] @ j.T)
-        # 6 columns each time: 20 have been asked for in the fourth.
-        assert bool(made) == (index >= 4)
+        assert bool(made) != passes
 
 
 def test_a_readout_takes_no_backward_pass_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +218,17 @@ def test_a_readout_takes_no_backward_pass_at_all(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(backend.diagonal(x)[0, 0], j.square().sum(-1))
 
 
-def test_products_go_by_the_gram_once_they_have_cost_as_much() -> None:
+def test_products_go_by_the_gram_where_twenty_of_them_cost_more() -> None:
     module = nn.Sequential(nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 20), nn.Tanh(), nn.Linear(20, 1)).double()
     kernel = gpntk.NTKKernel(module, layer_variances=True, backend=gpntk.jacobians.StructuredBackend)
     kernel.layer_variances = torch.tensor([[0.5], [2.0], [1.0]])
     x, v = torch.randn(1500, 20, dtype=torch.float64), torch.randn(1500, 1, dtype=torch.float64)
-    first = kernel(x).evaluate_kernel() @ v
-    formed = []
-    for _ in range(40):
-        torch.testing.assert_close(kernel(x).evaluate_kernel() @ v, first)
-        formed.append(any(key[0][0] == ("gram", True) for key in kernel.backend.cache._entries))
-    assert formed[-1]
-    assert not formed[0]
+    few = kernel(x[:600]).evaluate_kernel()
+    lazily = batch_product(few._backend.vjp, x[:600], v[:600].mT)
+    scaled = lazily * few._feature_variances.unsqueeze(-2)
+    torch.testing.assert_close(few @ v[:600], batch_product(few._backend.jvp, x[:600], scaled).mT)
+    assert few._by_gram(1)
+    assert not kernel(torch.randn(60_000, 20).double()).evaluate_kernel()._by_gram(1)
     # Hyperparameters still learn through it.
     loss = (v.mT @ (kernel(x).evaluate_kernel() @ v)).trace()
     (gradient,) = torch.autograd.grad(loss, kernel.raw_layer_variances)

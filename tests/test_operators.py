@@ -171,3 +171,12 @@ def test_jacobian_operator() -> None:
     assert isinstance(operator[:, 1:9], DenseLinearOperator)
     torch.testing.assert_close(operator[:, 1:9, 2:5].to_dense(), dense[:, 1:9, 2:5])
     torch.testing.assert_close(operator.mT[:, 2:5].to_dense(), dense.mT[:, 2:5])
+
+
+def test_operators_say_what_they_are() -> None:
+    kernel = gpntk.NTKKernel(nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 1)))
+    x = torch.randn(50, 3)
+    assert repr(kernel.features(x)) == "JacobianLinearOperator[50, 251]"
+    assert repr(kernel.features(x).mT) == "JacobianLinearOperator[251, 50]"
+    assert repr(kernel(x).evaluate_kernel()) == "FeatureGramLinearOperator[50, 50]"
+    assert not kernel.backend.cache._entries

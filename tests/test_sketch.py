@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import gpntk
 from gpntk.errors import InputError
 from gpntk.jacobians import SketchBackend
+from gpntk.jacobians.sketch import sketch
 from gpntk.testing import check_kernel
 from tests.architectures import ARCHITECTURES
 from tests.cases import CASES, Case, reference_jacobian
@@ -30,8 +31,8 @@ SKETCHED = [case for case in [*CASES, *ARCHITECTURES] if case.name in NAMES]
 def grams(case: Case, x: Tensor, features: int, seeds: int) -> Tensor:
     """Sketched Grams `[S, N*C, N*C]` for many seeds."""
     network = gpntk.freeze(case.module(), input_shape=case.input_shape)
-    backend = gpntk.AutoBackend(network)
-    z = torch.stack([backend.sketch(x.unsqueeze(0), features, 7919 * seed)[0] for seed in range(seeds)])
+    backend = gpntk.AutoBackend(network).by_rules(x.unsqueeze(0)).backend
+    z = torch.stack([sketch(backend, x.unsqueeze(0), features, 7919 * seed)[0] for seed in range(seeds)])
     return z @ z.mT
 
 
@@ -53,7 +54,7 @@ def test_variance_of_a_linear_layer() -> None:
     network = gpntk.freeze(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 1).double()), "0.weight")
     features, seeds = 8, 4000
     backend = gpntk.jacobians.StructuredBackend(network)
-    z = torch.stack([backend.sketch(x.unsqueeze(0), features, seed)[0] for seed in range(seeds)])
+    z = torch.stack([sketch(backend, x.unsqueeze(0), features, seed)[0] for seed in range(seeds)])
     value = (z[:, 0] * z[:, 1]).sum(-1)
     g = (1 - layer(x).tanh().square()) * network.tensors(x.dtype, x.device)["2.weight"]
     p, q = x[0] @ x[1], g[0] @ g[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
@@ -16,13 +15,11 @@ from gpntk.jacobians.dense import DenseBackend
 from gpntk.jacobians.precision import Precision
 from gpntk.jacobians.stacked import StackedBackend, split_parameters
 from gpntk.jacobians.structured import StructuredBackend
+from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
 
-# Columns of a product, and products in all, for which the choice is made: a few solves by conjugate gradients.
+# Columns of the products for which backends are compared.
 _COLUMNS = 10
-_PRODUCTS = 50
-# How many times more rows than those it was made for a choice is good for.
-_GROWTH = 8
 # An explicit J, which is larger than all factors, must cost so much less.
 _WORTH_ITS_MEMORY = 0.9
 
@@ -39,9 +36,17 @@ class Choice(NamedTuple):
         return f"{head}\n{table(self.costs)}" if self.costs else head
 
 
+class _Uses(NamedTuple):
+    """What the first x shows: the backend for parameters with a rule, why others have none, or why none has."""
+
+    structured: StructuredBackend | None
+    reasons: dict[str, str]
+    error: NetworkError | None
+
+
 @final
 class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
-    """The backend that suits the network, chosen at the first x it sees.
+    """The backend that suits the network and x, by counting.
 
     1. Parameters that are used by functions with a rule, all other parameters taken out: `StructuredBackend`, unless
        counting says that the explicit J `[N*C, P]` is cheaper and it fits the budget: then `DenseBackend` for all.
@@ -52,7 +57,14 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
        then, if J fits a quarter of the budget.
 
-    Counted are 50 products with 10 columns each; see `gpntk.cost`.
+    Counted are 20 products with 10 columns each; see `gpntk.cost`. The choice depends on the shape of x alone, so that
+    the same product gives the same bits whatever was asked before. (How the network uses its parameters is found on the
+    first x.)
+
+    Args:
+        network: The network, with the parameters to differentiate selected.
+        memory_budget: Bytes that temporaries, and what is kept, stay within.
+        precision: As in `gpntk.jacobians.StructuredBackend`.
 
     Example:
         >>> import torch
@@ -67,8 +79,8 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     ) -> None:
         super().__init__(network, memory_budget)
         self.precision: Precision = precision
-        self._choice: Choice | None = None
-        self._rows = 0
+        self._uses: _Uses | None = None
+        self._made: dict[str, AbstractJacobianBackend] = {}
 
     @staticmethod
     def select(
@@ -76,76 +88,93 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     ) -> Choice:
         """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
-        x = x.reshape(-1, *x.shape[-2:])
-        dense = DenseBackend(network, memory_budget)
-        outputs, params = network.num_outputs(x), network.num_params
-        if outputs > params and 4 * x[..., 0].numel() * outputs * params * x.element_size() <= dense.memory_budget:
-            return Choice(dense, f"an input has more outputs, {outputs}, than there are parameters, {params}")
-        choice = by_rules(network, x, memory_budget, precision)
+        return AutoBackend(network, memory_budget, precision).choice(x.reshape(-1, *x.shape[-2:]))
+
+    def choice(self, x: Tensor) -> Choice:
+        """The choice for x `[B, N, D]`."""
+        rows, outputs, parameters = x[..., 0].numel(), self.num_outputs(x), self.num_features
+        if outputs > parameters and 4 * rows * outputs * parameters * x.element_size() <= self.memory_budget:
+            reason = f"an input has more outputs, {outputs}, than there are parameters, {parameters}"
+            return Choice(self._dense(), reason)
+        choice = self.by_rules(x)
         machine = Machine.of(x.device)
-        total = {
-            cost.strategy: (cost.once + cost.product.times(_PRODUCTS)).seconds(machine)
-            for cost in choice.costs
-            if cost.fits
-        }
+        total = {cost.strategy: cost.seconds(machine) for cost in choice.costs if cost.fits}
         factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
         if total.get("dense Jacobian", float("inf")) > _WORTH_ITS_MEMORY * factors:
             return choice
-        reason = f"J is small, {x[..., 0].numel() * outputs} x {params}, and products with all of it cost less"
-        return Choice(dense, reason, choice.costs)
-
-    def choice(self, x: Tensor) -> Choice:
-        """The choice in force, made now if x is the first input seen, or far larger than the one it was made for."""
-        rows = x.shape[:-1].numel()
-        if self._choice is None or rows > _GROWTH * self._rows:
-            self._choice = self.select(self.network, x, self.memory_budget, self.precision)
-            self._choice.backend.share_cache(self.cache)  # one budget for both
-            self._rows = rows
-        return self._choice
+        reason = f"J is small, {rows * outputs} x {parameters}, and products with all of it cost less"
+        return Choice(self._dense(), reason, choice.costs)
 
     def run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Any]) -> Any:
-        """``product`` with the chosen backend; if that finds its rules broken by a later input, with autodiff.
+        """``product`` with the chosen backend; where x breaks its rules, with autodiff.
 
         Another path through the network is found out on any input; a use of parameters that torch does not show only
-        on the rows that were checked when the choice was made.
+        on the rows that were checked when the uses were found.
         """
         choice = self.choice(x)
-        if not isinstance(choice.backend, (StructuredBackend, StackedBackend)):
-            return product(choice.backend)
         try:
             return product(choice.backend)
-        except NetworkError as error:
-            self._choice = _by_autodiff(self.network, self.memory_budget, error)
-            self._rows = sys.maxsize
-            return product(self._choice.backend)
+        except NetworkError:
+            if choice.backend is self._made.get("autodiff"):
+                raise
+            return product(self._autodiff())
+
+    def by_rules(self, x: Tensor) -> Choice:
+        """The choice for x `[B, N, D]` if an explicit J of all parameters is left out of account."""
+        if self._uses is None:
+            self._uses = _find(self.network, x, self.memory_budget, self.precision)
+            if self._uses.structured is not None:
+                self._uses.structured.share_cache(self.cache)
+        structured, reasons, error = self._uses
+        if structured is None:
+            return Choice(self._autodiff(), f"automatic differentiation, because {error}")
+        costs = structured.costs(x, _COLUMNS)
+        if not reasons:
+            return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
+        rest = self.network.restrict(list(reasons))
+        size = 2 * x[..., 0].numel() * self.num_outputs(x) * rest.num_params * x.element_size()
+        plain = DenseBackend if size <= self.memory_budget // 4 else AutodiffBackend
+
+        def split() -> StackedBackend:
+            parts = [structured, plain(rest, self.memory_budget)]
+            return split_parameters(self.network, parts, self.memory_budget)
+
+        listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
+        backend = self._make(f"rules and {plain.__name__}", split)
+        return Choice(backend, f"structured rules, and {plain.__name__} for {listed}", costs)
+
+    def share_cache(self, cache: TensorCache) -> None:
+        super().share_cache(cache)
+        structured = () if self._uses is None or self._uses.structured is None else (self._uses.structured,)
+        for backend in (*structured, *self._made.values()):
+            backend.share_cache(cache)
+
+    def _dense(self) -> AbstractJacobianBackend:
+        return self._make("dense", lambda: DenseBackend(self.network, self.memory_budget))
+
+    def _autodiff(self) -> AbstractJacobianBackend:
+        return self._make("autodiff", lambda: AutodiffBackend(self.network, self.memory_budget))
+
+    def _make(self, name: str, make: Callable[[], AbstractJacobianBackend]) -> AbstractJacobianBackend:
+        """The backend of this name, made when it is first asked for; one cache, and one budget, for all of them."""
+        if name not in self._made:
+            self._made[name] = make()
+            self._made[name].share_cache(self.cache)
+        return self._made[name]
 
 
-def by_rules(network: FrozenNetwork, x: Tensor, memory_budget: int | None, precision: Precision = "exact") -> Choice:
-    """Structured rules for every parameter that has one, automatic differentiation for the others."""
+def _find(network: FrozenNetwork, x: Tensor, memory_budget: int, precision: Precision) -> _Uses:
+    """Structured rules for every parameter that has one."""
     reasons: dict[str, str] = {}
-    while True:
+    while len(reasons) < len(network.names):
         names = [name for name in network.names if name not in reasons]
-        if not names:
-            return _by_autodiff(network, memory_budget, UnruledError(reasons))
         structured = StructuredBackend(network.restrict(names) if reasons else network, memory_budget, precision)
         try:
             structured.check(x)
         except UnruledError as error:
             reasons |= error.reasons
         except NetworkError as error:
-            return _by_autodiff(network, memory_budget, error)
+            return _Uses(None, {}, error)
         else:
-            break
-    costs = structured.costs(x, _COLUMNS)
-    if not reasons:
-        return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
-    rest = network.restrict(list(reasons))
-    size = 2 * x.shape[:-1].numel() * network.num_outputs(x) * rest.num_params * x.element_size()
-    plain = DenseBackend if size <= structured.memory_budget // 4 else AutodiffBackend
-    listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
-    split = split_parameters(network, [structured, plain(rest, structured.memory_budget)], structured.memory_budget)
-    return Choice(split, f"structured rules, and {plain.__name__} for {listed}", costs)
-
-
-def _by_autodiff(network: FrozenNetwork, memory_budget: int | None, error: NetworkError) -> Choice:
-    return Choice(AutodiffBackend(network, memory_budget), f"automatic differentiation, because {error}")
+            return _Uses(structured, reasons, None)
+    return _Uses(None, {}, UnruledError(reasons))

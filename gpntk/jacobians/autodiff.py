@@ -17,8 +17,8 @@ from gpntk.jacobians.backend import (
     contracted_gram,
     jacobian_by_rows,
 )
-from gpntk.jacobians.tape import row_values
-from gpntk.memory import chunks, frozen, tracks_gradient
+from gpntk.jacobians.record import row_values
+from gpntk.memory import attached, chunks, frozen, is_out_of_memory, tracks_gradient
 from gpntk.network import FrozenNetwork
 
 
@@ -28,6 +28,10 @@ class AutodiffBackend(AbstractTangentBackend):
 
     Use it when a module has no structured rule. Cost per column: about one forward and one backward pass in each
     direction, 2 to 3 times the structured backend. The Gram contracts per-sample Jacobians block by block.
+
+    Args:
+        network: The network, with the parameters to differentiate selected.
+        memory_budget: Bytes that temporaries stay within.
 
     Example:
         >>> import torch, gpntk
@@ -85,7 +89,7 @@ class AutodiffBackend(AbstractTangentBackend):
             part = w[..., rows.start * outputs : rows.stop * outputs] if rowwise else w
             result = product(x[:, rows], part)
             total = [total[0] + result] if rowwise and total else [*total, result]
-        return total[0] if rowwise else torch.cat(total, dim=-1)
+        return attached(total[0] if rowwise else torch.cat(total, dim=-1), x)
 
     def _columns(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
         """``product`` over B batches, by chunks of columns."""
@@ -133,7 +137,9 @@ def _vmap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
             return vmap(function, randomness="error")(*args)
     except NotImplementedError:
         raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # Recurrent layers, data-dependent control flow, operators without a batching rule: the loop runs what vmap
         # cannot, and raises again what is really wrong.
         return torch.stack([function(*items) for items in zip(*args, strict=True)])

@@ -17,7 +17,6 @@ Laws, for every backend (see `gpntk.testing`):
 
 from __future__ import annotations
 
-import functools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -27,12 +26,9 @@ import torch
 from torch import Tensor
 
 from gpntk.cost import Cost
+from gpntk.jacobians.rules import inner_products
 from gpntk.memory import TensorCache, budget_on, chunks
 from gpntk.network import FrozenNetwork
-
-_SKETCH_BLOCK = 32
-# Features summed at once by a matrix product: of few rows, each sum is one after another, and its rounding grows.
-_FEATURES = 2**16
 
 Groups = tuple[tuple[slice, ...], ...]
 """For every group of features, the columns of J that belong to it."""
@@ -142,22 +138,6 @@ class AbstractJacobianBackend(ABC):
         """Keep what is kept in ``cache``, within its budget."""
         self.cache = cache
 
-    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        """J(x) R / sqrt(F) `[B, N*C, F]` for a standard normal R `[P, F]`, or a cheaper one that serves as well."""
-        outputs, size = self.num_outputs(x), self.num_features
-        blocks = []
-        for rows in chunks(x.shape[1], 2 * x.shape[0] * outputs * size * x.element_size(), self.memory_budget // 2):
-            jacobian = self.jacobian(x[:, rows])
-            parts = []
-            # R by blocks of one size, so that it depends on the seed alone; drawn on one device for the same reason.
-            for index in range(0, features, _SKETCH_BLOCK):
-                generator = torch.Generator("cpu").manual_seed(seed + index)
-                shape = (min(_SKETCH_BLOCK, features - index), size)
-                r = torch.randn(shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
-                parts.append(jacobian @ r.mT / features**0.5)
-            blocks.append(torch.cat(parts, -1))
-        return torch.cat(blocks, 1)
-
 
 class AbstractNetworkBackend(AbstractJacobianBackend, ABC):
     """The features are made of one frozen network.
@@ -216,7 +196,9 @@ class AbstractDeferredBackend(AbstractJacobianBackend, ABC):
         return self.run(x, lambda backend: backend.vjp(x, u))
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
-        return self.run(x1, lambda backend: backend.gram(x1, x2, per_layer))
+        # What suits the many rows suits the few.
+        larger = x1 if x1.shape[1] >= x2.shape[1] else x2
+        return self.run(larger, lambda backend: backend.gram(x1, x2, per_layer))
 
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         return self.run(x, lambda backend: backend.diagonal(x, per_layer))
@@ -227,9 +209,6 @@ class AbstractDeferredBackend(AbstractJacobianBackend, ABC):
     def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
         return self.run(x, lambda backend: backend.costs(x, columns))
 
-    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        return self.run(x, lambda backend: backend.sketch(x, features, seed))
-
 
 def jacobian_by_rows(backend: AbstractJacobianBackend, x: Tensor) -> Tensor:
     """J(x) `[B, N*C, F]` by vjp: each row of x as a batch of its own, one unit cotangent per output."""
@@ -237,15 +216,6 @@ def jacobian_by_rows(backend: AbstractJacobianBackend, x: Tensor) -> Tensor:
     outputs = backend.num_outputs(x)
     unit = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(batch * rows, outputs, outputs)
     return backend.vjp(x.reshape(batch * rows, 1, -1), unit).reshape(batch, rows * outputs, backend.num_features)
-
-
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """A Bᵀ `[..., n, m]` for A `[..., n, F]` and B `[..., m, F]`, to the precision of their dtype whatever F.
-
-    In float32, a plain product of five rows and F = 10⁷ is off by 1e-3; slice by slice, as fast, by 1e-6.
-    """
-    pairs = zip(a.split(_FEATURES, -1), b.split(_FEATURES, -1), strict=True)
-    return functools.reduce(torch.add, (left @ right.mT for left, right in pairs))
 
 
 def row_chunks(backend: AbstractJacobianBackend, x: Tensor) -> list[slice]:

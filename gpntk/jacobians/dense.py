@@ -18,10 +18,10 @@ from gpntk.jacobians.backend import (
     Groups,
     contracted_diagonal,
     contracted_gram,
-    inner_products,
     row_chunks,
 )
-from gpntk.memory import chunks
+from gpntk.jacobians.rules import inner_products
+from gpntk.memory import attached, chunks
 from gpntk.network import FrozenNetwork
 
 
@@ -185,7 +185,7 @@ class ExplicitBackend(AbstractJacobianBackend):
                 f"feature_map returned shape {tuple(features.shape)} for {x.shape[:2].numel()} rows of x: it must be "
                 f"({x.shape[:2].numel()}, num_features={self._columns})."
             )
-        return features.unflatten(0, x.shape[:2])
+        return attached(features, x).unflatten(0, x.shape[:2])
 
     def _chunks(self, x: Tensor) -> list[slice]:
         return list(chunks(x.shape[1], 2 * x.shape[0] * self._columns * x.element_size(), self.memory_budget))

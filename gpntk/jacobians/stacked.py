@@ -76,6 +76,11 @@ class StackedBackend(AbstractJacobianBackend):
         self._placed, self._numbers = columns, numbers
         self.share_cache(TensorCache(self.memory_budget, len(backends)))
 
+    @property
+    def terms(self) -> list[tuple[AbstractJacobianBackend, float]]:
+        """The parts, each with the factor √w of its features."""
+        return list(zip(self.backends, self._scales, strict=True))
+
     # --- what the features are ---------------------------------------------------------------------------------
 
     @property
@@ -144,11 +149,6 @@ class StackedBackend(AbstractJacobianBackend):
     def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
         first, *others = (backend.costs(x, columns) for backend in self.backends)
         return tuple(sum_costs(cost, others) for cost in first) if all(others) else ()
-
-    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        parts = zip(self.backends, self._scales, strict=True)
-        terms = [_scaled(b.sketch(x, features, seed + i), scale) for i, (b, scale) in enumerate(parts)]
-        return torch.stack(terms).sum(0)
 
     # --- private -----------------------------------------------------------------------------------------------
 

@@ -11,42 +11,26 @@ backward pass; and a block of J Jᵀ is a product of small inner products (`gpnt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import NamedTuple, final
+from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
 
-from gpntk.cost import Cost, Machine, Sizes, count
+from gpntk.cost import Cost, Machine, RowSizes, cheapest, count
 from gpntk.errors import InputError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractTangentBackend, jacobian_by_rows
-from gpntk.jacobians.bundles import operand_tangents, parameter_images
+from gpntk.jacobians.capture import Capture, Parts, joined
 from gpntk.jacobians.grams import Grams, num_rows
-from gpntk.jacobians.passes import FactorPasses, Parts, joined
-from gpntk.jacobians.plan import sample_rows
 from gpntk.jacobians.precision import PRECISIONS, Precision, arithmetic, rounded
-from gpntk.jacobians.rules import AbstractLayerRule, Factors, Operations
-from gpntk.memory import chunks, frozen, halving, workspace
+from gpntk.jacobians.rules import AbstractLayerRule, Factors
+from gpntk.jacobians.shared import operand_tangents, parameter_images
+from gpntk.jacobians.uses import sample_rows
+from gpntk.memory import attached, chunks, frozen, halving, is_out_of_memory, workspace
 from gpntk.network import FrozenNetwork
 
 _CHECKED_ROWS = 32
-
-
-class RowCounts(NamedTuple):
-    """What a row of x takes.
-
-    Attributes:
-        kept: Values of its factors; passing: in all while the passes run; largest: in the largest temporary.
-        operations: Multiplications in products and Grams.
-        backward: Whether its factors take backward passes.
-    """
-
-    kept: int
-    passing: int
-    largest: int
-    operations: Operations
-    backward: bool
 
 
 @final
@@ -56,7 +40,14 @@ class StructuredBackend(AbstractTangentBackend):
     Use it wherever it applies: 4*N*P flops per kernel-vector product and column, a third to a half of automatic
     differentiation's, in x's own precision unless ``precision`` says otherwise. Memory for N rows: the factors,
     N * sum_l T*(I + C*O) values, kept while they fit a quarter of the budget, else recomputed by chunks of rows,
-    shared by all columns. Where C is large and columns few, products take a pass per column instead.
+    shared by all columns. Where C is large and columns few, products take a pass per column instead, if counting says
+    that 20 of them cost less.
+
+    Args:
+        network: The network, with the parameters to differentiate selected.
+        memory_budget: Bytes that temporaries, and what is kept, stay within.
+        precision: ``"exact"``, x's own; ``"tf32"`` or ``"bfloat16"`` for faster products with errors of about 1e-3 and
+            1e-2 of the largest entry.
 
     Raises:
         UnruledError: Some selected parameters are used in ways without a rule; `AutoBackend` takes those by automatic
@@ -80,32 +71,32 @@ class StructuredBackend(AbstractTangentBackend):
             raise InputError(f"precision={precision!r}: choose one of {', '.join(map(repr, PRECISIONS))}.")
         self.precision: Precision = precision
         self._autodiff = AutodiffBackend(network, self.memory_budget)
-        self._passes: FactorPasses | None = None
-        self._counts: RowCounts | None = None
+        self._capture: Capture | None = None
+        self._row: RowSizes | None = None
+        self._sample: Tensor | None = None
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        passes = self._checked(x)
-        if self._few(x, v.shape[1]):
-            with suppress(RuntimeError):  # what torch.func cannot run goes by factors
-                return self._autodiff.jvp(x, v)
+        capture = self._checked(x)
+        if self._by_passes(x, v.shape[1]):
+            return self._autodiff.jvp(x, v)
         tangents = self.network.unflatten(v)
         with arithmetic(self.precision):
-            return torch.cat([self._jvp_rows(passes, parts, tangents) for parts in self._blocks(x)], dim=-1)
+            parts = [self._jvp_rows(capture, parts, tangents) for parts in self._blocks(x)]
+        return attached(torch.cat(parts, dim=-1), x)
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        passes = self._checked(x)
-        if self._few(x, u.shape[1]):
-            with suppress(RuntimeError):
-                return self._autodiff.vjp(x, u)
+        capture = self._checked(x)
+        if self._by_passes(x, u.shape[1]):
+            return self._autodiff.vjp(x, u)
         result = u.new_zeros(*u.shape[:2], self.num_features)
         u = rounded(u, self.precision).unflatten(-1, (x.shape[1], -1))
         start = 0
         with arithmetic(self.precision):
             for parts in self._blocks(x):
                 stop = start + num_rows(parts)
-                self._add_vjp(passes, result, parts, u[:, :, start:stop])
+                self._add_vjp(capture, result, parts, u[:, :, start:stop])
                 start = stop
-        return result
+        return attached(result, x)
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         grams = self._grams(x1, per_layer)
@@ -127,17 +118,12 @@ class StructuredBackend(AbstractTangentBackend):
                         result[:, :, begin:end, :, start:stop] = block.permute(0, 1, 4, 5, 2, 3)
                     begin = end
                 start = stop
-        return result.flatten(4, 5).flatten(2, 3)
+        return attached(attached(result.flatten(4, 5).flatten(2, 3), x1), x2)
 
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
         grams = self._grams(x, per_layer)
-        return torch.cat([grams.diagonal(parts).flatten(2).to(x.dtype) for parts in self._blocks(x)], dim=-1)
-
-    def sketch(self, x: Tensor, features: int, seed: int) -> Tensor:
-        grams = self._grams(x, per_layer=False)
-        return torch.cat(
-            [grams.sketch(parts, features, seed).flatten(1, 2).to(x.dtype) for parts in self._blocks(x)], dim=1
-        )
+        parts = [grams.diagonal(parts).flatten(2).to(x.dtype) for parts in self._blocks(x)]
+        return attached(torch.cat(parts, dim=-1), x)
 
     def jacobian(self, x: Tensor) -> Tensor:
         return jacobian_by_rows(self, x)
@@ -151,53 +137,54 @@ class StructuredBackend(AbstractTangentBackend):
         self._checked(x)
 
     def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
-        """The cost of products with so many columns by each strategy, the cheapest first."""
-        passes = self._checked(x)
-        assert self._counts is not None
-        sizes = Sizes(
+        self._checked(x)
+        assert self._row is not None
+        return count(
+            self._row,
             rows=x.shape[:-1].numel(),
             outputs=self.num_outputs(x),
             parameters=self.num_features,
             columns=columns,
             itemsize=x.element_size(),
-            multiplications=self._counts.operations.row,
-            pair=self._counts.operations.pair,
-            kept=self._counts.kept,
-            activations=passes.plan.activations,
-            calls=len(passes.plan.functions),
-            uses=sum(len(bundle.uses) for bundle in passes.bundles),
+            budget=self.memory_budget,
+            machine=Machine.of(x.device),
         )
-        return count(sizes, self.memory_budget, Machine.of(x.device))
+
+    def parts(self, x: Tensor) -> tuple[Capture, Iterable[Parts]]:
+        """The uses of parameters, and their factors on all rows of x, chunk by chunk."""
+        return self._checked(x), self._blocks(x)
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _checked(self, x: Tensor) -> FactorPasses:
-        if self._passes is None:
+    def _checked(self, x: Tensor) -> Capture:
+        if self._capture is None:
             self.num_outputs(x)  # which also checks the network's behaviour
-            passes = FactorPasses(self.network, frozen(x).flatten(0, 1))
+            capture = Capture(self.network, frozen(x).flatten(0, 1))
             with torch.inference_mode(False), torch.no_grad():
-                row_bytes = x.element_size() * passes.plan.activations * (2 + self.num_outputs(x))
+                row_bytes = x.element_size() * capture.uses.activations * (2 + self.num_outputs(x))
                 count = min(_CHECKED_ROWS, self.memory_budget // 2 // max(row_bytes, 1))
-                self._counts = self._compare(passes, sample_rows(frozen(x).flatten(0, 1), count))
-            self._passes = passes
-        return self._passes
+                self._sample = sample_rows(frozen(x).flatten(0, 1), count)
+                self._row = self._compare(capture, self._sample)
+            self._capture = capture
+        return self._capture
 
-    def _compare(self, passes: FactorPasses, rows: Tensor) -> RowCounts:
+    def _compare(self, capture: Capture, rows: Tensor) -> RowSizes:
         """What a row takes, after the comparison."""
-        parts = passes.parts(rows.unsqueeze(0))
+        parts = capture.parts(rows.unsqueeze(0))
         selected = self.network.selected(rows.dtype, rows.device)
         parameters = {name: tensor.detach().requires_grad_() for name, tensor in selected.items()}
         with torch.inference_mode(False), torch.enable_grad():
             outputs = self.network(rows, parameters)
             # Weights that are no pattern, and smaller for rows that move the weights more: none hides the others.
             u = torch.arange(1, outputs.numel() + 1, dtype=rows.dtype, device=rows.device).cos().view_as(outputs)
-            sizes = Grams(passes.bundles, (), self.memory_budget).diagonal(parts)[0, 0].sqrt()
-            u = u / sizes.clamp_min(torch.finfo(rows.dtype).eps * sizes.max())
+            sizes = Grams(capture.shared, (), self.memory_budget).diagonal(parts)[0, 0].sqrt()
+            floor = torch.finfo(rows.dtype).eps * sizes.max()
+            u = u / sizes.clamp_min(floor if floor > 0 else 1.0)
             gradients = torch.autograd.grad(
                 outputs, tuple(parameters.values()), u, allow_unused=True, materialize_grads=True
             )
         product = rows.new_zeros(1, 1, self.num_features)
-        self._add_vjp(passes, product, parts, u[None, None])
+        self._add_vjp(capture, product, parts, u[None, None])
         largest = max(gradient.abs().max() for gradient in gradients)
         wrong = []
         for gradient, (name, columns) in zip(gradients, self.network.slices.items(), strict=True):
@@ -212,41 +199,50 @@ class StructuredBackend(AbstractTangentBackend):
                 "or rows come in an order that could not be told)"
             )
             raise UnruledError(dict.fromkeys(wrong, reason))
-        each = [(bundle.rule, factors) for bundle in passes.bundles for factors in parts[bundle.key].factors]
-        kept = sum(factors.num_values for _, factors in each) // len(rows) + 1
-        largest = outputs.shape[1] * passes.plan.largest
-        operations = [rule.operations(factors) for rule, factors in each]
-        return RowCounts(
-            kept,
-            kept + passes.plan.activations + 4 * largest,
-            largest,
-            Operations(sum(each.row for each in operations), sum(each.pair for each in operations)),
+        each = [(uses.rule, parts[uses.key].factors) for uses in capture.shared]
+        sizes = [rule.sizes(factors) for rule, factors in each]
+        return RowSizes(
+            product=sum(size.product for size in sizes),
+            pair=sum(size.pair for size in sizes),
+            kept=sum(factors.num_values for _, factors in each) // len(rows) + 1,
+            activations=capture.uses.activations,
+            largest=outputs.shape[1] * capture.uses.largest,
+            calls=len(capture.uses.functions),
+            uses=sum(len(uses.uses) for uses in capture.shared),
             backward=any(factors.g is not None for _, factors in each),
         )
 
-    def _few(self, x: Tensor, columns: int) -> bool:
-        """Whether so few columns go by passes of their own, one each, rather than by factors, which take C passes.
-
-        Where factors can be kept, they are made once the columns seen for x have cost as much as they would.
-        """
-        assert self._counts is not None
-        outputs = self.num_outputs(x)
+    def _by_passes(self, x: Tensor, columns: int) -> bool:
+        """Whether so few columns go by passes of their own, one each, rather than by factors, which take C passes."""
+        assert self._row is not None
         # A vjp is seldom without its jvp: the columns count twice.
-        if 2 * columns >= outputs or not self._counts.backward:
+        if 2 * columns >= self.num_outputs(x) or not self._row.backward:
             return False
-        if self._counts.kept * x.numel() // x.shape[-1] * x.element_size() > self.memory_budget // 4:
-            return True
-        if self.cache.holds(("factors", self.network.version), (x,)):
+        costs = [cost for cost in self.costs(x, columns) if cost.strategy.startswith(("factors", "autodiff"))]
+        return cheapest(tuple(costs), Machine.of(x.device)) == "autodiff" and self._runs_without_rules
+
+    @cached_property
+    def _runs_without_rules(self) -> bool:
+        """Whether torch.func can run this network, found out on the rows that its rules were checked on."""
+        assert self._sample is not None
+        x = self._sample[None, :1]
+        try:
+            self._autodiff.jvp(x, x.new_ones(1, 2, self.num_features))
+            self._autodiff.vjp(x, x.new_ones(1, 2, self.num_outputs(x)))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # The network has just run by itself: it is torch.func that has no formula for it.
             return False
-        paid = self.remember("columns", (x,), lambda: [0])
-        paid[0] += columns
-        return paid[0] < outputs
+        return True
 
     def _blocks(self, x: Tensor) -> Iterable[Parts]:
         """The factors of the rows of x `[B, N, D]`: one block, kept, if a quarter of the budget holds it."""
-        passes = self._checked(x)
-        assert self._counts is not None
-        kept, passing, largest = (x.shape[0] * values * x.element_size() for values in self._counts[:3])
+        capture, row = self._checked(x), self._row
+        assert row is not None
+        kept, passing, largest = (
+            x.shape[0] * values * x.element_size() for values in (row.kept, row.passing, row.largest)
+        )
         share = self.memory_budget // 4  # for what is kept; as much for what the passes need, and for the products
         # Smaller chunks than memory asks for, so that what the passes leave on the way stays in the processor's cache.
         step_bytes = max(passing, largest * share // workspace(x.device, share))
@@ -255,30 +251,29 @@ class StructuredBackend(AbstractTangentBackend):
             steps = chunks(rows.stop - rows.start, step_bytes, share)
             shifted = (slice(rows.start + step.start, rows.start + step.stop) for step in steps)
             return joined(
-                [p for step in shifted for p in halving(step, lambda part: self._rounded(passes, x[:, part]))]
+                [p for step in shifted for p in halving(step, lambda part: self._rounded(capture, x[:, part]))]
             )
 
         if kept * x.shape[1] <= share:
             return [self.remember("factors", (x,), lambda: block(slice(0, x.shape[1])))]
         return (parts for rows in chunks(x.shape[1], 2 * kept, share) for parts in halving(rows, block))
 
-    def _rounded(self, passes: FactorPasses, x: Tensor) -> Parts:
-        parts = passes.parts(x)
+    def _rounded(self, capture: Capture, x: Tensor) -> Parts:
+        parts = capture.parts(x)
         if self.precision != "bfloat16":
             return parts
         return {key: part.map(lambda tensor: rounded(tensor, self.precision)) for key, part in parts.items()}
 
-    def _jvp_rows(self, passes: FactorPasses, parts: Parts, tangents: dict[str, Tensor]) -> Tensor:
+    def _jvp_rows(self, capture: Capture, parts: Parts, tangents: dict[str, Tensor]) -> Tensor:
         total: Tensor | None = None
-        for bundle in passes.bundles:
-            operands = operand_tangents(bundle, parts[bundle.key], tangents)
-            for factors in parts[bundle.key].factors:
-                term = self._bundle_jvp(bundle.rule, factors, operands)
-                total = term if total is None else total + term
+        for uses in capture.shared:
+            operands = operand_tangents(uses, parts[uses.key], tangents)
+            term = self._rule_jvp(uses.rule, parts[uses.key].factors, operands)
+            total = term if total is None else total + term
         assert total is not None
         return total.flatten(2)
 
-    def _bundle_jvp(self, rule: AbstractLayerRule, factors: Factors, tangents: dict[str, Tensor]) -> Tensor:
+    def _rule_jvp(self, rule: AbstractLayerRule, factors: Factors, tangents: dict[str, Tensor]) -> Tensor:
         def product(columns: slice) -> Tensor:
             chosen = {own: rounded(tangent[:, columns], self.precision) for own, tangent in tangents.items()}
             return rule.jvp(factors, chosen).to(dtype)
@@ -287,21 +282,21 @@ class StructuredBackend(AbstractTangentBackend):
         columns = self._columns(rule, factors, next(iter(tangents.values())).shape[1])
         return torch.cat([done for chosen in columns for done in halving(chosen, product)], dim=1)
 
-    def _add_vjp(self, passes: FactorPasses, result: Tensor, parts: Parts, u: Tensor) -> None:
+    def _add_vjp(self, capture: Capture, result: Tensor, parts: Parts, u: Tensor) -> None:
         """Add Jᵀ u to ``result`` `[B, K, P]` for u `[B, K, N, C]`."""
-        for bundle in passes.bundles:
-            part = parts[bundle.key]
-            for factors in part.factors:
-                for columns in self._columns(bundle.rule, factors, u.shape[1]):
-                    images = bundle.rule.vjp(factors, u[:, columns])
-                    for name, image in parameter_images(bundle, part, images, lead=2):
-                        result[:, columns, self.network.slices[name]] += image
+        for uses in capture.shared:
+            part = parts[uses.key]
+            for columns in self._columns(uses.rule, part.factors, u.shape[1]):
+                images = uses.rule.vjp(part.factors, u[:, columns])
+                for name, image in parameter_images(uses, part, images, lead=2):
+                    result[:, columns, self.network.slices[name]] += image
 
     def _columns(self, rule: AbstractLayerRule, factors: Factors, columns: int) -> Iterator[slice]:
         """Chunks of columns whose temporaries fit the workspace."""
         example = next(tensor for tensor in factors if tensor is not None)
-        return chunks(columns, rule.column_bytes(factors), workspace(example.device, self.memory_budget))
+        column_bytes = rule.sizes(factors).column * example.element_size()
+        return chunks(columns, column_bytes, workspace(example.device, self.memory_budget))
 
     def _grams(self, x: Tensor, per_layer: bool) -> Grams:
         layers = [name for name, _ in self.network.layers] if per_layer else []
-        return Grams(self._checked(x).bundles, layers, self.memory_budget)
+        return Grams(self._checked(x).shared, layers, self.memory_budget)

@@ -3,11 +3,9 @@
 from gpntk.operators.feature_gram import FeatureGramLinearOperator
 from gpntk.operators.jacobian import JacobianLinearOperator
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator
-from gpntk.operators.sharded import ShardedLinearOperator
 
 __all__ = [
     "FeatureGramLinearOperator",
     "JacobianLinearOperator",
     "NoisyGramLinearOperator",
-    "ShardedLinearOperator",
 ]

@@ -10,7 +10,7 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from gpntk.cost import Machine
+from gpntk.cost import Machine, cheapest
 from gpntk.errors import InputError
 from gpntk.inference import AbstractSolver, AutoSolver, FeatureCovariance, Features
 from gpntk.jacobians.backend import AbstractJacobianBackend
@@ -68,6 +68,9 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
 
     # --- shape -------------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{list(self.shape)}"
+
     def _size(self) -> torch.Size:
         batch = torch.broadcast_shapes(*(arg.shape[:-2] for arg in (self._x1, self._x2, self._variances)))
         outputs = self._backend.num_outputs(self._x1)
@@ -91,30 +94,23 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
     def _matmul(self, rhs: Tensor) -> Tensor:
         if 0 in self.shape or 0 in rhs.shape:
             return zero_product(self.shape, rhs)
-        if self._gram_pays(rhs.shape[-1]):
+        if self._by_gram(rhs.shape[-1]):
             return self.to_dense() @ rhs
         features = batch_product(self._backend.vjp, self._x2, rhs.mT)
         if self._per_layer:
             return batch_product(self._backend.jvp, self._x1, features * self._feature_variances.unsqueeze(-2)).mT
         return batch_product(self._backend.jvp, self._x1, features).mT * self._variances
 
-    def _gram_pays(self, columns: int) -> bool:
-        """Whether products have cost, or are about to cost, as much as the Gram itself: from then on they go by it."""
+    def _by_gram(self, columns: int) -> bool:
+        """Whether 20 products cost less by the Gram itself: a function of sizes alone, whatever was asked before."""
         x = collapse(self._x1)
         if not self._same_inputs or tracks_gradient(x) or x.shape[:-2].numel() > 1:
             return False
-        x = x.reshape(1, *x.shape[-2:])
-        costs = {cost.strategy: cost for cost in self._backend.costs(x, columns) if cost.fits}
-        if "Gram" not in costs:
+        costs = self._backend.costs(x.reshape(1, *x.shape[-2:]), columns)
+        kept = (1 + self._variances.shape[-2]) * self._x1.element_size() * self.shape[-2] * self.shape[-1]
+        if not costs or kept > self._backend.memory_budget // 2:
             return False
-        groups = self._variances.shape[-2]
-        if (1 + groups) * costs["Gram"].kept > self._backend.memory_budget // 2:
-            return False
-        machine = Machine.of(x.device)
-        lazy = min(cost.product.seconds(machine) for name, cost in costs.items() if name.startswith("factors"))
-        spent = self._backend.remember("seconds spent on products", (x,), lambda: [0.0])
-        spent[0] += lazy
-        return spent[0] >= costs["Gram"].once.seconds(machine)
+        return cheapest(costs, Machine.of(x.device)) == "Gram"
 
     def _t_matmul(self, rhs: Any) -> Tensor:
         return self._transpose_nonbatch()._matmul(rhs)

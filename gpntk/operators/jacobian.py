@@ -38,6 +38,9 @@ class JacobianLinearOperator(LinearOperator):
         super().__init__(x, backend=backend, transposed=transposed)
         self._x, self._backend, self._transposed = x, backend, transposed
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{list(self.shape)}"
+
     def _size(self) -> torch.Size:
         rows = self._x.shape[-2] * self._backend.num_outputs(self._x)
         matrix = (rows, self._backend.num_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpntk.jacobians.rules import weight_sharing
-from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register, weighted
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, RuleSizes, outer, register, weighted
 from gpntk.jacobians.rules.weight_sharing import Positions
 from gpntk.memory import chunks, workspace
 
@@ -27,7 +28,7 @@ class ConvRule(AbstractLayerRule):
     Index legend: b batch, n/m rows, f copies of a row, c/d outputs, h groups, i/o input/output channels of a group,
     x output positions, k columns. Factors: a `[B, N, f, I, *S]`, g `[B, N, C, f, O, *S']`. Flops per column:
     2*N*T*O*I*|kernel| each way. Gram: a linear layer over the patches of a, T positions wide (of g, for a transposed
-    convolution), by the cheapest way of `positions`. Several uses on inputs of one size are more copies.
+    convolution), by the cheapest way of `weight_sharing`. Several uses on inputs of one size are more copies.
 
     Attributes:
         shape: The weight's shape, `[O, I/groups, *kernel]`, or `[I, O/groups, *kernel]` if transposed.
@@ -43,15 +44,11 @@ class ConvRule(AbstractLayerRule):
     output_padding: Sizes
     groups: int
 
-    def factors(self, inputs: Tensor | None, cotangents: Tensor) -> Factors:
-        return Factors(inputs, cotangents)
-
-    def join(self, uses: list[Factors]) -> list[Factors]:
-        a, g = zip(*map(_pair, uses), strict=True)
-        return [Factors(torch.cat(a, 2), torch.cat(g, 3))]
+    def factors(self, inputs: tuple[Tensor, ...], cotangents: Tensor) -> Factors:
+        return Factors(inputs[0], cotangents)
 
     def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
-        a, g = _pair(factors)
+        a, g = factors.pair
         total = None
         if "weight" in tangents:
             total = torch.stack([self._jvp(*batch) for batch in zip(a, g, tangents["weight"], strict=True)])
@@ -64,14 +61,15 @@ class ConvRule(AbstractLayerRule):
     def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
         # In chunks of rows, not only of columns: the weighted cotangents would be K times a layer's output.
         total: dict[str, Tensor] = {}
-        for rows in self._row_chunks(_pair(factors)[1][0], u.shape[1]):
+        for rows in self._row_chunks(factors.cotangents[0], u.shape[1]):
             part = factors.rows(rows)
-            for own, image in self.image(part.a, weighted(part.g, u[:, :, rows])).items():
+            for own, image in self._images(part, u[:, :, rows]).items():
                 total[own] = total[own] + image if own in total else image
         return total
 
-    def image(self, a: Tensor | None, w: Tensor) -> dict[str, Tensor]:
-        assert a is not None
+    def _images(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
+        a, g = factors.pair
+        w = weighted(g, u)  # [B, N, K, f, O, *S']
         result = {}
         if "weight" in self.own:
             result["weight"] = torch.stack([self._image(*batch) for batch in zip(a, w, strict=True)])
@@ -79,17 +77,14 @@ class ConvRule(AbstractLayerRule):
             result["bias"] = w.flatten(5).sum((1, 3, 5))
         return result
 
-    def column_bytes(self, factors: Factors) -> int:
-        _, g = _pair(factors)
-        return g[0, 0, 0].numel() * g.element_size()  # of one row: rows are chunked here
-
-    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
+    def gram(self, left: Factors, right: Factors) -> Tensor:
+        terms = []
         for group in range(self.groups) if "weight" in self.own else ():
-            one, two = (_selector(self, factors, group) for factors in (left, right))
-            weight_sharing.add_gram(out, one, two, right is left, limit)
+            one = self.positions(left, group)
+            terms.append(weight_sharing.gram(one, one if left is right else self.positions(right, group)))
         if "bias" in self.own:
-            one, two = (_over_positions(_pair(factors)[1]) for factors in (left, right))
-            weight_sharing.add_outer(out, one, two, limit)
+            terms.append(outer(_over_positions(left.cotangents), _over_positions(right.cotangents)))
+        return functools.reduce(torch.add, terms)
 
     def gradients(self, factors: Factors) -> dict[str, Tensor]:
         result = {}
@@ -100,7 +95,7 @@ class ConvRule(AbstractLayerRule):
                 weight = weight.transpose(-2, -1)
             result["weight"] = weight.reshape(*weight.shape[:3], *self.shape)
         if "bias" in self.own:
-            result["bias"] = _over_positions(_pair(factors)[1])
+            result["bias"] = _over_positions(factors.cotangents)
         return result
 
     def diagonal(self, factors: Factors) -> Tensor:
@@ -108,37 +103,20 @@ class ConvRule(AbstractLayerRule):
         if "weight" in self.own:
             terms = [weight_sharing.diagonal(self.positions(factors, group)) for group in range(self.groups)]
         if "bias" in self.own:
-            terms.append(_over_positions(_pair(factors)[1]).square().sum(-1))
+            terms.append(_over_positions(factors.cotangents).square().sum(-1))
         return torch.stack(terms).sum(0)
 
-    def operations(self, factors: Factors) -> Operations:
-        example = self.positions(Factors(*(tensor[:1, :1] for tensor in _pair(factors))), 0)
-        c, t, i, o = example.sizes
-        i = i if "weight" in self.own else 0
-        return Operations(self.groups * t * o * (i + c), self.groups * weight_sharing.cheapest(c, t, i, o)[1])
-
-    def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        total: list[Tensor] = []
-        if "weight" in self.own:
-            total += [
-                weight_sharing.sketch(self.positions(factors, group), features, generator)
-                for group in range(self.groups)
-            ]
-        if "bias" in self.own:
-            total.append(weight_sharing.sketched(_over_positions(_pair(factors)[1]), features, generator))
-        return torch.stack(total).sum(0)
-
-    def takes_rows(self, axis: int, dims: int) -> bool:
-        del dims
-        return axis == 0
-
-    def num_positions(self, factors: Factors) -> int:
-        a, g = _pair(factors)
-        return math.prod((a if self.transposed else g).shape[4 if self.transposed else 5 :]) * a.shape[2]
+    def sizes(self, factors: Factors) -> RuleSizes:
+        one = Factors(*(tensor[:1, :1] for tensor in factors.pair))
+        c, t, i, o = self.positions(one, 0).sizes
+        tile, i = weight_sharing.tile(c, t, i, o), i if "weight" in self.own else 0
+        pair = weight_sharing.cheapest(c, t, i, o)[1]
+        column = one.cotangents[:, :, 0].numel()  # of one row: rows are chunked here
+        return RuleSizes(self.groups * t * o * (i + c), self.groups * pair, column, tile)
 
     def positions(self, factors: Factors, group: int) -> Positions:
         """One group as a linear layer over patches: a `[B, N, T, I']`, g `[B, N, C, T, O']`, T over copies too."""
-        a, g = _pair(factors)
+        a, g = factors.pair
         inputs, outputs = a.shape[3] // self.groups, g.shape[4] // self.groups
         a = a[:, :, :, group * inputs : (group + 1) * inputs]
         g = g[:, :, :, :, group * outputs : (group + 1) * outputs]
@@ -226,16 +204,6 @@ class ConvRule(AbstractLayerRule):
         return stacked.unflatten(0, (self.groups, columns, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _selector(rule: ConvRule, factors: Factors, group: int) -> Callable[[slice], Positions]:
-    return lambda rows: rule.positions(factors.rows(rows), group)
-
-
-def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    assert factors.a is not None
-    assert factors.g is not None
-    return factors.a, factors.g
-
-
 def _over_positions(g: Tensor) -> Tensor:
     """Sum over copies and positions, `[B, N, C, O]`."""
     return g.flatten(5).sum((3, 5)) if g.dim() > 5 else g.sum(3)
@@ -266,7 +234,7 @@ def _bind_convolution(dims: int, transposed: bool) -> Callable[..., Binding | No
             output_padding=_sizes(output_padding, dims),
             groups=groups,
         )
-        return Binding(rule, input, operands)
+        return Binding(rule, (input,), operands, first_axis=True)
 
     def plain(
         input: Tensor,

@@ -9,8 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
-from gpntk.jacobians.rules.weight_sharing import sketched
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, RuleSizes, outer, register
 
 COPY = "copy"
 
@@ -22,68 +21,41 @@ class ElementwiseRule(AbstractLayerRule):
 
     Right where p is small beside the activations it meets, as the parameters of norms are. Index legend: b batch,
     n/m rows, c/d outputs, p parameters, k columns. Factors: g = df/dp `[B, N, C, P]`, no a. Flops per column:
-    2*N*C*P each way. Gram: 2*N*M*C²*P. Several uses are summed.
-
-    Attributes:
-        shape: The shape of p.
+    2*N*C*P each way. Gram: 2*N*M*C²*P. Several uses are summed. Images are flat, `[B, K, P]`.
     """
 
-    shape: tuple[int, ...]
-
-    def factors(self, inputs: Tensor | None, cotangents: Tensor) -> Factors:
+    def factors(self, inputs: tuple[Tensor, ...], cotangents: Tensor) -> Factors:
         del inputs
         return Factors(None, cotangents.reshape(*cotangents.shape[:2], -1))
 
-    def join(self, uses: list[Factors]) -> list[Factors]:
-        return [Factors(None, torch.stack([_gradient(use) for use in uses]).sum(0))] if len(uses) > 1 else uses
+    def join(self, uses: list[Factors]) -> Factors:
+        return Factors(None, torch.stack([use.cotangents for use in uses]).sum(0))
 
     def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
-        return torch.einsum("bkp,bncp->bknc", tangents[COPY].reshape(*tangents[COPY].shape[:2], -1), _gradient(factors))
+        return torch.einsum("bkp,bncp->bknc", tangents[COPY].reshape(*tangents[COPY].shape[:2], -1), factors.cotangents)
 
     def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
-        g = _gradient(factors)
-        return {COPY: (u.flatten(2) @ g.flatten(1, 2)).reshape(*u.shape[:2], *self.shape)}
-
-    def image(self, a: Tensor | None, w: Tensor) -> dict[str, Tensor]:
-        del a
-        return {COPY: w.sum(1).reshape(w.shape[0], w.shape[2], *self.shape)}
-
-    def flat(self, factors: Factors) -> bool:
-        del factors
-        return True
+        return {COPY: u.flatten(2) @ factors.cotangents.flatten(1, 2)}
 
     def gram(self, left: Factors, right: Factors) -> Tensor:
-        g, g2 = _gradient(left), _gradient(right)
-        return (g.flatten(1, 2) @ g2.flatten(1, 2).mT).unflatten(1, g.shape[1:3]).unflatten(3, g2.shape[1:3])
+        return outer(left.cotangents, right.cotangents)
 
     def gradients(self, factors: Factors) -> dict[str, Tensor]:
-        g = _gradient(factors)
-        return {COPY: g.reshape(*g.shape[:3], *self.shape)}
+        return {COPY: factors.cotangents}
 
-    def diagonal(self, factors: Factors) -> Tensor:
-        return _gradient(factors).square().sum(-1)
-
-    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
-        del limit
-        out.add_(self.gram(left, right))
-
-    def operations(self, factors: Factors) -> Operations:
-        _, _, c, p = _gradient(factors).shape
-        return Operations(c * p, c**2 * p)
-
-    def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        return sketched(_gradient(factors), features, generator)
+    def sizes(self, factors: Factors) -> RuleSizes:
+        g = factors.cotangents
+        _, _, c, p = g.shape
+        return RuleSizes(c * p, c**2 * p, g[:, :, 0].numel(), tile=0)
 
 
-def _gradient(factors: Factors) -> Tensor:
-    assert factors.g is not None
-    return factors.g
+RULE = ElementwiseRule((COPY,))
 
 
 def _bind_all(*args: Any, **kwargs: Any) -> Binding:
     """Every tensor among the arguments may be a parameter; the caller keeps those that are."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    return Binding(ElementwiseRule((COPY,), shape=()), None, {str(i): tensor for i, tensor in enumerate(tensors)})
+    return Binding(RULE, (), {str(i): tensor for i, tensor in enumerate(tensors)}, copied=True)
 
 
 def _bind_inplace(self: Tensor, *args: Any, **kwargs: Any) -> Binding:
@@ -104,7 +76,7 @@ def _bind_repeat(p: Tensor, *sizes: Any) -> Binding | None:
     lengths = tuple(sizes[0]) if isinstance(sizes[0], (tuple, list)) else sizes
     if any(length != 1 for length in lengths[1:]) or p.dim() < len(lengths) or p.shape[0] != 1:
         return None
-    return Binding(ElementwiseRule((COPY,), shape=()), None, {"0": p}, _repeated)
+    return Binding(RULE, (), {"0": p}, _repeated, copied=True)
 
 
 _ELEMENTWISE = (

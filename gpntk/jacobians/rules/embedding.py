@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk.jacobians.rules import weight_sharing
-from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, RuleSizes, register, weighted
 
 
 @final
@@ -29,72 +28,55 @@ class EmbeddingRule(AbstractLayerRule):
 
     vocabulary: int
 
-    def factors(self, inputs: Tensor | None, cotangents: Tensor) -> Factors:
-        assert inputs is not None
-        return Factors(inputs.flatten(1), cotangents.flatten(2, -2))
-
-    def join(self, uses: list[Factors]) -> list[Factors]:
-        index, g = zip(*uses, strict=True)
-        return [Factors(torch.cat(index, 2), torch.cat(g, 3))]
+    def factors(self, inputs: tuple[Tensor, ...], cotangents: Tensor) -> Factors:
+        return Factors(inputs[0].flatten(1), cotangents.flatten(2, -2))
 
     def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
-        index, g = _pair(factors)
+        index, g = factors.pair
         looked_up = torch.stack([table[:, rows] for table, rows in zip(tangents["weight"], index, strict=True)])
         return torch.einsum("bknto,bncto->bknc", looked_up, g)
 
-    def image(self, a: Tensor | None, w: Tensor) -> dict[str, Tensor]:
-        assert a is not None
-        columns = w.movedim(2, 1).flatten(2, 3)  # [B, K, N*T, O]
-        zeros = w.new_zeros(columns.shape[1], self.vocabulary, w.shape[-1])
-        images = [zeros.index_add(1, rows.flatten(), part) for rows, part in zip(a, columns, strict=True)]
-        return {"weight": torch.stack(images)}
+    def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
+        index, g = factors.pair
+        w = weighted(g, u)  # [B, N, K, T, O]
+        return {"weight": self._scattered(index.flatten(1), w.movedim(2, 1).flatten(2, 3))}
 
-    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
-        (index, g), (index2, g2) = _pair(left), _pair(right)
-        _, _, c, t, o = g.shape
+    def gradients(self, factors: Factors) -> dict[str, Tensor]:
+        index, g = factors.pair
+        images = self._scattered(index.flatten(0, 1), g.flatten(0, 1))
+        return {"weight": images.unflatten(0, g.shape[:2])}
 
-        def block(rows: slice, columns: slice) -> Tensor:
-            same = (index[:, None, rows, :, None] == index2[:, columns, None, None, :]).to(g.dtype)
-            halfway = torch.einsum("bmnts,bmdso->bnmdto", same, g2[:, columns])
-            return torch.einsum("bncto,bnmdto->bncmd", g[:, rows], halfway)
-
-        bytes_each = 32 * g.element_size() * g.shape[0] * t * max(t, c * o)
-        weight_sharing.add_blockwise(out, bytes_each, block, right is left, limit)
+    def gram(self, left: Factors, right: Factors) -> Tensor:
+        (index, g), (index2, g2) = left.pair, right.pair
+        same = (index[:, None, :, :, None] == index2[:, :, None, None, :]).to(g.dtype)
+        halfway = torch.einsum("bmnts,bmdso->bnmdto", same, g2)
+        return torch.einsum("bncto,bnmdto->bncmd", g, halfway)
 
     def diagonal(self, factors: Factors) -> Tensor:
-        index, g = _pair(factors)
+        index, g = factors.pair
         same = (index[..., :, None] == index[..., None, :]).to(g.dtype)
         return ((g @ g.mT) * same.unsqueeze(2)).sum((-2, -1))
 
-    def operations(self, factors: Factors) -> Operations:
-        _, _, c, t, o = _pair(factors)[1].shape
-        return Operations(t * o * c, t**2 * c * o + c**2 * t * o)
+    def sizes(self, factors: Factors) -> RuleSizes:
+        g = factors.cotangents
+        _, _, c, t, o = g.shape
+        return RuleSizes(t * o * c, t**2 * c * o + c**2 * t * o, g[:, :, 0].numel(), 16 * t * max(t, c * o))
 
-    def num_positions(self, factors: Factors) -> int:
-        return 1 if factors.g is None else factors.g.shape[3]
-
-    def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        index, g = _pair(factors)
-        first = weight_sharing.normal((features, self.vocabulary), g, generator)
-        second = weight_sharing.normal((features, g.shape[-1]), g, generator)
-        return torch.einsum("bntf,bnctf->bncf", first.mT[index], g @ second.mT) / features**0.5
-
-
-def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    assert factors.a is not None
-    assert factors.g is not None
-    return factors.a, factors.g
+    def _scattered(self, index: Tensor, g: Tensor) -> Tensor:
+        """Rows g `[B, K, T, O]` added up at their places in tables `[B, K, V, O]`, for index `[B, T]`."""
+        zeros = g.new_zeros(g.shape[1], self.vocabulary, g.shape[-1])
+        return torch.stack([zeros.index_add(1, rows, part) for rows, part in zip(index, g, strict=True)])
 
 
 @register(Tensor.__getitem__)
 def _bind_getitem(self: Tensor, index: object) -> Binding | None:
     if not isinstance(index, Tensor) or index.dtype != torch.long or self.dim() != 2:
         return None
-    return Binding(EmbeddingRule(("weight",), vocabulary=self.shape[0]), index, {"weight": self})
+    return Binding(EmbeddingRule(("weight",), vocabulary=self.shape[0]), (index,), {"weight": self})
 
 
 @register(functional.embedding)
 def _bind_embedding(input: Tensor, weight: Tensor, max_norm: float | None = None, **_options: object) -> Binding | None:
     if max_norm is not None:  # writes to the weight
         return None
-    return Binding(EmbeddingRule(("weight",), vocabulary=weight.shape[0]), input, {"weight": weight})
+    return Binding(EmbeddingRule(("weight",), vocabulary=weight.shape[0]), (input,), {"weight": weight})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gpntk.jacobians.rules import weight_sharing
-from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, Operations, register
+from gpntk.jacobians.rules.rule import AbstractLayerRule, Binding, Factors, RuleSizes, outer, register, weighted
 from gpntk.jacobians.rules.weight_sharing import Positions
 
 
@@ -23,7 +23,7 @@ class LinearRule(AbstractLayerRule):
     Index legend: b batch, n/m rows, c/d outputs, t positions, i input features, o output features, k columns.
     Factors: a `[B, N, T, I]`, g `[B, N, C, T, O]`, or None for the identity (the network's last layer).
     Flops per column: 2*N*T*O*I each way. Gram: for T = 1 the product of forward and backward covariances,
-    (a·a' + 1)(g·g'), 2*N*M*(I + C²*O); for T > 1 see `positions`. Several uses are more positions.
+    (a·a' + 1)(g·g'), 2*N*M*(I + C²*O); for T > 1 see `weight_sharing`. Several uses are more positions.
 
     Attributes:
         transposed: The parameter is Wᵀ `[I, O]`.
@@ -32,16 +32,10 @@ class LinearRule(AbstractLayerRule):
 
     transposed: bool
     outputs: int
+    takes_identity: ClassVar[bool] = True
 
-    def factors(self, inputs: Tensor | None, cotangents: Tensor) -> Factors:
-        assert inputs is not None
-        return Factors(inputs.flatten(1, -2), cotangents.flatten(2, -2))
-
-    def join(self, uses: list[Factors]) -> list[Factors]:
-        if any(use.g is None for use in uses) or len(uses) == 1:
-            return uses
-        a, g = zip(*map(_pair, uses), strict=True)
-        return [Factors(torch.cat(a, 2), torch.cat(g, 3))]
+    def factors(self, inputs: tuple[Tensor, ...], cotangents: Tensor) -> Factors:
+        return Factors(inputs[0].flatten(1, -2), cotangents.flatten(2, -2))
 
     def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
         a, g = factors
@@ -63,44 +57,42 @@ class LinearRule(AbstractLayerRule):
             return (s * g.transpose(2, 3)).sum((2, 4)).mT.unsqueeze(-1)
         return torch.einsum("bntko,bncto->bknc", s.expand(*a.shape[:3], -1, -1), g)
 
-    def image(self, a: Tensor | None, w: Tensor) -> dict[str, Tensor]:
-        w = w.transpose(2, 3)  # [B, N, T, K, O]
+    def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
+        w = weighted(factors.g, u).transpose(2, 3)  # [B, N, T, K, O]
         columns, outputs = w.shape[3:]
         result = {}
         if "weight" in self.own:
-            assert a is not None
+            assert factors.a is not None
             # One GEMM for all columns: [K*O, N*T] @ [N*T, I].
-            product = w.flatten(1, 2).flatten(2).mT @ a.flatten(1, 2)
+            product = w.flatten(1, 2).flatten(2).mT @ factors.a.flatten(1, 2)
             result["weight"] = self._oriented(product.unflatten(1, (columns, outputs)))
         if "bias" in self.own:
             result["bias"] = w.sum((1, 2))
         return result
 
-    def flat(self, factors: Factors) -> bool:
-        return factors.g is None or factors.g.shape[3] == 1
+    def gradients(self, factors: Factors) -> dict[str, Tensor]:
+        positions = Positions(*factors.pair)
+        result = {}
+        if "weight" in self.own:
+            result["weight"] = self._oriented(weight_sharing.gradients(positions))
+        if "bias" in self.own:
+            result["bias"] = positions.g.sum(3)
+        return result
 
     def gram(self, left: Factors, right: Factors) -> Tensor:
         if left.g is None or right.g is None:
             forward = self._forward(left, right)
             eye = torch.eye(self._outputs(left), dtype=forward.dtype, device=forward.device)
             return forward[:, :, None, :, None] * eye[:, None]
-        if self.flat(left):
-            g, g2 = left.g[:, :, :, 0], right.g[:, :, :, 0]
-            backward = (g.flatten(1, 2) @ g2.flatten(1, 2).mT).unflatten(1, g.shape[1:3]).unflatten(3, g2.shape[1:3])
+        if left.g.shape[3] == 1:
+            backward = outer(left.g[:, :, :, 0], right.g[:, :, :, 0])
             return backward if self.own == ("bias",) else self._forward(left, right)[:, :, None, :, None] * backward
-        return super().gram(left, right)
-
-    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
-        if self.flat(left):
-            out.add_(self.gram(left, right))
-            return
-        one, two = _pair(left)[1], _pair(right)[1]
+        terms = []
         if "weight" in self.own:
-            weight_sharing.add_gram(
-                out, lambda rows: _positions(left, rows), lambda rows: _positions(right, rows), right is left, limit
-            )
+            terms.append(weight_sharing.gram(Positions(*left.pair), Positions(*right.pair)))
         if "bias" in self.own:
-            weight_sharing.add_outer(out, one.sum(3), two.sum(3), limit)
+            terms.append(outer(left.g.sum(3), right.g.sum(3)))
+        return terms[0] if len(terms) == 1 else terms[0].add(terms[1])
 
     def diagonal(self, factors: Factors) -> Tensor:
         a, g = factors
@@ -109,39 +101,25 @@ class LinearRule(AbstractLayerRule):
             backward = 1.0 if g is None else g[:, :, :, 0].square().sum(-1)
             forward = a[:, :, 0].square().sum(-1, keepdim=True) * ("weight" in self.own) + ("bias" in self.own)
             return (forward * backward).expand(-1, -1, self._outputs(factors))
-        total = weight_sharing.diagonal(_positions(factors, slice(None))) if "weight" in self.own else None
+        total = weight_sharing.diagonal(Positions(*factors.pair)) if "weight" in self.own else None
         if "bias" in self.own:
             term = g.sum(3).square().sum(-1)
             total = term if total is None else total + term
         assert total is not None
         return total
 
-    def operations(self, factors: Factors) -> Operations:
+    def sizes(self, factors: Factors) -> RuleSizes:
         a, g = factors
         assert a is not None
-        outputs, positions_, size = (1, 1, self.outputs) if g is None else g.shape[2:]
         inputs = a.shape[3] if "weight" in self.own else 0
-        pair = (
-            inputs + outputs**2 * size
-            if positions_ == 1
-            else weight_sharing.cheapest(outputs, positions_, inputs, size)[1]
-        )
-        return Operations(positions_ * size * (inputs + outputs), pair)
-
-    def num_positions(self, factors: Factors) -> int:
-        return 1 if factors.g is None else factors.g.shape[3]
-
-    def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        a, g = factors
-        assert a is not None
         if g is None:
-            g = torch.eye(self._outputs(factors), dtype=a.dtype, device=a.device)[:, None].expand(
-                *a.shape[:2], -1, 1, -1
-            )
-        # The bias is the weight of an input that is one.
-        parts = [a] if "weight" in self.own else []
-        parts += [a.new_ones(*a.shape[:3], 1)] if "bias" in self.own else []
-        return weight_sharing.sketch(Positions(torch.cat(parts, -1), g), features, generator)
+            return RuleSizes(self.outputs * (inputs + 1), inputs + self.outputs, 1, tile=0)
+        outputs, positions, size = g.shape[2:]
+        product, column = positions * size * (inputs + outputs), g[:, :, 0].numel()
+        if positions == 1:
+            return RuleSizes(product, inputs + outputs**2 * size, column, tile=0)
+        sizes = outputs, positions, inputs, size
+        return RuleSizes(product, weight_sharing.cheapest(*sizes)[1], column, weight_sharing.tile(*sizes))
 
     def _forward(self, left: Factors, right: Factors) -> Tensor:
         """a·a' [weight] + 1 [bias], `[B, N, M]`."""
@@ -159,20 +137,10 @@ class LinearRule(AbstractLayerRule):
         return weight.mT if self.transposed else weight
 
 
-def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    assert factors.a is not None
-    assert factors.g is not None
-    return factors.a, factors.g
-
-
-def _positions(factors: Factors, rows: slice) -> Positions:
-    return Positions(*_pair(factors.rows(rows)))
-
-
 @register(functional.linear)
 def _bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding:
     operands = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return Binding(LinearRule(tuple(operands), transposed=False, outputs=weight.shape[0]), input, operands)
+    return _binding(input, operands, transposed=False, outputs=weight.shape[0])
 
 
 @register(torch.mm, Tensor.mm)
@@ -184,4 +152,10 @@ def _bind_mm(input: Tensor, mat2: Tensor) -> Binding | None:
 def _bind_matmul(input: Tensor, other: Tensor) -> Binding | None:
     if other.dim() != 2 or input.dim() < 2:
         return None
-    return Binding(LinearRule(("weight",), transposed=True, outputs=other.shape[1]), input, {"weight": other})
+    return _binding(input, {"weight": other}, transposed=True, outputs=other.shape[1])
+
+
+def _binding(input: Tensor, operands: dict[str, Tensor], transposed: bool, outputs: int) -> Binding:
+    own = tuple(operands)
+    rule, mirrored = (LinearRule(own, transposed=way, outputs=outputs) for way in (transposed, not transposed))
+    return Binding(rule, (input,), operands, mirrored=mirrored)

@@ -10,14 +10,18 @@ parameters or used by hand are then nothing special.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Features summed at once by a matrix product: of few rows, each sum is one after another, and its rounding grows.
+_FEATURES = 2**16
 
 
 class Factors(NamedTuple):
@@ -26,7 +30,7 @@ class Factors(NamedTuple):
     Attributes:
         a: Layer inputs `[B, N, ...]`, laid out as the rule wants them; None where the rule needs none.
         g: Derivatives of the network's outputs with respect to the layer's output, `[B, N, C, ...]`; None for the
-            identity, where the layer's output `[N, C]` is the network's.
+            identity, where the layer's output `[N, C]` is the network's (only if the rule `takes_identity`).
     """
 
     a: Tensor | None
@@ -35,6 +39,18 @@ class Factors(NamedTuple):
     def rows(self, rows: slice) -> Factors:
         """The factors of some of the N rows."""
         return Factors(*(None if tensor is None else tensor[:, rows] for tensor in self))
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """a and g, for rules that have both."""
+        assert self.a is not None
+        return self.a, self.cotangents
+
+    @property
+    def cotangents(self) -> Tensor:
+        """The output gradients g, where they are not the identity."""
+        assert self.g is not None
+        return self.g
 
     @property
     def num_rows(self) -> int:
@@ -47,105 +63,97 @@ class Factors(NamedTuple):
         return sum(tensor.numel() for tensor in self if tensor is not None)
 
 
-class Operations(NamedTuple):
-    """Multiplications: of a row in a product with one column, one way; of a pair of rows in the Gram."""
+class RuleSizes(NamedTuple):
+    """What products with some factors take.
 
-    row: float
+    Attributes:
+        product: Multiplications of one row in a product with one column, one way.
+        pair: Multiplications of a pair of rows in the Gram.
+        column: Values of the largest temporary in a product of all rows with one column.
+        tile: Values of temporaries in the Gram, for each row of a square block; 0 if there are none beside the result,
+            so that a block costs no more for being computed in pieces.
+    """
+
+    product: float
     pair: float
+    column: float
+    tile: float
 
 
 @dataclass(frozen=True)
 class AbstractLayerRule(ABC):
     """Products with the Jacobian of one layer's parameters, from its `Factors`.
 
-    Tangents and images are dictionaries by the layer's own names of its parameters ("weight", "bias"),
-    `[B, K, *shape]`.
+    Tangents and images are dictionaries by the layer's own names of its parameters ("weight", "bias"). B batches of
+    rows never meet: batch b of the tangents belongs to batch b of the factors.
 
     Attributes:
-        own: The own names of the parameters that are differentiated.
+        own: The own names of the parameters that are differentiated; products give these and no others.
     """
 
     own: tuple[str, ...]
 
-    @abstractmethod
-    def factors(self, inputs: Tensor | None, cotangents: Tensor) -> Factors:
-        """Factors, with B = 1 left out, from inputs `[N, m, ...]` and df/ds `[N, C, m, ...]`; m copies share a row."""
+    takes_identity: ClassVar[bool] = False
+    """Whether products know what to do where g is None."""
 
     @abstractmethod
-    def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
-        """The part of J v, `[B, K, N, C]`."""
+    def factors(self, inputs: tuple[Tensor, ...], cotangents: Tensor) -> Factors:
+        """Factors a `[N, T, ...]` and g `[N, C, T, ...]` from inputs, each `[N, m, ...]`, and df/ds `[N, C, m, ...]`.
 
-    @abstractmethod
-    def image(self, a: Tensor | None, w: Tensor) -> dict[str, Tensor]:
-        """The adjoint of the change of s, for cotangents w of s `[B, N, K, ...]`: `[B, K, *shape]` by own name."""
-
-    @abstractmethod
-    def add_gram(self, out: Tensor, left: Factors, right: Factors, limit: int) -> None:
-        """Add the part of J Jᵀ to ``out`` `[B, N, C, M, C]`, with temporaries of about ``limit`` bytes beyond it.
-
-        ``right is left`` where it is symmetric.
+        T are the positions at which a row uses the parameters, and the m copies of a row among them. B comes later.
         """
 
     @abstractmethod
-    def operations(self, factors: Factors) -> Operations:
-        """What products cost."""
+    def jvp(self, factors: Factors, tangents: Mapping[str, Tensor]) -> Tensor:
+        """The part of J v, `[B, K, N, C]`, for tangents `[B, K, *shape]` by own name."""
 
     @abstractmethod
-    def sketch(self, factors: Factors, features: int, generator: torch.Generator) -> Tensor:
-        """Random features `[B, N, C, F]` whose inner products are unbiased for `gram`; see `gpntk.jacobians.sketch`."""
-
-    def join(self, uses: list[Factors]) -> list[Factors]:
-        """The factors of several uses of the same parameters in as few as can be."""
-        return uses
-
-    def gram(self, left: Factors, right: Factors) -> Tensor:
-        """The part of J Jᵀ, `[B, N, C, M, C]`."""
-        assert left.g is not None
-        assert right.g is not None
-        out = left.g.new_zeros(*left.g.shape[:3], *right.g.shape[1:3])
-        self.add_gram(out, left, right, limit=2**30)
-        return out
-
     def vjp(self, factors: Factors, u: Tensor) -> dict[str, Tensor]:
         """The part of Jᵀ u for u `[B, K, N, C]`: `[B, K, *shape]` by own name."""
-        return self.image(factors.a, weighted(factors.g, u))
 
+    @abstractmethod
+    def gram(self, left: Factors, right: Factors) -> Tensor:
+        """The part of J Jᵀ, `[B, N, C, M, C]`; ``right is left`` where it is symmetric."""
+
+    @abstractmethod
     def gradients(self, factors: Factors) -> dict[str, Tensor]:
-        """Per-sample gradients `[B, N, C, *shape]` by own name: each row as a batch of its own."""
-        if factors.g is None:
-            raise AssertionError("an identity has no cotangents")
-        batch, rows = factors.g.shape[:2]
-        a = None if factors.a is None else factors.a.flatten(0, 1).unsqueeze(1)
-        images = self.image(a, factors.g.flatten(0, 1).unsqueeze(1))
-        return {own: image.unflatten(0, (batch, rows)) for own, image in images.items()}
+        """Per-sample gradients `[B, N, C, *shape]` by own name."""
+
+    @abstractmethod
+    def sizes(self, factors: Factors) -> RuleSizes:
+        """What products cost, and the memory that they need meanwhile."""
+
+    # --- where a rule knows better -----------------------------------------------------------------------------
 
     def diagonal(self, factors: Factors) -> Tensor:
         """Diagonal of ``gram(factors, factors)``, `[B, N, C]`."""
         return torch.stack([g.flatten(3).square().sum(-1) for g in self.gradients(factors).values()]).sum(0)
 
-    def takes_rows(self, axis: int, dims: int) -> bool:
-        """Whether the rows of x may be on this axis of an output with so many."""
-        return axis < dims - 1
+    def join(self, uses: list[Factors]) -> Factors:
+        """The factors of several uses of the same parameters in one: more positions T."""
+        a, g = zip(*(use.pair for use in uses), strict=True)
+        return Factors(torch.cat(a, 2), torch.cat(g, 3))
 
-    def num_positions(self, factors: Factors) -> int:
-        """T."""
-        del factors
-        return 1
 
-    def column_bytes(self, factors: Factors) -> int:
-        """Bytes of the largest temporary in a product with one column: the layer's output, unless overridden."""
-        g = factors.g
-        return 1 if g is None else g[:, :, 0].numel() * g.element_size()
+def gram_of_gradients(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    """The part of J Jᵀ `[B, N, C, M, C]` from per-sample gradients by own name: how any rule may do it."""
+    terms = [outer(one.flatten(3), right[own].flatten(3)) for own, one in left.items()]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
-    def flat(self, factors: Factors) -> bool:
-        """Whether a block of the Gram costs no more for being computed in pieces."""
-        del factors
-        return False
 
-    def without(self, own: set[str]) -> Self:
-        """The same rule with fewer parameters to differentiate."""
-        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return type(self)(**{**options, "own": tuple(name for name in self.own if name not in own)})
+def outer(one: Tensor, two: Tensor) -> Tensor:
+    """one_nc · two_md `[B, N, C, M, C]` for rows of gradients `[B, N, C, P]` and `[B, M, C, P]`."""
+    product = inner_products(one.flatten(1, 2), two.flatten(1, 2))
+    return product.unflatten(1, one.shape[1:3]).unflatten(3, two.shape[1:3])
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """A Bᵀ `[..., n, m]` for A `[..., n, F]` and B `[..., m, F]`, to the precision of their dtype whatever F.
+
+    In float32, a plain product of five rows and F = 10⁷ is off by 1e-3; slice by slice, as fast, by 1e-6.
+    """
+    pairs = zip(a.split(_FEATURES, -1), b.split(_FEATURES, -1), strict=True)
+    return functools.reduce(torch.add, (left @ right.mT for left, right in pairs))
 
 
 def weighted(g: Tensor | None, u: Tensor) -> Tensor:
@@ -159,19 +167,26 @@ def weighted(g: Tensor | None, u: Tensor) -> Tensor:
 
 
 class Binding(NamedTuple):
-    """How one call of a function is read: the rule, its input, and which arguments are its parameters.
+    """How one call of a function is read: the rule, its inputs, and which arguments are its parameters.
 
     Attributes:
         rule: The rule, with every parameter of the call in ``own``.
-        input: The argument that becomes ``a``; None where the rule needs none.
+        inputs: The arguments, with a row for every row of the output, that `AbstractLayerRule.factors` makes ``a`` of.
         operands: The argument behind each own name.
         function: What to call instead, with the same arguments; None for the function itself.
+        copied: Whether every row gets a copy of each operand (which broadcasts over rows), and g is the derivative with
+            respect to that copy; otherwise g belongs to the output of the call.
+        first_axis: Whether the rows of x must be the first axis of the output, rather than any but the last.
+        mirrored: The rule where the weight is given as the transpose of a parameter, if there is one.
     """
 
     rule: AbstractLayerRule
-    input: Tensor | None
+    inputs: tuple[Tensor, ...]
     operands: dict[str, Tensor]
     function: Callable[..., Tensor] | None = None
+    copied: bool = False
+    first_axis: bool = False
+    mirrored: AbstractLayerRule | None = None
 
 
 Binder = Callable[..., Binding | None]
@@ -179,7 +194,15 @@ _BINDERS: dict[Callable[..., Any], Binder] = {}
 
 
 def register(*functions: Callable[..., Any]) -> Callable[[Binder], Binder]:
-    """Decorator: this binder reads calls of these functions, with their signature; None where it can't."""
+    """Decorator: this binder reads calls of ``functions``.
+
+    Args:
+        *functions: Functions of torch, as the network calls them: ``torch.nn.functional.linear``, ``torch.Tensor.add``.
+            (A module is found through the functions that its ``forward`` calls.)
+
+    The binder takes the arguments of the function, under the same names, and returns a `Binding`, or None for calls
+    that the rule does not cover: their parameters go by automatic differentiation.
+    """
 
     def decorate(binder: Binder) -> Binder:
         _BINDERS.update(dict.fromkeys(functions, binder))

@@ -1,4 +1,4 @@
-"""A tape of every call of a torch function that a network makes: for a few rows."""
+"""A record of every call of a torch function that a network makes: for a few rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpntk.network import FrozenNetwork
 
 
 class Call(NamedTuple):
-    """One call on a tape.
+    """One call of a torch function.
 
     Attributes:
         leaves: Its arguments, flattened.
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 @final
-class Tape(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Keeps every call and all tensors: for a few rows."""
 
     def __init__(self) -> None:
@@ -53,16 +53,12 @@ class Tape(TorchFunctionMode):
 
 def storages(calls: Iterable[Call]) -> list[int]:
     """Sizes of the distinct tensors that a run made."""
-    sizes: dict[int, int] = {}
-    for call in calls:
-        sizes |= {
-            out.untyped_storage().data_ptr(): math.prod(out.shape) for out in call.outputs if out.is_floating_point()
-        }
-    return list(sizes.values())
+    outputs = (out for call in calls for out in call.outputs if out.is_floating_point())
+    return list({out.untyped_storage().data_ptr(): math.prod(out.shape) for out in outputs}.values())
 
 
 def row_values(network: FrozenNetwork, row: Tensor) -> int:
     """Values that the forward pass of one row `[1, D]` makes."""
-    with Tape() as tape:
+    with Recorder() as recorder:
         network(row)
-    return max(1, sum(storages(tape.calls)))
+    return max(1, sum(storages(recorder.calls)))

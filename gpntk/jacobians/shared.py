@@ -1,8 +1,8 @@
-"""The uses of a network's parameters, bundled: those of the same parameters by the same rule belong together.
+"""Uses that share parameters: tied weights, layers called twice, and weights computed from others.
 
-J is the sum of the uses' parts, so J Jᵀ has a term for every *pair* of uses of the same parameters. Uses in a bundle
-are joined into one (more positions, say). What cannot be joined is *entangled*: a parameter in several bundles, or
-used through a tensor computed from it; its Gram goes through per-sample gradients, which simply add up.
+J is the sum of the uses' parts, so J Jᵀ has a term for every *pair* of uses of the same parameters. Uses of the same
+parameters by the same rule are joined into one with more positions. Where a parameter is used in several ways, or
+through a tensor computed from it, the Gram goes through per-sample gradients, which add up.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.jacobians.plan import Plan
 from gpntk.jacobians.rules import AbstractLayerRule, Factors
-from gpntk.jacobians.sites import Operand, Use
+from gpntk.jacobians.uses import Operand, Use, Uses
 from gpntk.network.selection import layer_name
 
 
 @final
 @dataclass(frozen=True)
-class Bundle:
-    """Uses with one rule and the same operands.
+class SharedUses:
+    """Uses of the same operands by one rule.
 
     Attributes:
-        key: Identifies the bundle.
+        key: Tells those of a network apart.
         uses: The uses, in the order in which they run.
         layer: The layer that owns the parameters.
-        entangled: Whether its Gram must go through per-sample gradients.
+        needs_gradients: Whether the Gram must go through per-sample gradients.
     """
 
     key: int
@@ -38,7 +37,7 @@ class Bundle:
     operands: dict[str, Operand]
     uses: tuple[Use, ...]
     layer: str
-    entangled: bool
+    needs_gradients: bool
 
     @property
     def names(self) -> frozenset[str]:
@@ -46,22 +45,22 @@ class Bundle:
         return self.uses[0].names
 
 
-def make_bundles(plan: Plan) -> tuple[Bundle, ...]:
-    """The bundles of all uses of a plan."""
+def group_uses(all_uses: Uses) -> tuple[SharedUses, ...]:
+    """All uses of a network, those together that share their operands and their rule."""
     groups: dict[object, list[Use]] = {}
-    for index, site in plan.sites.items():
-        for position, use in enumerate(site.uses):
+    for index, call in all_uses.calls.items():
+        for position, use in enumerate(call.uses):
             same = tuple((own, operand.names, operand.form) for own, operand in use.operands.items())
-            key = (use.rule, same) if not use.entangled else (index, position)
+            key = (use.rule, same) if not use.derived else (index, position)
             groups.setdefault(key, []).append(use)
     counts = Counter(name for uses in groups.values() for name in uses[0].names)
-    bundles = []
+    shared = []
     for key, uses in enumerate(groups.values()):
         first = uses[0]
         layers = {layer_name(name) for name in first.names}
-        entangled = first.entangled or len(layers) > 1 or any(counts[name] > 1 for name in first.names)
-        bundles.append(Bundle(key, first.rule, first.operands, tuple(uses), min(layers), entangled))
-    return tuple(bundles)
+        needs_gradients = first.derived or len(layers) > 1 or any(counts[name] > 1 for name in first.names)
+        shared.append(SharedUses(key, first.rule, first.operands, tuple(uses), min(layers), needs_gradients))
+    return tuple(shared)
 
 
 class Derived(NamedTuple):
@@ -75,9 +74,8 @@ class Derived(NamedTuple):
     value: Tensor
     parameters: dict[str, Tensor]
 
-    def pull(self, images: Tensor) -> dict[str, Tensor]:
-        """The adjoint of the map, for `[..., *shape]`: `[..., *shape]` of each parameter."""
-        lead = images.shape[: images.dim() - self.value.dim()]
+    def pull(self, images: Tensor, lead: int) -> dict[str, Tensor]:
+        """The adjoint of the map, for images with ``lead`` dimensions in front: of each parameter `[..., *shape]`."""
         with torch.inference_mode(False):
             pulled = torch.autograd.grad(
                 self.value,
@@ -89,7 +87,9 @@ class Derived(NamedTuple):
                 allow_unused=True,
                 materialize_grads=True,
             )
-        return {name: image.unflatten(0, lead) for name, image in zip(self.parameters, pulled, strict=True)}
+        return {
+            name: image.unflatten(0, images.shape[:lead]) for name, image in zip(self.parameters, pulled, strict=True)
+        }
 
     def push(self, tangents: dict[str, Tensor]) -> Tensor:
         """The map itself, for tangents `[B, K, *shape]` of each parameter: `[B, K, *shape]`.
@@ -117,46 +117,45 @@ class Derived(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one run leaves of one bundle.
+    """What one run leaves of uses that share parameters.
 
     Attributes:
-        factors: Of its uses, joined as far as they can be.
-        derived: Its operands that are computed from parameters, by own name.
+        factors: Of the uses, joined into one.
+        derived: Their operands that are computed from parameters, by own name.
     """
 
-    factors: tuple[Factors, ...]
+    factors: Factors
     derived: dict[str, Derived]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Part:
         """``function`` of every tensor among the factors."""
-        return Part(
-            tuple(Factors(*(None if t is None else function(t) for t in factors)) for factors in self.factors),
-            self.derived,
-        )
+        return Part(Factors(*(None if t is None else function(t) for t in self.factors)), self.derived)
 
     def rows(self, rows: slice) -> Part:
         """The part of some of the N rows."""
-        return Part(tuple(factors.rows(rows) for factors in self.factors), self.derived)
+        return Part(self.factors.rows(rows), self.derived)
 
 
-def operand_tangents(bundle: Bundle, part: Part, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tangents of parameters `[B, K, *shape]` by name, as those of the bundle's operands by own name."""
+def operand_tangents(shared: SharedUses, part: Part, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tangents of parameters `[B, K, *shape]` by name, as those of the operands by own name."""
     return {
         own: part.derived[own].push(tangents)
         if own in part.derived
         else _reshaped(tangents[min(operand.names)], operand.form)
-        for own, operand in bundle.operands.items()
+        for own, operand in shared.operands.items()
     }
 
 
-def parameter_images(bundle: Bundle, part: Part, images: dict[str, Tensor], lead: int) -> Iterator[tuple[str, Tensor]]:
+def parameter_images(
+    shared: SharedUses, part: Part, images: dict[str, Tensor], lead: int
+) -> Iterator[tuple[str, Tensor]]:
     """Images of operands by own name, as those of parameters by name, flat: ``lead`` dimensions and one more."""
     for own, image in images.items():
         if own in part.derived:
-            for name, pulled in part.derived[own].pull(image).items():
+            for name, pulled in part.derived[own].pull(image, lead).items():
                 yield name, pulled.reshape(*image.shape[:lead], -1)
         else:
-            yield min(bundle.operands[own].names), image.reshape(*image.shape[:lead], -1)
+            yield min(shared.operands[own].names), image.reshape(*image.shape[:lead], -1)
 
 
 def _reshaped(tangent: Tensor, form: torch.Size) -> Tensor:
