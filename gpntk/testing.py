@@ -1,18 +1,91 @@
-"""Laws that every Jacobian backend and feature kernel obeys, for testing your own.
+"""Laws that every layer rule, Jacobian backend and feature kernel obeys, for testing your own.
 
 Each function raises ``AssertionError`` with the law that broke and by how much. Run them on float64 inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from gpntk.jacobians import AbstractJacobianBackend
+from gpntk.jacobians.rules import AbstractLayerRule, Factors, bind
 from gpntk.kernels import AbstractFeatureKernel
 
-__all__ = ["check_backend", "check_kernel"]
+__all__ = ["check_backend", "check_kernel", "check_rule"]
+
+
+def check_rule(function: Callable[..., Tensor], *arguments: Any, tolerance: float = 1e-10) -> None:
+    """Check the rule for one call ``function(*arguments)``, whose inputs have their rows first, against plain autograd.
+
+    Gradients, both products, Gram, diagonal, uses joined, and each parameter alone. (Rules whose parameters broadcast
+    over rows are checked by a network: `check_backend`.)
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+        >>> check_rule(torch.nn.functional.linear, x, weight)
+    """
+    binding = bind(function, arguments, {})
+    if binding is None or binding.copied:
+        raise AssertionError("binding: no rule takes this call, or one whose parameters broadcast over rows")
+    generator = torch.Generator("cpu").manual_seed(0)
+    parameters = {own: operand.detach().clone().requires_grad_() for own, operand in binding.operands.items()}
+    own_of = {id(operand): own for own, operand in binding.operands.items()}
+    with torch.enable_grad():
+        output = function(*(parameters[own_of[id(a)]] if id(a) in own_of else a for a in arguments))
+    g = torch.randn(len(output), 2, *output.shape[1:], generator=generator, dtype=output.dtype, device="cpu")
+    g = g.to(output.device)
+    expected = {own: _gradients(output, g, parameter) for own, parameter in parameters.items()}
+    # One copy of every row, and a batch of one.
+    laid_out = binding.rule.factors(tuple(tensor.unsqueeze(1) for tensor in binding.inputs), g.unsqueeze(2))
+    factors = Factors(*(None if tensor is None else tensor.unsqueeze(0) for tensor in laid_out))
+    subsets = [(own,) for own in expected] if len(expected) > 1 else []
+    for subset in [tuple(expected), *subsets]:
+        rule = replace(binding.rule, own=subset)
+        _check_products(rule, factors, {own: expected[own] for own in subset}, tolerance)
+
+
+def _gradients(output: Tensor, g: Tensor, parameter: Tensor) -> Tensor:
+    """d<g_nc, s_n>/dp `[N, C, P]`, one by one."""
+    rows = [
+        torch.autograd.grad((cotangent * s).sum(), parameter, retain_graph=True)[0].flatten()
+        for s, cotangents in zip(output, g, strict=True)
+        for cotangent in cotangents
+    ]
+    return torch.stack(rows).unflatten(0, g.shape[:2])
+
+
+def _check_products(rule: AbstractLayerRule, factors: Factors, expected: dict[str, Tensor], tolerance: float) -> None:
+    gradients, shapes = rule.gradients(factors), {own: g.shape[3:] for own, g in rule.gradients(factors).items()}
+    if gradients.keys() != expected.keys():
+        raise AssertionError(f"own: products give {sorted(gradients)}, not {sorted(expected)}")
+    for own, exact in expected.items():
+        _close(f"gradients of {own!r}", gradients[own][0].flatten(2), exact, tolerance)
+    rows, outputs = next(iter(expected.values())).shape[:2]
+    generator = torch.Generator("cpu").manual_seed(1)
+    example = next(iter(expected.values()))
+    u = torch.randn(1, 3, rows, outputs, generator=generator, device="cpu").to(example)
+    for own, image in rule.vjp(factors, u).items():
+        _close(f"vjp of {own!r}", image[0].flatten(1), torch.einsum("knc,ncp->kp", u[0], expected[own]), tolerance)
+    tangents = {
+        own: torch.randn(1, 3, *shape, generator=generator, device="cpu").to(example) for own, shape in shapes.items()
+    }
+    terms = [torch.einsum("kp,ncp->knc", tangents[own][0].flatten(1), exact) for own, exact in expected.items()]
+    _close("jvp", rule.jvp(factors, tangents)[0], torch.stack(terms).sum(0), tolerance)
+    gram = torch.stack([torch.einsum("ncp,mdp->ncmd", exact, exact) for exact in expected.values()]).sum(0)
+    few = factors.rows(slice(0, 1))
+    _close("Gram", rule.gram(factors, factors)[0], gram, tolerance)
+    _close("Gram of different rows", rule.gram(few, factors)[0], gram[:1], tolerance)
+    diagonal = torch.stack([exact.square().sum(-1) for exact in expected.values()]).sum(0)
+    _close("diagonal", rule.diagonal(factors)[0], diagonal, tolerance)
+    joined = rule.join([factors, factors])
+    _close("two uses joined", rule.gram(joined, joined)[0], 4 * gram, tolerance)
 
 
 def check_backend(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, tolerance: float = 1e-10) -> None:

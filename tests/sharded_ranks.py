@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from linear_operator.utils import linear_cg
-from linear_operator.utils.lanczos import lanczos_tridiag
 from torch import Tensor, distributed, nn
 
 import gpntk
@@ -36,7 +34,6 @@ from gpntk.inference import (
     WhitenedSystem,
     log_evidence,
 )
-from gpntk.operators import ShardedLinearOperator
 
 ROWS, WIDTH, OUTPUTS = 60, 3, 2
 SOLVERS: dict[str, AbstractSolver] = {
@@ -84,14 +81,10 @@ def answers(features: AbstractFeatures, rows: slice) -> dict[str, Tensor]:
     result |= evidence("heteroscedastic", features, layers, noises, y, WeightSpace())
     posterior = Posterior(WhitenedSystem(FeatureCovariance(features, layers), noises), y, SOLVERS["nystrom"])
     result["heteroscedastic mean"] = posterior.mean(z)
-    # In linear_operator's own algorithms.
-    operator = ShardedLinearOperator(torch.where(noises.isfinite(), noises, 0), features=features)
-    rhs = torch.linspace(-1, 1, features.num_features, dtype=torch.float64)
-    result |= {"product": operator @ rhs, "dense": operator.to_dense(), "diagonal": operator.diagonal()}
-    result["cg"] = linear_cg(operator.add_jitter(10.0).matmul, rhs, tolerance=1e-4)
-    _, result["lanczos"] = lanczos_tridiag(
-        operator.matmul, 6, torch.float64, torch.device("cpu"), operator.shape, init_vecs=rhs.unsqueeze(-1)
-    )
+    weights = torch.where(noises.isfinite(), noises, 0)
+    rhs = torch.linspace(-1, 1, features.num_features, dtype=torch.float64).unsqueeze(0)
+    moment = features.second_moment(lambda rows, block: block * weights[rows].sqrt().unsqueeze(-1))
+    result |= {"product": features.vjp(features.jvp(rhs) * weights), "dense": moment}
     return result
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gpntk
-from gpntk.jacobians.rules import weight_sharing
+from gpntk.jacobians.rules import LinearRule, weight_sharing
 from gpntk.jacobians.rules.weight_sharing import Positions
+from gpntk.testing import check_rule
 from tests.cases import reference_jacobian
 from tests.test_architectures import assert_products
 
@@ -250,3 +251,38 @@ def test_second_derivatives_in_x(name: str) -> None:
     assert torch.autograd.gradgradcheck(backend.diagonal, (x,))
     assert torch.autograd.gradgradcheck(backend.jvp, (x, v))
     assert torch.autograd.gradcheck(backend.vjp, (x, u))
+
+
+def numbers(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+CALLS = {
+    "linear": (functional.linear, numbers(4, 3), numbers(2, 3), numbers(2)),
+    "linear at positions": (functional.linear, numbers(4, 5, 3), numbers(2, 3), numbers(2)),
+    "linear at many positions": (functional.linear, numbers(4, 50, 3), numbers(2, 3)),
+    "matmul": (torch.matmul, numbers(4, 3), numbers(3, 2)),
+    "bilinear": (functional.bilinear, numbers(4, 3), numbers(4, 5), numbers(2, 3, 5), numbers(2)),
+    "bilinear at positions": (functional.bilinear, numbers(4, 6, 3), numbers(4, 6, 5), numbers(2, 3, 5)),
+    "conv1d": (torch.conv1d, numbers(4, 2, 7), numbers(3, 2, 3), numbers(3)),
+    "conv2d in groups": (torch.conv2d, numbers(4, 4, 6, 5), numbers(6, 2, 3, 2), numbers(6), 2, 1, 1, 2),
+    "conv_transpose2d": (torch.conv_transpose2d, numbers(4, 3, 4, 3), numbers(3, 2, 3, 2), numbers(2), 2),
+    "embedding": (functional.embedding, torch.tensor([[0, 1, 1], [2, 2, 2], [3, 0, 1], [1, 3, 0]]), numbers(4, 3)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_rule_obeys_the_laws(call: tuple) -> None:
+    check_rule(*call)
+
+
+def test_laws_find_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearRule.gradients
+    monkeypatch.setattr(
+        LinearRule, "gradients", lambda self, factors: {own: 1.01 * g for own, g in right(self, factors).items()}
+    )
+    with pytest.raises(AssertionError, match=r"gradients of 'weight': relative error .* exceeds 1.0e-10"):
+        check_rule(functional.linear, numbers(4, 3), numbers(2, 3))
+    with pytest.raises(AssertionError, match="no rule takes this call"):
+        check_rule(torch.sin, numbers(4, 3))
