@@ -9,6 +9,7 @@ import ast
 import contextlib
 import io
 import re
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mpl.use("Agg")
 
 
+@cache
 def run_blocks(page: Path) -> dict[str, Any]:
     """The namespace after all blocks of the page, each ``text`` block compared with what was printed before it."""
     namespace: dict[str, Any] = {}

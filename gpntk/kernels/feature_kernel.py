@@ -161,7 +161,8 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
     def dtype(self) -> torch.dtype:
         dtypes = {self.network.dtype, *(parameter.dtype for parameter in self.parameters())}
         if len(dtypes) > 1:
-            raise RuntimeError(f"The kernel's parameters have multiple dtypes: {dtypes}.")
+            # A RuntimeError, as the host's own.
+            raise RuntimeError(f"the kernel has parameters of several dtypes, {dtypes}: use .double() or .float().")
         return dtypes.pop()
 
     @property
