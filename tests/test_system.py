@@ -20,10 +20,16 @@ from gpntk.inference import (
     FeatureCovariance,
     Features,
     FunctionSpace,
+    Nystrom,
+    PivotedCholesky,
     Posterior,
+    SampledGram,
+    WeightSpace,
     WhitenedSystem,
+    largest_dense,
     log_evidence,
 )
+from gpntk.inference.auto import sizes_of
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, jacobian, network
 
 DENSE: dict[str, AbstractSolver] = {
@@ -340,3 +346,29 @@ def test_settings_are_checked() -> None:
         ConjugateGradients(tolerance=math.nan)
     with pytest.raises(InputError, match="columns=0"):
         AutoSolver(columns=0)
+    for recipe in (Nystrom, PivotedCholesky):
+        with pytest.raises(InputError, match="max_rank=-1 must be at least 1"):
+            recipe(max_rank=-1)
+        with pytest.raises(InputError, match=r"error=-0\.5"):
+            recipe(error=-0.5)
+    with pytest.raises(InputError, match="space='foo': choose 'function' or 'weight'"):
+        Nystrom(space="foo")
+    with pytest.raises(InputError, match="oversampling=0 must be positive"):
+        SampledGram(oversampling=0)
+
+
+def test_costs_of_every_solver_are_counted() -> None:
+    """Small systems of few features go to weight space, and a spectrum costs 27 factorisations."""
+    features = Features(gpntk.AutoBackend(gpntk.freeze(torch.nn.Linear(5, 1))), torch.randn(1000, 5))
+    system = WhitenedSystem(FeatureCovariance(features, torch.ones(1)), torch.ones(1))
+    choice = AutoSolver().select(system)
+    assert choice.solver == WeightSpace()
+    assert "few beside 1000 rows" in str(choice)
+    sizes = sizes_of(system, 1)
+    assert AutoSolver().cost(sizes) == WeightSpace().cost(sizes)
+    for solver, size in ((WeightSpace(), 6), (FunctionSpace(), 1000)):
+        once, many = (solver.cost(sizes._replace(spectral=spectral)).once.flops for spectral in (False, True))
+        assert many - once == pytest.approx(26 * size**3 / 3)
+    assert largest_dense(torch.device("cpu"), memory_budget=2**30) == int((2**31 / 24) ** 0.5)
+    assert largest_dense(torch.device("cpu"), 2**40, seconds=1.0) < largest_dense(torch.device("cpu"), 2**40, 8.0)
+    assert Posterior(system, torch.zeros(1000)).choice.solver == WeightSpace()

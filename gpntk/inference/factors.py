@@ -49,7 +49,11 @@ class AbstractFactor(ABC):
 
 @final
 class CholeskyFactor(AbstractFactor):
-    """R = L, lower triangular."""
+    """A = L Lᵀ, R = L.
+
+    Args:
+        lower: L `[n, n]`, lower triangular.
+    """
 
     def __init__(self, lower: Tensor) -> None:
         self.lower = lower
@@ -82,7 +86,13 @@ def _matrix(v: Tensor) -> Tensor:
 
 @final
 class SpectralFactor(AbstractFactor):
-    """R = A^(1/2), of A = U diag(values) Uᵀ + rest (I - U Uᵀ) with orthonormal U `[n, r]`, r <= n."""
+    """A = U diag(values) Uᵀ + rest (I - U Uᵀ), R = A^½.
+
+    Args:
+        values: Eigenvalues `[r]`, positive.
+        vectors: U `[n, r]`, orthonormal, r <= n.
+        rest: The eigenvalue of all other directions.
+    """
 
     def __init__(self, values: Tensor, vectors: Tensor, rest: float = 1.0) -> None:
         self.values, self.vectors, self.rest = values, vectors, rest
@@ -117,7 +127,12 @@ class SpectralFactor(AbstractFactor):
 
 @final
 class BlockFactor(AbstractFactor):
-    """Block-diagonal A, one factor for each slice of the coordinates."""
+    """Block-diagonal A.
+
+    Args:
+        factors: Of the blocks.
+        indices: Coordinates of each block.
+    """
 
     def __init__(self, factors: Sequence[AbstractFactor], indices: Sequence[Tensor]) -> None:
         self._blocks = tuple(zip(factors, indices, strict=True))
@@ -159,7 +174,12 @@ class BlockFactor(AbstractFactor):
 
 @final
 class ScaledFactor(AbstractFactor):
-    """T A T, of a factor of A and a diagonal T = diag(``scales`` `[n]`)."""
+    """T A T with a diagonal T.
+
+    Args:
+        factor: Of A.
+        scales: Diagonal of T `[n]`, positive.
+    """
 
     def __init__(self, factor: AbstractFactor, scales: Tensor) -> None:
         self.factor, self.scales = factor, scales

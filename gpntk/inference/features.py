@@ -199,6 +199,10 @@ def mirror(upper: Tensor) -> None:
 class Features(AbstractFeatures):
     """The features of inputs x `[N, D]` in memory.
 
+    Args:
+        backend: How Jacobian products are computed; what is kept of x is kept in its cache.
+        x: `[N, D]`.
+
     Example:
         >>> import torch, gpntk
         >>> from gpntk.inference import Features

@@ -58,7 +58,11 @@ class Solution(NamedTuple):
 
 
 class AbstractInverse(ABC):
-    """A `WhitenedSystem` that is ready to be solved; all numbers that leave it are float64."""
+    """A `WhitenedSystem` that is ready to be solved; all numbers that leave it are float64.
+
+    Args:
+        system: In the precision of the data.
+    """
 
     def __init__(self, system: WhitenedSystem) -> None:
         self.system = system

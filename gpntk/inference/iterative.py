@@ -28,11 +28,10 @@ from gpntk.inference.checkpoint import SolveCheckpoint
 from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
 from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import not_in_function_space
-from gpntk.inference.features import exact_dtype
 from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom
-from gpntk.inference.probes import function_derivatives, signs
+from gpntk.inference.probes import function_derivatives, row_norms, signs
 from gpntk.inference.solver import AbstractSolver, SolverChoice, refuse_sharded
 from gpntk.inference.system import Sizes, Space, WhitenedSystem
 from gpntk.memory import chunks
@@ -152,14 +151,14 @@ class _IterativeInverse(AbstractInverse):
             dual, primal = rhs - self.exact.apply(refined.value), refined.value
             quad = self.primal_quad(dual, primal)
         else:
-            norms = _norms(rhs)
-            wanted = lambda _x, r: self._solver.tolerance * norms / _norms(r)  # noqa: E731
+            norms = row_norms(rhs)
+            wanted = lambda _x, r: self._solver.tolerance * norms / row_norms(r)  # noqa: E731
             refined = self._refine(rhs, wanted, self._checkpoint(rhs))
-            relative, dual = _norms(refined.residual) / norms, refined.value
+            relative, dual = row_norms(refined.residual) / norms, refined.value
             _, primal, energy = self.image(dual)
             quad = self.dual_quad(rhs, dual, energy)
         # A column of zeros has no residual to be compared with itself.
-        relative = torch.where(relative.isnan() & (_norms(refined.residual) == 0), 0.0, relative)
+        relative = torch.where(relative.isnan() & (row_norms(refined.residual) == 0), 0.0, relative)
         return Solution(dual, primal, tuple(refined.outcomes), refined.iterations, relative, quad)
 
     def _checkpoint(self, rhs: Tensor) -> SolveCheckpoint | None:
@@ -169,13 +168,13 @@ class _IterativeInverse(AbstractInverse):
 
     def _error(self, residual: Tensor) -> Tensor:
         """About (rᵀA⁻¹r)^(1/2) `[K]`: the norm of r bounds it, and that of R⁻¹ r over √a, a the smallest Ritz value."""
-        return torch.minimum(_norms(residual), _SAFETY * self._halved_norms(residual) / self._floor**0.5)
+        return torch.minimum(row_norms(residual), _SAFETY * self._halved_norms(residual) / self._floor**0.5)
 
     def _halved_norms(self, residual: Tensor) -> Tensor:
         """|R⁻¹ r| `[K]`, what the iterations reduce."""
-        norms = _norms(residual)
+        norms = row_norms(residual)
         scales = torch.where(norms > 0, norms, 1.0)
-        return scales * _norms(self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype)))
+        return scales * row_norms(self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype)))
 
     def _energy(self, rhs: Tensor, value: Tensor, residual: Tensor) -> Tensor:
         """About bᵀA⁻¹b `[K]`: from below by the present x, or by the preconditioner at the start."""
@@ -262,7 +261,7 @@ class _IterativeInverse(AbstractInverse):
         self, residual: Tensor, reduction: Tensor, most: int, keep: Callable[[int, Callable[[], Tensor]], None]
     ) -> tuple[Tensor, int, list[Outcome]]:
         """About A⁻¹ r, in the precision of the data, for columns scaled to norm one."""
-        scales = _norms(residual)
+        scales = row_norms(residual)
         rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype))
 
         def solution(v: Tensor) -> Tensor:
@@ -271,7 +270,7 @@ class _IterativeInverse(AbstractInverse):
         def observe(iteration: int, v: Tensor) -> None:
             keep(iteration, lambda: solution(v))
 
-        run = conjugate_gradients(self._split, rhs, reduction * _norms(rhs), most, observe)
+        run = conjugate_gradients(self._split, rhs, reduction * row_norms(rhs), most, observe)
         self._floor = min(self._floor, smallest_ritz_value(run))
         return solution(run.value), run.iterations, run.outcomes
 
@@ -287,8 +286,8 @@ class _IterativeInverse(AbstractInverse):
         # x = A⁻¹ R z: E[y xᵀ] = A⁻¹ and E[y yᵀ] = M⁻¹, so traces are the preconditioner's, exact, plus a small rest.
         covariance, size = self.system.covariance, self.system.size(self._space)
         probes = signs(self._solver.probes, size, self._solver.seed).to(covariance.device, covariance.dtype)
-        run = conjugate_gradients(self._split, probes, 1e-4 * _norms(probes), self._solver.max_iterations)
-        SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(_norms(probes), 1e-4)).checked()
+        run = conjugate_gradients(self._split, probes, 1e-4 * row_norms(probes), self._solver.max_iterations)
+        SolveResult(run.value, tuple(run.outcomes), run.iterations, torch.full_like(row_norms(probes), 1e-4)).checked()
         value, error = logdet_by_quadrature(run, size)
         value = self._factor.logdet().to(self.dtype) + value
         if not derivatives:
@@ -393,13 +392,8 @@ class _IterativeInverse(AbstractInverse):
         values, residuals = [], []
         for rows in chunks(rhs.shape[0], _VECTORS * 8 * rhs.shape[1], self.system.covariance.memory_budget):
             refined = self._refine(rhs[rows], wanted(rows))
-            relative = _norms(refined.residual) / _norms(rhs[rows])
+            relative = row_norms(refined.residual) / row_norms(rhs[rows])
             SolveResult(refined.value, tuple(refined.outcomes), refined.iterations, relative).checked()
             values.append(refined.value)
             residuals.append(refined.residual)
         return torch.cat(values), torch.cat(residuals)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Norms of rows `[K]`, in float64."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=exact_dtype(rows.device))

@@ -112,12 +112,9 @@ class Nystrom(AbstractPreconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_rank < 1:
-            raise InputError(f"max_rank={self.max_rank} must be at least 1.")
+        _check_rank(self.max_rank, self.error)
         if self.space not in get_args(Space):
             raise InputError(f"space={self.space!r}: choose 'function' or 'weight'.")
-        if not self.error >= 0:
-            raise InputError(f"error={self.error} must be at least 0.")
 
     def counted(self, sizes: Sizes) -> Counted:
         return _of_rank(sizes, self.space)
@@ -128,6 +125,13 @@ class Nystrom(AbstractPreconditioner):
         values, vectors = nystrom(system.product(self.space), like, self.max_rank, self.error, self.seed)
         # Beyond the rank, eigenvalues are at most about the smallest found.
         return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
+
+
+def _check_rank(max_rank: int, error: float) -> None:
+    if max_rank < 1:
+        raise InputError(f"max_rank={max_rank} must be at least 1.")
+    if not error >= 0:
+        raise InputError(f"error={error} must be at least 0.")
 
 
 def _of_rank(sizes: Sizes, space: Space) -> Counted:
@@ -219,6 +223,11 @@ class PivotedCholesky(AbstractPreconditioner):
     Pivots are drawn in blocks with probability proportional to the diagonal of what is left, which needs no ordering of
     the data and finds outliers; it stops when the largest entry left is below ``error`` or at ``max_rank`` rows.
 
+    Attributes:
+        max_rank: Largest r; memory is 2 r vectors.
+        error: Largest diagonal entry that may be left out, in units of the noise.
+        seed: Of the draws.
+
     References:
         Chen, Epperly, Tropp and Webber (2024), Randomly Pivoted Cholesky, algorithm 2.2.
         Harbrecht, Peters and Schneider (2012), On the Low-Rank Approximation by the Pivoted Cholesky Decomposition.
@@ -228,6 +237,9 @@ class PivotedCholesky(AbstractPreconditioner):
     error: float = 0.1
     seed: int = 0
     space: Space = field(default="function", init=False)
+
+    def __post_init__(self) -> None:
+        _check_rank(self.max_rank, self.error)
 
     def counted(self, sizes: Sizes) -> Counted:
         return _of_rank(sizes, self.space)
@@ -278,6 +290,10 @@ class SampledGram(AbstractPreconditioner):
     per_layer: bool = False
     seed: int = 0
     space: Space = field(default="weight", init=False)
+
+    def __post_init__(self) -> None:
+        if not self.oversampling > 0:
+            raise InputError(f"oversampling={self.oversampling} must be positive, and at least 1 to be of use.")
 
     def counted(self, sizes: Sizes) -> Counted:
         f, item = sizes.features, sizes.itemsize

@@ -17,6 +17,11 @@ def signs(count: int, size: int, seed: int) -> Tensor:
     return 2 * torch.randint(0, 2, (count, size), generator=generator, device="cpu") - 1
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """Norms of rows `[K]`, in float64."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=exact_dtype(rows.device))
+
+
 def function_derivatives(
     system: WhitenedSystem, factor: AbstractFactor, diagonal: Tensor, y: Tensor, rest: Tensor
 ) -> tuple[Tensor, Tensor]:

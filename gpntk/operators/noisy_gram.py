@@ -47,6 +47,9 @@ class NoisyGramLinearOperator(AddedDiagLinearOperator):
     float64 where it matters, and raises if it cannot reach its tolerance. Real batches of inputs, and inputs that carry
     a gradient, take the host's path, with a guard of its divisions that lets ``cg_tolerance`` mean what it says.
 
+    Args:
+        linear_ops: K and the diagonal, see `noisy_gram`.
+
     Example:
         >>> import torch, gpntk
         >>> noisy = gpntk.NTKKernel(torch.nn.Linear(3, 1))(torch.randn(5, 3)).evaluate_kernel().add_jitter(0.1)
