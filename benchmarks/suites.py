@@ -21,6 +21,7 @@ from benchmarks import (
     infinite_botorch,
     infinite_classification,
     infinite_suites,
+    laplace_suites,
     no_cliff,
     raster,
     transfer_speed,
@@ -238,6 +239,7 @@ SUITES: dict[str, Suite] = {
     **transfer_speed.SUITES,
     **no_cliff.SUITES,
     **raster.SUITES,
+    **laplace_suites.SUITES,
 }
 
 
