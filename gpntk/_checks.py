@@ -51,6 +51,13 @@ def check_memory_budget(memory_budget: float | None) -> int | None:
     return int(memory_budget)
 
 
+def check_count(least: int = 1, **counts: Any) -> None:
+    """Raise `InputError` unless every argument, by name, is a whole number and at least ``least``."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise InputError(f"{name}={value}: give a whole number, at least {least}.")
+
+
 def check_tensors(**tensors: Any) -> None:
     """Raise `InputError` unless every argument, by name, is a tensor or None."""
     for name, value in tensors.items():

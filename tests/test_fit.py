@@ -122,7 +122,7 @@ def test_steps_can_be_few_but_not_negative() -> None:
     assert recorded(model, max_steps=0) == ([], pytest.approx(density(twin)))
     assert_same_state(model, twin)
     assert len(recorded(model, max_steps=2)[0]) == 2
-    with pytest.raises(InputError, match="max_steps=-1: give the number of steps"):
+    with pytest.raises(InputError, match="max_steps=-1: give a whole number"):
         model.fit(max_steps=-1)
 
 

@@ -386,8 +386,9 @@ def test_a_pass_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chunk_rows_must_be_positive() -> None:
-    with pytest.raises(InputError, match="chunk_rows=0"):
-        StreamedFeatures(backend(), x64(), chunk_rows=0)
+    for rows in (0, -1, 2.5, True):
+        with pytest.raises(InputError, match=f"chunk_rows={rows}: give a whole number, at least 1"):
+            StreamedFeatures(backend(), x64(), chunk_rows=rows)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_rows_are_no_rows() -> None:

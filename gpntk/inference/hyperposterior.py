@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import StudentT
 from tqdm import tqdm
 
+from gpntk._checks import check_count
 from gpntk.errors import InputError, SolveError
 from gpntk.io import Checkpoint
 
@@ -242,8 +243,7 @@ def maximize(
         >>> found.point.round(6).tolist()
         [1.0, 1.0]
     """
-    if max_steps < 0:
-        raise InputError(f"max_steps={max_steps}: give the number of steps to take at most, zero or more.")
+    check_count(0, max_steps=max_steps)
     if tolerance is not None and not tolerance > 0:
         raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
     tensors, facts = {"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False}

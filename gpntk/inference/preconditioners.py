@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gpntk.cost import Work
+from gpntk._checks import check_count
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
@@ -128,8 +129,7 @@ class Nystrom(AbstractPreconditioner):
 
 
 def _check_rank(max_rank: int, error: float) -> None:
-    if max_rank < 1:
-        raise InputError(f"max_rank={max_rank} must be at least 1.")
+    check_count(max_rank=max_rank)
     if not error >= 0:
         raise InputError(f"error={error} must be at least 0.")
 

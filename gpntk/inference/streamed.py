@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 from tqdm import tqdm
 
-from gpntk._checks import as_tensor
+from gpntk._checks import as_tensor, check_count
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures
 from gpntk.jacobians import AbstractJacobianBackend
@@ -80,8 +80,8 @@ class StreamedFeatures(AbstractFeatures):
         chunk_rows: int | None = None,
         progress: bool = True,
     ) -> None:
-        if chunk_rows is not None and chunk_rows < 1:
-            raise InputError(f"chunk_rows={chunk_rows}: at least one row must be read at once.")
+        if chunk_rows is not None:
+            check_count(chunk_rows=chunk_rows)
         self._source, self._progress = source, progress
         # What is kept of the data is found by this name, in all precisions.
         self._name = object()

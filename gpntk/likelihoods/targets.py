@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpntk._checks import check_count
 from gpntk.errors import InputError
 
 
@@ -109,6 +110,7 @@ def check_labels(labels: Tensor, num_classes: int | None = None) -> None:
         raise InputError(f"labels must be a vector of at least one class, got shape {tuple(labels.shape)}.")
     least, largest = int(labels.min()), int(labels.max())
     classes = largest + 1 if num_classes is None else num_classes
+    check_count(num_classes=classes)
     if classes < 2:
         raise InputError(f"num_classes={classes}: a classification needs at least 2 classes.")
     if least < 0 or largest >= classes:
