@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
-from gpntk.cost import Work
 from gpntk._checks import check_count
+from gpntk.cost import Work
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, ScaledFactor, SpectralFactor
