@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from gpntk.infinite.closed_forms import GELU, ABReLU, Erf, Exponential, Polynomial, Sign, Sine, cosine, monomial
@@ -29,34 +29,10 @@ _AT_ZERO = (0.0,)
 _SMOOTH_THRESHOLD = 20.0
 
 
-def _relu() -> ABReLU:
-    return ABReLU(0.0, 1.0)
-
-
-def _leaky_relu(negative_slope: float = 0.01) -> ABReLU:
-    return ABReLU(float(negative_slope), 1.0)
-
-
-def _gelu(approximate: str = "none") -> AbstractActivation:
-    return GELU() if approximate == "none" else Quadrature(partial(functional.gelu, approximate=approximate))
-
-
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Quadrature | None:
     if not beta or threshold < _SMOOTH_THRESHOLD:
         return None
     return Quadrature(partial(functional.softplus, beta=beta, threshold=threshold), scale=1 / abs(beta))
-
-
-def _elu(alpha: float = 1.0) -> Quadrature:
-    return Quadrature(partial(functional.elu, alpha=alpha), _AT_ZERO)
-
-
-def _celu(alpha: float = 1.0) -> Quadrature:
-    return Quadrature(partial(functional.celu, alpha=alpha), _AT_ZERO, scale=abs(alpha))
-
-
-def _selu() -> Quadrature:
-    return Quadrature(functional.selu, _AT_ZERO)
 
 
 def _clamp(min: float | None = None, max: float | None = None) -> AbstractActivation:
@@ -71,59 +47,48 @@ def _clamp(min: float | None = None, max: float | None = None) -> AbstractActiva
     return ABReLU(slopes[0], slopes[-1]) if knots in ((), (0.0,)) else PiecewiseLinear(knots, slopes, knots[0])
 
 
-def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> AbstractActivation:
-    return _clamp(min_val, max_val)
-
-
-def _softshrink(lambd: float = 0.5) -> Quadrature:
-    # Flat around zero: see `PiecewiseLinear`.
-    return Quadrature(partial(functional.softshrink, lambd=lambd), (-float(lambd), float(lambd)))
-
-
 def _power(exponent: float) -> AbstractActivation | None:
     natural = isinstance(exponent, (int, float)) and exponent >= 0 and exponent == int(exponent)
     return monomial(int(exponent)) if natural else None
 
 
-def _plain(phi: Callable[..., Tensor], kinks: tuple[float, ...] = ()) -> Make:
-    return lambda: Quadrature(phi, kinks)
-
-
-def _constant(activation: AbstractActivation) -> Make:
-    return lambda: activation
-
-
+# By torch's names and arguments.
 _FUNCTIONS: dict[str, Make] = {
-    "abs": _constant(ABReLU(-1.0, 1.0)),
-    "celu": _celu,
+    "abs": lambda: ABReLU(-1.0, 1.0),
+    "celu": lambda alpha=1.0: Quadrature(partial(functional.celu, alpha=alpha), _AT_ZERO, scale=abs(alpha)),
     "clamp": _clamp,
     "clamp_min": _clamp,
-    "cos": _constant(cosine()),
-    "elu": _elu,
-    "erf": _constant(Erf()),
-    "exp": _constant(Exponential()),
-    "gelu": _gelu,
-    "hardsigmoid": _constant(PiecewiseLinear((-3.0, 3.0), (0.0, 1 / 6, 0.0))),
-    "hardswish": _plain(functional.hardswish, (-3.0, 3.0)),
-    "hardtanh": _hardtanh,
-    "leaky_relu": _leaky_relu,
-    "logsigmoid": _plain(functional.logsigmoid),
-    "mish": _plain(functional.mish),
-    "neg": _constant(Polynomial((0.0, -1.0))),
+    "cos": cosine,
+    "elu": lambda alpha=1.0: Quadrature(partial(functional.elu, alpha=alpha), _AT_ZERO),
+    "erf": Erf,
+    "exp": Exponential,
+    "gelu": lambda approximate="none": (
+        GELU() if approximate == "none" else Quadrature(partial(functional.gelu, approximate=approximate))
+    ),
+    "hardsigmoid": lambda: PiecewiseLinear((-3.0, 3.0), (0.0, 1 / 6, 0.0)),
+    "hardswish": lambda: Quadrature(functional.hardswish, (-3.0, 3.0)),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: _clamp(min_val, max_val),
+    "leaky_relu": lambda negative_slope=0.01: ABReLU(float(negative_slope), 1.0),
+    "logsigmoid": lambda: Quadrature(functional.logsigmoid),
+    "mish": lambda: Quadrature(functional.mish),
+    "neg": lambda: Polynomial((0.0, -1.0)),
     "pow": _power,
-    "relu": _relu,
-    "relu6": _constant(_clamp(0.0, 6.0)),
-    "selu": _selu,
-    "sigmoid": _plain(torch.sigmoid),
-    "sign": _constant(Sign()),
-    "silu": _plain(functional.silu),
-    "sin": _constant(Sine()),
+    "relu": lambda: ABReLU(0.0, 1.0),
+    "relu6": lambda: _clamp(0.0, 6.0),
+    "selu": lambda: Quadrature(functional.selu, _AT_ZERO),
+    "sigmoid": lambda: Quadrature(torch.sigmoid),
+    "sign": Sign,
+    "silu": lambda: Quadrature(functional.silu),
+    "sin": Sine,
     "softplus": _softplus,
-    "softshrink": _softshrink,
-    "softsign": _plain(functional.softsign, _AT_ZERO),
-    "square": _constant(monomial(2)),
-    "tanh": _plain(torch.tanh),
-    "tanhshrink": _plain(functional.tanhshrink),
+    # Flat around zero: see `PiecewiseLinear`.
+    "softshrink": lambda lambd=0.5: Quadrature(
+        partial(functional.softshrink, lambd=lambd), (-float(lambd), float(lambd))
+    ),
+    "softsign": lambda: Quadrature(functional.softsign, _AT_ZERO),
+    "square": lambda: monomial(2),
+    "tanh": lambda: Quadrature(torch.tanh),
+    "tanhshrink": lambda: Quadrature(functional.tanhshrink),
 }
 
 _SYNONYMS = {
@@ -151,31 +116,42 @@ def _callables() -> dict[Any, Make]:
 _CALLABLES = _callables()
 
 
+# The function that each module is, and its attributes that are the arguments.
+_SAME: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.CELU: ("celu", "alpha"),
+    nn.ELU: ("elu", "alpha"),
+    nn.GELU: ("gelu", "approximate"),
+    nn.Hardsigmoid: ("hardsigmoid",),
+    nn.Hardswish: ("hardswish",),
+    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.LogSigmoid: ("logsigmoid",),
+    nn.Mish: ("mish",),
+    nn.ReLU: ("relu",),
+    nn.ReLU6: ("relu6",),
+    nn.SELU: ("selu",),
+    nn.SiLU: ("silu",),
+    nn.Sigmoid: ("sigmoid",),
+    nn.Softplus: ("softplus", "beta", "threshold"),
+    nn.Softshrink: ("softshrink", "lambd"),
+    nn.Softsign: ("softsign",),
+    nn.Tanh: ("tanh",),
+    nn.Tanhshrink: ("tanhshrink",),
+}
+
+
+def _by_function(module: nn.Module) -> AbstractActivation | None:
+    name, *attributes = _SAME[type(module)]
+    return _FUNCTIONS[name](*(getattr(module, attribute) for attribute in attributes))
+
+
 _MODULES: dict[type[nn.Module], Callable[[Any], AbstractActivation | None]] = {
+    **dict.fromkeys(_SAME, _by_function),
     Activation: lambda module: module.activation,
-    nn.CELU: lambda module: _celu(module.alpha),
-    nn.ELU: lambda module: _elu(module.alpha),
-    nn.GELU: lambda module: _gelu(module.approximate),
-    nn.Hardsigmoid: lambda _: _FUNCTIONS["hardsigmoid"](),
-    nn.Hardswish: lambda _: _FUNCTIONS["hardswish"](),
-    nn.Hardtanh: lambda module: _hardtanh(module.min_val, module.max_val),
     nn.Identity: lambda _: ABReLU(1.0, 1.0),
-    nn.LeakyReLU: lambda module: _leaky_relu(module.negative_slope),
-    nn.LogSigmoid: lambda _: _FUNCTIONS["logsigmoid"](),
-    nn.Mish: lambda _: _FUNCTIONS["mish"](),
     # One slope is an activation, a slope per channel is not. The slope is read from the module, and not trained.
-    nn.PReLU: lambda module: _leaky_relu(module.weight.item()) if module.weight.numel() == 1 else None,
-    nn.ReLU: lambda _: _relu(),
-    nn.ReLU6: lambda _: _FUNCTIONS["relu6"](),
-    nn.RReLU: lambda module: None if module.training else _leaky_relu((module.lower + module.upper) / 2),
-    nn.SELU: lambda _: _selu(),
-    nn.SiLU: lambda _: _FUNCTIONS["silu"](),
-    nn.Sigmoid: lambda _: _FUNCTIONS["sigmoid"](),
-    nn.Softplus: lambda module: _softplus(module.beta, module.threshold),
-    nn.Softshrink: lambda module: _softshrink(module.lambd),
-    nn.Softsign: lambda _: _FUNCTIONS["softsign"](),
-    nn.Tanh: lambda _: _FUNCTIONS["tanh"](),
-    nn.Tanhshrink: lambda _: _FUNCTIONS["tanhshrink"](),
+    nn.PReLU: lambda module: ABReLU(module.weight.item(), 1.0) if module.weight.numel() == 1 else None,
+    nn.RReLU: lambda module: None if module.training else ABReLU((module.lower + module.upper) / 2, 1.0),
 }
 
 
