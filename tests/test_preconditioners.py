@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gpntk.errors import InputError
 from gpntk.inference import (
     AbstractPreconditioner,
     ConjugateGradients,
@@ -273,19 +271,3 @@ def test_rows_of_a_heteroscedastic_determinant() -> None:
     rows = torch.stack([replace(solver, seed=7 * seed).prepare(problem.system).logdet().by_noise for seed in range(20)])
     assert relative(rows.mean(0), exact) < 0.05
     assert abs(rows[0].sum() - exact.sum()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Nystrom(max_rank=-1), "max_rank=-1"),
-        (lambda: Nystrom(max_rank=2.5), "max_rank=2.5"),  # pyright: ignore[reportArgumentType]
-        (lambda: PivotedCholesky(max_rank=0), "max_rank=0"),
-        (lambda: PivotedCholesky(error=-1.0), "error=-1.0"),
-        (lambda: SampledGram(oversampling=-1.0), "oversampling=-1.0"),
-        (lambda: SampledGram(oversampling=float("nan")), "oversampling=nan"),
-    ],
-)
-def test_arguments_that_make_no_sense(make: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        make()

@@ -347,8 +347,9 @@ def test_settings_are_checked() -> None:
     with pytest.raises(InputError, match="columns=0"):
         AutoSolver(columns=0)
     for recipe in (Nystrom, PivotedCholesky):
-        with pytest.raises(InputError, match="max_rank=-1 must be at least 1"):
-            recipe(max_rank=-1)
+        for rank in (-1, 2.5):
+            with pytest.raises(InputError, match=f"max_rank={rank}: give a whole number"):
+                recipe(max_rank=rank)
         with pytest.raises(InputError, match=r"error=-0\.5"):
             recipe(error=-0.5)
     with pytest.raises(InputError, match="space='foo': choose 'function' or 'weight'"):
