@@ -91,15 +91,11 @@ class Contents:
         return tensor
 
     def group(self, prefix: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Tensors by what follows ``prefix`` in their names: all, or those of ``like`` in its shapes and no others."""
-        names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+        """Tensors by what follows ``prefix`` in their names: all that there are, or those of ``like`` in its shapes."""
         if like is None:
+            names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
             return {name: self.tensor(prefix + name) for name in names}
-        group = {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
-        for name in names:
-            if name not in like:
-                raise self._error(f"its tensor {prefix + name!r} does not belong there")
-        return group
+        return {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
 
     def same_values(self, name: str, values: Tensor) -> None:
         """Refuse a file whose tensor of this name is not ``values``, up to what machines differ by."""
@@ -121,10 +117,9 @@ class Contents:
 
     def finish(self) -> None:
         """Refuse what nobody has asked for."""
-        names = [*(f"tensor {name!r}" for name in self._tensors), *(f"fact {name!r}" for name in self._facts)]
-        for name in names:
-            if name not in self._asked:
-                raise self._error(f"its {name} does not belong there")
+        names = {*(f"tensor {name!r}" for name in self._tensors), *(f"fact {name!r}" for name in self._facts)}
+        if names - self._asked:
+            raise self._error(f"its {min(names - self._asked)} does not belong there")
 
     def _error(self, problem: str) -> FileFormatError:
         return FileFormatError(f"{self.path!r} does not fit: {problem}.")
