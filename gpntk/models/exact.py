@@ -163,7 +163,6 @@ class TangentGP(gpytorch.models.ExactGP):
         def evaluate(point: Point) -> tuple[float, Point]:
             nonlocal started
             self._set_hyperparameters(point)
-            self.zero_grad()
             # The same random probes in every evaluation: large problems estimate the log-determinant stochastically,
             # and a line search needs one function to climb, not a new one at each point.
             with torch.random.fork_rng(devices=[targets.device] if targets.is_cuda else []):
