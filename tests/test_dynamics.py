@@ -534,7 +534,7 @@ def test_lanczos_takes_products_with_a_lazy_kernel_only(monkeypatch: pytest.Monk
         raise AssertionError("a Gram matrix was formed")
 
     monkeypatch.setattr(gpntk.operators.FeatureGramLinearOperator, "to_dense", refuse)
-    monkeypatch.setattr(gpntk.operators.FeatureGramLinearOperator, "_gram_pays", lambda *_args: False)
+    monkeypatch.setattr(gpntk.operators.FeatureGramLinearOperator, "_by_gram", lambda *_args: False)
     flow = gpntk.GradientFlow(kernel, x, y, noise=0.01, method="lanczos")
     close(flow.predict(x_test, [1.0, 50.0]).mean, expected, 1e-9)
 
