@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -153,6 +154,7 @@ _CALLS_PER_USE = 12
 _CALLS_PER_PASS = 4
 
 
+@lru_cache(maxsize=256)
 def count(
     row: RowSizes,
     *,
