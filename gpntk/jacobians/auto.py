@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gpntk.network import FrozenNetwork
 _COLUMNS = 10
 # An explicit J, which is larger than all factors, must cost so much less.
 _WORTH_ITS_MEMORY = 0.9
+_CHOICES = 64
 
 
 class Choice(NamedTuple):
@@ -81,6 +82,8 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         self.precision: Precision = precision
         self._uses: _Uses | None = None
         self._made: dict[str, AbstractJacobianBackend] = {}
+        # Counted once for every shape: what is kept here could be counted again with the same result.
+        self._choices: dict[Hashable, Choice] = {}
 
     @staticmethod
     def select(
@@ -92,6 +95,14 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
 
     def choice(self, x: Tensor) -> Choice:
         """The choice for x `[B, N, D]`."""
+        key = (x.shape, x.dtype, x.device)
+        if key not in self._choices:
+            if len(self._choices) >= _CHOICES:
+                self._choices.clear()
+            self._choices[key] = self._choose(x)
+        return self._choices[key]
+
+    def _choose(self, x: Tensor) -> Choice:
         rows, outputs, parameters = x[..., 0].numel(), self.num_outputs(x), self.num_features
         if outputs > parameters and 4 * rows * outputs * parameters * x.element_size() <= self.memory_budget:
             reason = f"an input has more outputs, {outputs}, than there are parameters, {parameters}"

@@ -59,7 +59,7 @@ class AbstractJacobianBackend(ABC):
 
     @abstractmethod
     def num_outputs(self, x: Tensor) -> int:
-        """C, rows of J per row of x."""
+        """The number of outputs C, rows of J for every row of x."""
 
     @property
     @abstractmethod
@@ -105,7 +105,7 @@ class AbstractJacobianBackend(ABC):
 
     @abstractmethod
     def jacobian(self, x: Tensor) -> Tensor:
-        """J(x) itself, `[B, N*C, F]`."""
+        """The matrix of features J(x) itself, `[B, N*C, F]`."""
 
     @abstractmethod
     def costs(self, x: Tensor, columns: int) -> tuple[Cost, ...]:
@@ -115,7 +115,7 @@ class AbstractJacobianBackend(ABC):
 
     @property
     def num_groups(self) -> int:
-        """G, for ``per_layer=True``."""
+        """The number of groups G that ``per_layer=True`` tells apart."""
         return len(self.groups)
 
     def feature_groups(self, device: torch.device) -> Tensor:

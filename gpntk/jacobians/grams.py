@@ -41,7 +41,7 @@ class Grams:
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """The number of groups G."""
         return max(1, len(self._layers))
 
     def add(self, result: Tensor, left: Parts, right: Parts) -> None:
@@ -159,5 +159,5 @@ class Grams:
 
 
 def num_rows(parts: Parts) -> int:
-    """N."""
+    """The number of rows N."""
     return next(part.factors.num_rows for part in parts.values())

@@ -124,7 +124,7 @@ def _of_structured(backend: StructuredBackend, x: Tensor, features: int, seed: i
 
 
 def _of_parts(capture: Capture, parts: Parts, features: int, seed: int, limit: int) -> Tensor:
-    """`[B, N*C, F]`."""
+    """Random features `[B, N*C, F]` of the rows whose activations and output gradients are given."""
     simple = [uses for uses in capture.shared if not uses.needs_gradients]
     outputs = max(factors.g.shape[2] if factors.g is not None else 1 for p in parts.values() for factors in [p.factors])
     grams = Grams(capture.shared, (), limit)

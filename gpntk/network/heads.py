@@ -146,7 +146,7 @@ class Rescaled(nn.Module):
         self.register_buffer("inverse", 1 / units)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C]`."""
+        """Outputs in the units asked for, `[N, C]`."""
         returned = self.network(x)
         outputs = returned if self._extract is None else self._extract(returned)
         return outputs * self.inverse

@@ -54,12 +54,12 @@ class Factors(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """The number of rows N."""
         return next(tensor.shape[1] for tensor in self if tensor is not None)
 
     @property
     def num_values(self) -> int:
-        """Values kept."""
+        """Values that are kept for later products."""
         return sum(tensor.numel() for tensor in self if tensor is not None)
 
 

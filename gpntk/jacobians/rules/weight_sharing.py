@@ -28,7 +28,7 @@ class Positions(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """C, T, I, O."""
+        """Numbers of outputs C, positions T, input features I and output features O."""
         return self.g.shape[2], self.g.shape[3], self.a.shape[3], self.g.shape[4]
 
 
@@ -39,7 +39,7 @@ def cheapest(c: int, t: int, i: int, o: int) -> tuple[str, float]:
 
 
 def gradients(positions: Positions) -> Tensor:
-    """dW `[B, N, C, O, I]`."""
+    """Per-sample gradients dW `[B, N, C, O, I]`."""
     return torch.einsum("bncto,bnti->bncoi", positions.g, positions.a)
 
 
