@@ -365,8 +365,8 @@ with TemporaryDirectory() as folder:
     )
 
 # %%
-# Three methods
-# -------------
+# Two methods
+# -----------
 #
 # Labels are no Gaussian observations of the logits, so that the posterior has to be
 # approximated.
@@ -376,15 +376,16 @@ with TemporaryDirectory() as folder:
 # * ``"dirichlet"`` turns labels into real numbers with known noise, and solves one
 #   regression: no iterations, for fitting again and again. It is the default under a
 #   new head.
-# * ``"variational"`` keeps a few hundred inducing points and trains on mini-batches:
-#   the default beyond 2,000 labels.
+#
+# For mini-batches there is `gpntk.models.VariationalGP`, with a few hundred inducing
+# points.
 #
 # Here with the kernel of the last layer alone, ``kernel="nngp"``, which is the cheapest
 # of all: Bayesian logistic regression on the features, around the present weights. It
 # is also what to take when labels arrive all the time.
 
 print(f"\n{'with kernel=nngp':<28}{'accuracy':>18}{'NLL':>18}")
-for method in ("laplace", "dirichlet", "variational"):
+for method in ("laplace", "dirichlet"):
     start = time.perf_counter()
     fitted = TransferClassifier(network, kernel="nngp", method=method).fit(x, y)
     print_scores(
