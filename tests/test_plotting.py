@@ -89,6 +89,8 @@ def test_the_map_marks_the_best_accuracy() -> None:
 def report(**changes: object) -> Report:
     values: dict[str, object] = {
         "kernel": "ntk",
+        "method": "exact kernel matrix",
+        "notes": (),
         "log_evidence": {"ntk": -10.0, "stationary alone": -14.5, "readout alone": -9.0},
         "left_out": {"ntk": -1.0},
         "effective_parameters": 3.0,

@@ -10,7 +10,7 @@ it, and
   fine-tuning;
 * reads the report: does the source network help, and can the probabilities be trusted?
 * takes in more labels afterwards, saves the model and loads it;
-* compares the three methods of approximation;
+* compares two methods of approximation;
 * replaces the head of a network, for classes that it has never seen.
 
 The images are the 8 x 8 digits that come with scikit-learn, and the other device holds
@@ -402,7 +402,7 @@ for method in ("laplace", "dirichlet"):
 # 5, 6, 7, 8 and 9 apart, from 10 labels each. Its five outputs mean something else now,
 # which no program can know: ``new_head=True`` says so. (When the number of classes is
 # another than the number of outputs, a new head is taken without asking.) The last
-# layer is then replaced by a fresh linear map with a prior of its own, and the layers
+# layer is then replaced by a new linear map with a prior of its own, and the layers
 # below it move as before. There is no network "as it is" to compare with, but logistic
 # regression on its features remains. Without trained logits as a prior mean the methods
 # differ more, above all in how sure they are: compare their NLL.

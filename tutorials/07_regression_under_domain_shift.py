@@ -369,7 +369,7 @@ for name, noise_network in (
 # second output are.
 #
 # Where the outputs of the target are others than those of the network, ``num_outputs``
-# asks for a new head: the last layer is replaced by a fresh linear map, with a prior of
+# asks for a new head: the last layer is replaced by a new linear map, with a prior of
 # its own. Here the network with one output serves two targets.
 
 pair = train(x_source, y_source)
