@@ -1,13 +1,16 @@
 """Public names: every name that the docs print is there after ``import gpntk`` alone, and few stand at the top."""
 
+import inspect
 import re
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
 import gpntk
+from gpntk.estimators.base import TransferEstimator
 
 ROOT = Path(__file__).parent.parent
 # The changelog also names what is gone.
@@ -68,3 +71,21 @@ def test_a_name_of_a_room_is_pointed_to() -> None:
         _ = gpntk.StructuredBackend
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         _ = gpntk.nothing
+
+
+def public_classes() -> dict[str, type]:
+    """Classes that users construct, by name; results and enumerations are made for them."""
+    rooms = [gpntk, *(getattr(gpntk, room) for room in ("jacobians", "inference", "infinite", "likelihoods", "models"))]
+    found = {name: getattr(room, name) for room in rooms for name in room.__all__}
+    classes = {name: value for name, value in found.items() if isinstance(value, type)}
+    return {name: value for name, value in classes.items() if not issubclass(value, (tuple, Enum))}
+
+
+@pytest.mark.parametrize(("name", "kind"), public_classes().items(), ids=public_classes())
+def test_constructors_say_what_they_take(name: str, kind: type) -> None:
+    documentation = kind.__doc__ or ""
+    if issubclass(kind, TransferEstimator):  # whose shared options are documented there, once
+        documentation += TransferEstimator.__doc__ or ""
+    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    taken = [parameter.name for parameter in inspect.signature(kind).parameters.values() if parameter.kind not in kinds]
+    assert not [argument for argument in taken if f"{argument}:" not in documentation], name
