@@ -197,7 +197,7 @@ class Train(nn.Module):
         ({}, lambda x, y: (x * np.nan, y), ValueError, "X contains NaN"),
         ({}, lambda x, y: (x, y * np.nan), ValueError, "y contains NaN"),
         ({}, lambda x, y: (x, y + 0.5), ValueError, "Unknown label type"),
-        ({}, lambda x, y: (x[:, :4], y), InputError, r"X has rows of shape \(4,\), which the network cannot take"),
+        ({}, lambda x, y: (x[:, :4], y), InputError, r"the network does not run on 2 rows of x, shape \(2, 4\)"),
         ({"num_classes": 2}, lambda x, y: (x, y), InputError, "y has 3 classes, more than num_classes=2"),
         ({"num_classes": 5}, lambda x, y: (x, y + 3), InputError, "give labels as integers from 0 to 4"),
         ({"method": "map"}, lambda x, y: (x, y), InputError, "method='map': choose"),

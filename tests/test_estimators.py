@@ -136,7 +136,7 @@ def test_the_network_as_it_is_where_there_is_nothing_to_learn() -> None:
 
 
 def test_many_labels_take_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = data(400)
+    x, y = data(800)
     z, _ = data(9, seed=1)
     fit = gpntk.TransferRegressor(SINGLE, kernel="ntk", hyperparameters="maximum").fit
     exact = fit(x, y)

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from gpntk._types import Extract, ParameterSelection
-from gpntk.errors import FileFormatError, GpntkError, InputError, NetworkError, SelectionError
+from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import FrozenNetwork, freeze
@@ -243,18 +243,6 @@ class TransferEstimator(BaseEstimator, ABC):
                 "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
             )
         return self.network
-
-    def _probe(self, x: Tensor) -> int:
-        """The network's number of outputs, found by running it."""
-        try:
-            return self._network.num_outputs(x)
-        except GpntkError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"X has rows of shape {self._row_shape}, which the network cannot take ({error}): give X as the "
-                "network wants it, or input_shape, the shape of one input."
-            ) from error
 
     def _new_input(self, X: ArrayLike) -> Tensor:
         """X `[M, ...]`, to predict at, as a tensor `[M, D]`."""

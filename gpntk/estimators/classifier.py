@@ -166,7 +166,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         return torch.tensor(np.searchsorted(self.classes_, y), device=self._network.device)
 
     def _transfer(self, x: Tensor, labels: Tensor) -> TransferGP:
-        classes, outputs = len(self.classes_), self._probe(x)
+        classes, outputs = len(self.classes_), self._network.num_outputs(x)
         matching = outputs == classes or (outputs == 1 and classes == 2)
         new_head = self.new_head or not matching
         self.method_ = ("dirichlet" if new_head else "laplace") if self.method == "auto" else self.method

@@ -191,7 +191,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
         outputs = y.shape[1] if self.num_outputs is None else self.num_outputs
-        other = self._probe(x) != outputs and self.num_outputs is not None
+        other = self._network.num_outputs(x) != outputs and self.num_outputs is not None
         return TransferGP(
             self._network,
             x,

@@ -246,7 +246,10 @@ def maximize(
     check_count(0, max_steps=max_steps)
     if tolerance is not None and not tolerance > 0:
         raise InputError(f"tolerance={tolerance}: give a positive number of nats.")
-    tensors, facts = {"point": torch.tensor(starts[0])}, {"value": -math.inf, "steps": 0, "finished": False}
+    tensors, facts = (
+        {"point": torch.tensor(starts[0], device="cpu")},
+        {"value": -math.inf, "steps": 0, "finished": False},
+    )
     if checkpoint is not None:
         tensors, facts = checkpoint.begin(tensors, facts)
     best = Maximum(tensors["point"].numpy(), facts["value"], facts["steps"])
@@ -311,7 +314,7 @@ class _Search:
         """Write the best point to the file."""
         if self._checkpoint is not None:
             facts = {"value": self.best.value, "steps": self.best.steps, "finished": finished}
-            self._checkpoint.save({"point": torch.tensor(self.best.point)}, facts)
+            self._checkpoint.save({"point": torch.tensor(self.best.point, device="cpu")}, facts)
 
     def _at(self, point: Point) -> tuple[float, Point]:
         self._bar.update()

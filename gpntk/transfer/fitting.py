@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import NamedTuple, final
 
 import torch
@@ -24,6 +25,7 @@ from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.prior import Candidate, Comparison, PriorBuilder, preferred
 from gpntk.transfer.task import AbstractModel, AbstractTask
+from gpntk.transfer.terms import FeatureTerm
 
 logger = logging.getLogger("gpntk.transfer")
 
@@ -38,8 +40,9 @@ _SUBSET = 1_500
 # A gain in nats below which the search for the best hyperparameters of many labels ends.
 _TOLERANCE = 0.02
 _ROUGH = 0.1
-# Variances where labels are mostly signal.
-_SIGNAL, _NOISE = 0.5, 0.05
+# Variances where labels are mostly signal: of other kernels, of the tangent kernel, which few directions may need much
+# of, and of the noise.
+_SIGNAL, _TANGENTS, _NOISES = 0.5, (0.5, 30.0, 2000.0), (0.05, 0.5)
 # The matrix of all labels is taken where its factorisation costs so much of what features do.
 PREFER_MATRIX = 1.0
 # Nyström features of a kernel, at most; the share of memory that they may take; what they may miss of the kernel's
@@ -165,20 +168,19 @@ class Fitting:
         return self._better(model, draws, curvature, tolerance) if self._builder.layered else draws
 
     def _better(self, model: AbstractModel, draws: Draws, curvature: bool, tolerance: float | None) -> Draws:
-        """These draws, or those found from where labels are mostly signal."""
-        signal = [_NOISE if h.name == "noise" else max(h.median, _SIGNAL * h.variance) for h in model.hyperparameters]
-        start = torch.tensor(signal, dtype=torch.float64, device="cpu").log()
+        """These draws, or those found from where labels are mostly signal: the best of a few such places."""
+        start = max(_signals(model), key=lambda logs: self._density(model, logs))
         other = self._searched(model, start, curvature, tolerance)
-        return max((draws, other), key=lambda found: self._density(model, found))
+        return max((draws, other), key=lambda found: self._density(model, found.best))
 
     def _searched(self, model: AbstractModel, start: Tensor | None, curvature: bool, tolerance: float | None) -> Draws:
         return model.fit(
             False, self._fixed, start, curvature=curvature, tolerance=tolerance, checkpoint=self._checkpoint
         )
 
-    def _density(self, model: AbstractModel, draws: Draws) -> float:
+    def _density(self, model: AbstractModel, logs: Tensor) -> float:
         with torch.no_grad():
-            return float(model.log_likelihood(draws.best) + log_prior(draws.best, model.hyperparameters))
+            return float(model.log_likelihood(logs) + log_prior(logs, model.hyperparameters))
 
     def _many(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
@@ -239,3 +241,16 @@ class Fitting:
             self._some[count] = rows, self.task.x[rows]
         rows, x = self._some[count]
         return self.task.model(DenseForm(prior, x), rows)
+
+
+def _signals(model: AbstractModel) -> list[Tensor]:
+    """Hyperparameters where labels are mostly signal, that of the tangent kernel of any size."""
+    signals = []
+    for tangent, noise in product(_TANGENTS, _NOISES):
+        values: list[float] = []
+        for term in model.form.prior.terms:
+            level = tangent / len(term.hyperparameters) if isinstance(term, FeatureTerm) else _SIGNAL
+            values += [level if h.variance else h.median for h in term.hyperparameters]
+        values += [noise] * (len(model.hyperparameters) - len(values))
+        signals.append(torch.tensor(values, dtype=torch.float64, device="cpu").log())
+    return signals

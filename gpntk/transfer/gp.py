@@ -9,6 +9,7 @@ at its pretrained weights. A stationary kernel, added to K, stands for what that
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -282,6 +283,8 @@ class TransferGP:
         other._kernel = self._kernel if candidate.kernel == "custom" else candidate.kernel
         other._stationary_inputs = candidate.stationary_inputs
         other._treatment, other._fixed, other._reference = "maximum", None, len(rows)
+        # Few rows are always worth an exact fit: priors are compared by their evidence.
+        other._time_budget = math.inf
         other.fit()
         return other
 
