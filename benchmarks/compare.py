@@ -30,6 +30,8 @@ _PEERS = re.compile(
     r"torch_func|gpytorch|botorch|neural_tangents|plain|explicit|own_gemms|network_|eigh|epochs|floor|gemm_s"
 )
 _MARGIN = 1.1
+# What another order of sums or another end of a search may move, relative to a metric.
+_ROUNDING = 1e-3
 Rows = list[dict[str, Any]]
 
 
@@ -94,7 +96,8 @@ def paired(old: Rows, new: Rows, metrics: Sequence[str] = ("RMSE", "NLL", "accur
                 "± difference": error,
             }
             better = mean > 0 if metric == "accuracy" else mean < 0
-            rows.append({**row, "verdict": "" if abs(mean) <= error else "better" if better else "worse"})
+            noise = abs(mean) <= max(error, _ROUNDING * abs(was))
+            rows.append({**row, "verdict": "" if noise else "better" if better else "worse"})
     return rows
 
 

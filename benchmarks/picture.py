@@ -17,7 +17,9 @@ IMAGES = ROOT / "docs" / "images"
 def main() -> None:
     """Draw them all."""
     growth(json.loads((RESULTS / "growth-cpu-2.json").read_text())["rows"], IMAGES / "growth.png")
-    no_cliff(json.loads((RESULTS / "no-cliff-cpu-1.json").read_text())["rows"], IMAGES / "no-cliff.png")
+    now, before = (json.loads((RESULTS / f"no-cliff{when}-cpu-1.json").read_text()) for when in ("", "-before"))
+    old = [row | {"method": f"{row['method']}, before"} for row in before["rows"] if row["method"].startswith("gpntk")]
+    no_cliff(now["rows"] + old, IMAGES / "no-cliff.png")
 
 
 def growth(rows: list[dict[str, Any]], picture: Path) -> None:
@@ -55,7 +57,7 @@ def no_cliff(rows: list[dict[str, Any]], picture: Path) -> None:
     error, coverage = panels
     error.axhline(rows[0]["network_rmse"], color="gray", linestyle="--", label="network, not adapted")
     error.set(xscale="log", yscale="log", xlabel="labels", ylabel="RMSE against the noise-free function")
-    error.legend(fontsize="small")
+    error.legend(fontsize="small", loc="center right")
     coverage.axhspan(0.9, 0.99, color="gray", alpha=0.2)
     coverage.set(xscale="log", ylim=(0, 1.02), xlabel="labels", ylabel="truths within 2 standard deviations")
     figure.savefig(picture, dpi=120)
