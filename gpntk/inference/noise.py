@@ -42,10 +42,6 @@ class AbstractNoise(ABC):
         """That of some of the inputs."""
 
     @abstractmethod
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same in another precision."""
-
-    @abstractmethod
     def size(self, rows: int) -> int:
         """m, for n = ``rows``."""
 
@@ -95,9 +91,6 @@ class RowNoise(AbstractNoise):
         chosen = self.variances.unflatten(0, (-1, self.outputs))[samples].flatten()
         return RowNoise(chosen, self.outputs, self.scales.dtype)
 
-    def to(self, dtype: torch.dtype) -> RowNoise:
-        return RowNoise(self.variances, self.outputs, dtype)
-
     def size(self, rows: int) -> int:
         return rows
 
@@ -139,9 +132,6 @@ class BlockNoise(AbstractNoise):
 
     def at(self, samples: slice | Tensor) -> BlockNoise:
         return BlockNoise(self.root[samples])
-
-    def to(self, dtype: torch.dtype) -> BlockNoise:
-        return BlockNoise(self.root.to(dtype))
 
     def size(self, rows: int) -> int:  # noqa: ARG002
         return self.root.shape[0] * self.root.shape[2]

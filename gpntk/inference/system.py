@@ -108,11 +108,7 @@ class WhitenedSystem:
         """The same system in another precision."""
         if dtype == self.covariance.dtype:
             return self
-        return self.with_covariance(self.covariance.to(dtype))
-
-    def with_covariance(self, covariance: AbstractCovariance) -> WhitenedSystem:
-        """Another prior for the same data."""
-        return WhitenedSystem(covariance, self.noise, root=self.root)
+        return WhitenedSystem(self.covariance.to(dtype), self.noise, root=self.root)
 
     # --- sizes -------------------------------------------------------------------------------------------------
 

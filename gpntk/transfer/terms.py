@@ -294,10 +294,6 @@ class SumOfTerms:
         ]
         return sum(parts[1:], parts[0])
 
-    def kernel_at(self, logs: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The kernel at fixed hyperparameters."""
-        return lambda x1, x2: self.matrix(logs, x1, x2)
-
     def split(self, logs: Tensor) -> tuple[Tensor, ...]:
         """The hyperparameters of every term."""
         return logs.split([len(term.hyperparameters) for term in self.terms])
