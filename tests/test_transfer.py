@@ -22,8 +22,9 @@ from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.gaussian import GaussianModel, Labels
-from gpntk.transfer.prior import RESIDUAL, Candidate, Outputs, PriorBuilder, preferred
+from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
 from gpntk.transfer.report import report_on
+from gpntk.transfer.represented import Outputs
 from gpntk.transfer.terms import FeatureTerm, HostTerm, LogStudentTPrior
 from tests.cases import mlp, reference_jacobian
 

@@ -34,13 +34,13 @@ from gpntk.transfer.prior import (
     Comparison,
     KernelChoice,
     MeanChoice,
-    Outputs,
     PriorBuilder,
     StationaryForm,
     StationaryInputs,
     check_choices,
 )
 from gpntk.transfer.regression import RegressionTask
+from gpntk.transfer.represented import Outputs
 from gpntk.transfer.task import AbstractTask, Prediction
 
 Likelihood = Literal["gaussian", "categorical", "dirichlet"]

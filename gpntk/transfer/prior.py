@@ -18,9 +18,9 @@ from gpntk.cost import Machine
 from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.inference.features import draw
 from gpntk.kernels import AbstractFeatureKernel, NTKKernel, log_scale_constraint
-from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import Body, Rescaled
+from gpntk.transfer.represented import Outputs, Represented
 from gpntk.transfer.terms import AbstractTerm, FeatureTerm, HostTerm, LogStudentTPrior, SumOfTerms
 
 KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary", "custom"]
@@ -55,8 +55,6 @@ LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
 # More columns than this share one lengthscale: a handful of labels cannot tell many.
 _MOST_LENGTHSCALES = 20
 _TYPICAL_ROWS = 1000
-# Rows that a network runs on at once; bytes of its outputs that are remembered.
-_ROWS, _REMEMBERED = 256, 2**28
 # Products with the features until conjugate gradients have converged, those of the preconditioner with them.
 _PRODUCTS = 460
 # Share of a device's speed that passes through a network reach.
@@ -96,50 +94,6 @@ def preferred(log_evidence: Mapping[Candidate, float], new_head: bool) -> Candid
         return best
     general = max(sums, key=log_evidence.__getitem__)
     return best if log_evidence[best] > log_evidence[general] + STRONG_EVIDENCE else general
-
-
-@final
-class Outputs:
-    """f(x) `[N, C]` of a frozen network, computed in the network's own precision and returned in that of x.
-
-    In double precision convolutions take six times as long, for digits that no label knows; half precision is computed
-    in single. The values at the latest inputs are remembered.
-
-    Args:
-        network: The frozen network.
-    """
-
-    def __init__(self, network: FrozenNetwork) -> None:
-        self._network, self._cache = network, TensorCache(_REMEMBERED)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._cache.get("outputs", (x,), lambda: self._compute(x))
-
-    def _compute(self, x: Tensor) -> Tensor:
-        rows = x.to(torch.promote_types(self._network.dtype, torch.float32)).split(_ROWS)
-        with torch.no_grad():
-            return torch.cat([self._network(some) for some in rows]).to(x.dtype)
-
-
-@final
-class Represented:
-    """What a stationary kernel or a readout is given: inputs, or features of a network, in their own unit.
-
-    Args:
-        features: The features; None for the inputs themselves.
-        unit: A number, or one for each column.
-        bias: Whether a column of ones is added.
-    """
-
-    def __init__(self, features: Outputs | None, unit: Tensor, bias: bool = False) -> None:
-        self._features, self._unit, self._bias = features, unit, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        rows = flat if self._features is None else self._features(flat)
-        if self._bias:
-            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], -1)
-        return (rows / self._unit).unflatten(0, x.shape[:-1])
 
 
 @final

@@ -28,8 +28,6 @@ class Report:
 
     Attributes:
         kernel: The kernel in use.
-        method: How the posterior was solved, and by which features where there are any.
-        notes: What the time budget left out, a line each.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
             Matérn kernel and a constant mean), and ``"readout alone"``.
         left_out: Mean leave-one-out log density of a label, in nats, by the same priors, on the same labels.
@@ -43,6 +41,8 @@ class Report:
         calibration: Nominal against leave-one-out frequency: of central intervals for regression, of the most probable
             class by its mean probability for classification. Empty if unknown.
         advice: A sentence.
+        method: How the posterior was solved, and by which features where there are any.
+        notes: What the time budget left out, a line each.
 
     References:
         Cristianini et al. (2001), On Kernel-Target Alignment, NIPS 14.
@@ -50,8 +50,6 @@ class Report:
     """
 
     kernel: str
-    method: str
-    notes: tuple[str, ...]
     log_evidence: dict[str, float]
     left_out: dict[str, float]
     effective_parameters: float | None
@@ -61,6 +59,8 @@ class Report:
     log_density: float | None
     calibration: dict[float, float]
     advice: str
+    method: str = "unknown"
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         def cell(value: float | None) -> str:
