@@ -39,11 +39,6 @@ class SharedUses:
     layer: str
     needs_gradients: bool
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters used."""
-        return self.uses[0].names
-
 
 def group_uses(all_uses: Uses) -> tuple[SharedUses, ...]:
     """All uses of a network, those together that share their operands and their rule."""

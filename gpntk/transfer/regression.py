@@ -38,8 +38,6 @@ class RegressionTask(AbstractTask):
         offset: The network's outputs `[N, C]` at given inputs.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         noise_network: Maps inputs to the logarithm of the relative noise variance.
-        units: What each output is measured in, if it is known already `[C]`.
-        centre: What a constant mean is centred on, if it is known already `[C]`.
     """
 
     def __init__(
@@ -51,8 +49,6 @@ class RegressionTask(AbstractTask):
         *,
         known_noise: Tensor | None = None,
         noise_network: nn.Module | None = None,
-        units: Tensor | None = None,
-        centre: Tensor | None = None,
     ) -> None:
         if y.isnan().all(0).any():
             raise InputError("y has an output with only missing values (NaN): give each at least one label.")
@@ -67,9 +63,8 @@ class RegressionTask(AbstractTask):
         outputs = y.shape[1]
         medians = RESIDUAL if mean == "network" else TARGET
         super().__init__(x, outputs, mean, medians, int((~y.isnan()).sum()))
-        middle = y.nanmean(0) if mean == "constant" else y.new_zeros(outputs)
-        self.centre: Tensor = middle if centre is None else centre
-        self._units = units_of(y, self._residual()) if units is None else units
+        self.centre = y.nanmean(0) if mean == "constant" else y.new_zeros(outputs)
+        self._units = units_of(y, self._residual())
 
     @property
     def units(self) -> Tensor:
