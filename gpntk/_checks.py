@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def check_memory_budget(memory_budget: float | None) -> int | None:
     """The budget in whole bytes, None for the default; raise `InputError` unless it is at least one."""
     if memory_budget is None:
         return None
-    if isinstance(memory_budget, bool) or not 1 <= memory_budget < float("inf"):
+    if not _is_number(memory_budget) or not 1 <= memory_budget < math.inf:
         raise InputError(
             f"memory_budget={memory_budget}: must be a positive number of bytes, or None for a quarter of the memory."
         )
@@ -56,6 +58,18 @@ def check_count(least: int = 1, **counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise InputError(f"{name}={value}: give a whole number, at least {least}.")
+
+
+def check_positive(below: float = math.inf, **numbers: Any) -> None:
+    """Raise `InputError` unless every argument, by name, is a number above zero and ``below`` a limit."""
+    for name, value in numbers.items():
+        if not _is_number(value) or not 0 < value < below:
+            limit = "" if below == math.inf else f" below {below:g}"
+            raise InputError(f"{name}={value!r}: give a positive number{limit}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_tensors(**tensors: Any) -> None:
@@ -124,6 +138,8 @@ def as_tensor(array: Any, name: str = "x") -> Tensor:
     if isinstance(array, Tensor):
         return array.detach().cpu().clone()
     array = np.asarray(array)
+    if array.dtype.kind == "c":
+        raise InputError(f"{name} is an array of {array.dtype}: give real numbers.")
     # torch knows no floats of more than eight bytes, and none of the other byte order.
     dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
     try:

@@ -97,10 +97,18 @@ class Contents:
             return {name: self.tensor(prefix + name) for name in names}
         return {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
 
+    def numbers(self, prefix: str) -> dict[str, Tensor]:
+        """`group` of all that there are, which must be real numbers."""
+        found = self.group(prefix)
+        for name, tensor in found.items():
+            if tensor.is_complex() or bool(tensor.isnan().any()):
+                raise self._error(f"its tensor {prefix + name!r} holds NaN or complex numbers")
+        return found
+
     def same_values(self, name: str, values: Tensor) -> None:
         """Refuse a file whose tensor of this name is not ``values``, up to what machines differ by."""
         stored = self.tensor(name, tuple(values.shape)).to(values)
-        if bool((stored - values).abs().max() > _ROUNDING * stored.abs().max()):
+        if not bool((stored - values).abs().max() <= _ROUNDING * stored.abs().max()):
             there, here = ([round(value, 4) for value in t.flatten()[:4].tolist()] for t in (stored, values))
             raise self._error(f"its tensor {name!r} is {there}, but here it is {here}")
 

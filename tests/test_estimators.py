@@ -391,12 +391,39 @@ def test_forged_files_say_what_does_not_fit(tmp_path: Path) -> None:
         save_tensors(path, "TransferRegressor", tensors, {**facts, name: "x"})
         with pytest.raises(FileFormatError, match=f"its fact '{name}' is 'x', of type str"):
             gpntk.TransferRegressor.load(path, SINGLE)
+    for name in ("dtype", "row_shape"):
+        save_tensors(path, "TransferRegressor", tensors, {**facts, name: []})
+        with pytest.raises((FileFormatError, InputError), match=rf"{name}=\[\]|do not go together"):
+            gpntk.TransferRegressor.load(path, SINGLE)
+    for name in (name for name in tensors if name.startswith("model.") or name == "outputs"):
+        save_tensors(path, "TransferRegressor", {**tensors, name: tensors[name] * torch.nan}, facts)
+        with pytest.raises(FileFormatError, match=f"its tensor '{name}' "):
+            gpntk.TransferRegressor.load(path, SINGLE)
     save_tensors(path, "TransferRegressor", {**tensors, "more": torch.zeros(1)}, facts)
     with pytest.raises(FileFormatError, match="its tensor 'more' does not belong there"):
         gpntk.TransferRegressor.load(path, SINGLE)
     save_tensors(path, "TransferRegressor", tensors, {**facts, "more": 3})
     with pytest.raises(FileFormatError, match="its fact 'more' does not belong there"):
         gpntk.TransferRegressor.load(path, SINGLE)
+
+
+def test_a_bug_in_the_network_is_not_blamed_on_x() -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.missing
+
+    x, y = data(8)
+    for estimator, labels in ((gpntk.TransferRegressor, y), (gpntk.TransferClassifier, y > 0)):
+        with pytest.raises(AttributeError, match="missing"):
+            estimator(Broken(5, 1).double()).fit(x, labels)
+
+
+def test_targets_that_are_no_numbers() -> None:
+    x, y = data(8)
+    with pytest.raises(InputError, match=r"an array of .* holds no numbers"):
+        gpntk.TransferRegressor(SINGLE).fit(x, y.astype(str))
+    with pytest.raises(InputError, match="time_budget='long': give a positive number of seconds"):
+        gpntk.TransferRegressor(SINGLE, time_budget="long").fit(x, y)
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:

@@ -254,3 +254,10 @@ def test_shapes_that_do_not_fit_input_shape() -> None:
 def test_empty_input() -> None:
     with pytest.raises(InputError, match="x is empty"):
         gpntk.freeze(mlp(1).eval()).num_outputs(torch.randn(0, 5))
+
+
+def test_a_network_without_values() -> None:
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    with pytest.raises(NetworkError, match="meta device, which hold no values"):
+        gpntk.freeze(module)

@@ -10,6 +10,7 @@ from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNorm
 from torch import Tensor, nn
 
 import gpntk
+from gpntk.errors import InputError
 from gpntk.inference import AbstractSolver, ConjugateGradients, FeatureCovariance, Posterior, WhitenedSystem
 from gpntk.kernels.prediction_strategy import PosteriorPredictionStrategy
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Dense, Problem, jacobian, network, relative
@@ -352,3 +353,29 @@ def test_the_solver_asked_for_is_the_one_that_solves() -> None:
     (posterior,) = model.prediction_strategy._posteriors("ignore")
     assert isinstance(posterior.solver, ConjugateGradients)
     assert posterior.result.iterations > 0
+
+
+def test_inputs_that_are_none() -> None:
+    problem = case(8, 1, torch.tensor([0.1]))
+    features = gpntk.inference.Features(gpntk.AutoBackend(gpntk.freeze(problem.module)), problem.x)
+    system = WhitenedSystem(FeatureCovariance(features, problem.variances), problem.noise)
+    posterior = Posterior(system, problem.y)
+    broken = problem.x.clone()
+    broken[5, 2] = torch.nan
+    for ask in (posterior.mean, posterior.variance, posterior.covariance, lambda x: posterior.sample(x, 2)):
+        with pytest.raises(InputError, match=r"NaN or infinite values in 1 of 8 rows, the first at index \(5,\)"):
+            ask(broken)
+        with pytest.raises(InputError, match="x is a ndarray: pass a tensor"):
+            ask(problem.x.numpy())
+    with pytest.raises(InputError, match="y is a ndarray"):
+        Posterior(system, problem.y.numpy())
+    with pytest.raises(InputError, match="noise is a float"):
+        WhitenedSystem(system.covariance, 0.1)
+    with pytest.raises(InputError, match="variances is a float"):
+        FeatureCovariance(features, 1.0)
+    for count in (-1, 0, 2.5):
+        for ask in (lambda n: posterior.sample(problem.x, n), posterior.sample_weights):
+            with pytest.raises(InputError, match="count="):
+                ask(count)
+        with pytest.raises(InputError, match="rank="):
+            posterior.covariance(problem.x, rank=count)

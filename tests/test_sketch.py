@@ -94,7 +94,7 @@ def test_the_kernel_is_differentiable_in_x() -> None:
 
 
 def test_bad_numbers_of_features() -> None:
-    with pytest.raises(InputError, match="num_features=0 must be at least 1"):
+    with pytest.raises(InputError, match="num_features=0: give a whole number, at least 1"):
         gpntk.SketchedNTKKernel(nn.Linear(2, 1), num_features=0)
     backend = SketchBackend(gpntk.freeze(nn.Linear(2, 1)), 8)
     x = torch.randn(1, 3, 2)
@@ -110,3 +110,11 @@ def test_features_of_different_calls_belong_together() -> None:
     few, more = torch.randn(1, 3, 64).double(), torch.randn(1, 500, 64).double()
     alone = backend.jacobian(few)
     torch.testing.assert_close(backend.jacobian(torch.cat([few, more], 1))[:, :3], alone)
+
+
+def test_gradients_of_features_that_do_not_depend_on_x() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    kernel = gpntk.SketchedNTKKernel(network, parameters="2.bias", num_features=8)
+    (gradient,) = torch.autograd.grad(kernel(x).to_dense().sum(), x)
+    assert bool((gradient == 0).all())

@@ -10,13 +10,16 @@ from torch import Tensor
 import gpntk
 from gpntk.errors import InputError, SolveError
 from gpntk.inference import (
+    AutoSolver,
     ConjugateGradients,
     FeatureCovariance,
     Features,
     FunctionSpace,
     Nystrom,
     Outcome,
+    PivotedCholesky,
     Posterior,
+    SampledGram,
     SolveResult,
     WeightSpace,
     WhitenedSystem,
@@ -234,3 +237,26 @@ def test_direct_solvers_refuse_what_rounding_has_taken() -> None:
                 solver.prepare(problem.system, many).solve(problem.y.unsqueeze(0)).checked()
     assert set(DIRECT) == {"function", "weight"}
     assert gpntk.errors.SolveError is SolveError
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "values"),
+    [
+        (ConjugateGradients, "tolerance", (-1, 0, 1.0, math.nan, math.inf, "small", True)),
+        (ConjugateGradients, "variance_tolerance", (0, math.nan)),
+        (ConjugateGradients, "max_iterations", (0, 2.5, True)),
+        (ConjugateGradients, "probes", (0, 1.5)),
+        (ConjugateGradients, "checkpoint_iterations", (0, 0.5)),
+        (ConjugateGradients, "preconditioner", (None, "nystrom")),
+        (Nystrom, "max_rank", (-1, 2.5)),
+        (Nystrom, "error", (-1, math.nan, "small")),
+        (PivotedCholesky, "max_rank", (-1, 0)),
+        (SampledGram, "oversampling", (-1, 0, math.nan)),
+        (AutoSolver, "columns", (0, 2.5, "3")),
+        *((make, "seed", (-1, 1.5)) for make in (ConjugateGradients, Nystrom, PivotedCholesky, SampledGram)),
+    ],
+)
+def test_options_that_mean_nothing(make, name: str, values) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=f"{name}="):
+            make(**{name: value})

@@ -162,7 +162,7 @@ def test_what_does_not_fit_together_says_so() -> None:
         stacked(weights=[1.0])
     with pytest.raises(InputError, match=r"feature_map returned shape \(3, 40\) for 3 rows of x: it must be"):
         ExplicitBackend(waves, 7).gram(x, x)
-    with pytest.raises(InputError, match="num_features=0 and num_outputs=1 must be at least 1"):
+    with pytest.raises(InputError, match="num_features=0: give a whole number, at least 1"):
         ExplicitBackend(waves, 0)
 
 

@@ -354,7 +354,7 @@ def test_settings_are_checked() -> None:
             recipe(error=-0.5)
     with pytest.raises(InputError, match="space='foo': choose 'function' or 'weight'"):
         Nystrom(space="foo")
-    with pytest.raises(InputError, match="oversampling=0 must be positive"):
+    with pytest.raises(InputError, match="oversampling=0: give a positive number"):
         SampledGram(oversampling=0)
 
 

@@ -144,15 +144,16 @@ class TransferEstimator(BaseEstimator, ABC):
             # As globs that match themselves alone.
             names = [escape(name) for name in contents.fact("parameters", list)]
             model = constructor(module, parameters=names, extract=extract, **stored)
+            model._check_arguments()
             model._row_shape = tuple(contents.fact("row_shape", list))
             model._network = model._freeze()
             data = contents.group("data.")
             data.update({name: tensor.to(model._network.device) for name, tensor in data.items()})
             model._restore(data, contents.fact("fitted", dict))
             contents.same_values("outputs", model._outputs())
-            model._model.load_state(contents.group("model."), Candidate(*contents.fact("chosen", list)))
+            model._model.load_state(contents.numbers("model."), Candidate(*contents.fact("chosen", list)))
             model.log_marginal_likelihood_ = contents.fact("log_marginal_likelihood", float)
-        model._finish()
+            model._finish()
         return model
 
     @property
@@ -261,6 +262,8 @@ class TransferEstimator(BaseEstimator, ABC):
 
 def as_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
     """A tensor of an array of any strides and byte order; numbers beyond double precision are rounded to it."""
+    if values.dtype.kind not in "biufO":
+        raise InputError(f"an array of {values.dtype} holds no numbers: give it as .astype(float).")
     if values.dtype.kind == "f" and values.dtype.itemsize > np.dtype(np.float64).itemsize:
         values = values.astype(np.float64)
     return torch.tensor(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("=")), device=device)

@@ -7,8 +7,8 @@ from typing import final
 
 import torch
 
+from gpntk._checks import check_count
 from gpntk.cost import Cost, Machine, Work
-from gpntk.errors import InputError
 from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
 from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.iterative import ConjugateGradients
@@ -61,8 +61,7 @@ class AutoSolver(AbstractSolver):
     columns: int = _COLUMNS
 
     def __post_init__(self) -> None:
-        if self.columns < 1:
-            raise InputError(f"columns={self.columns} must be at least 1.")
+        check_count(columns=self.columns)
 
     @property
     def is_direct(self) -> bool:

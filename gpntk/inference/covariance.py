@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_tensors
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures, Features, exact_dtype
 from gpntk.memory import chunks
@@ -155,6 +156,7 @@ class FeatureCovariance(AbstractCovariance):
             features.memory_budget,
             features,
         )
+        check_tensors(variances=variances)
         self.given = variances
         # Hyperparameters are few: they are exact whatever the precision of the data.
         self.variances = variances.detach().to(exact_dtype(features.device))

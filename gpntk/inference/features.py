@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_tensors
 from gpntk.errors import InputError
 from gpntk.inference.ranks import AbstractRanks, Alone
 from gpntk.jacobians import AbstractJacobianBackend
@@ -213,6 +214,7 @@ class Features(AbstractFeatures):
     """
 
     def __init__(self, backend: AbstractJacobianBackend, x: Tensor) -> None:
+        check_tensors(x=x)
         # Without a row, no network needs to be asked how many outputs it has.
         super().__init__(backend, x.dtype, x.device, x.shape[0], backend.num_outputs(x) if x.shape[0] else 1)
         self.x = x

@@ -22,6 +22,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_count, check_positive
 from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.inference.checkpoint import SolveCheckpoint
@@ -92,10 +93,13 @@ class ConjugateGradients(AbstractSolver):
     checkpoint_iterations: int = 100
 
     def __post_init__(self) -> None:
-        positive = ("tolerance", "variance_tolerance", "max_iterations", "probes", "checkpoint_iterations")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)} must be positive.")
+        check_positive(1.0, tolerance=self.tolerance, variance_tolerance=self.variance_tolerance)
+        check_count(
+            max_iterations=self.max_iterations, probes=self.probes, checkpoint_iterations=self.checkpoint_iterations
+        )
+        check_count(0, seed=self.seed)
+        if not isinstance(self.preconditioner, AbstractPreconditioner):
+            raise InputError(f"preconditioner={self.preconditioner!r}: give an object, gpntk.inference.Nystrom() say.")
 
     def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
         if self.preconditioner.space == "function":

@@ -10,6 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_count, check_input, check_tensors
 from gpntk.errors import InputError
 from gpntk.inference.auto import AutoSolver
 from gpntk.inference.covariance import AbstractCovariance
@@ -86,6 +87,7 @@ class Posterior:
     """
 
     def __init__(self, system: WhitenedSystem, y: Tensor, solver: AbstractSolver | None = None) -> None:
+        check_tensors(y=y)
         self.choice: SolverChoice = (solver or AutoSolver()).select(system)
         self.inverse: AbstractInverse = self.choice.solver.prepare(system)
         self.system = system
@@ -131,10 +133,12 @@ class Posterior:
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean of f(x) `[T*C]`, or `[K, T*C]` for several columns, for x `[T, D]`; differentiable in x."""
+        self._check(x)
         return self._shaped(self._functions.values(x, self._coefficients))
 
     def variance(self, x: Tensor) -> Tensor:
         """Posterior variances of f(x) `[T*C]` for x `[T, D]`; columns share them."""
+        self._check(x)
         pieces = [self.covariance(part.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).flatten() for part in self._split(x)]
         # Rounding can leave the variance at an observation a hair below zero.
         return torch.cat(pieces).clamp_min(0)
@@ -145,6 +149,9 @@ class Posterior:
         With ``rank``, only so many directions of the data reduce the prior variance: variances are then upper bounds,
         at ``rank`` F operations a point.
         """
+        self._check(x)
+        if rank is not None:
+            check_count(rank=rank)
         batched = x.reshape(-1, *x.shape[-2:])
         if rank is None:
             covariance = self.inverse.covariance(batched, close=bool(self._updates))
@@ -176,6 +183,8 @@ class Posterior:
 
         With features, functions J(x) w of sampled weights; else by a root of the covariance of f(x).
         """
+        check_count(count=count)
+        self._check(x)
         if self._functions.features is not None:
             weights = self.sample_weights(count, generator)
             return self._functions.values(x, weights.flatten(0, -2)).unflatten(0, weights.shape[:-1])
@@ -191,6 +200,7 @@ class Posterior:
         Raises:
             InputError: The covariance is dense: it has no weights.
         """
+        check_count(count=count)
         exact, features = self.inverse.exact, self.inverse.exact.features
         alike, own = features.ranks.generators(generator, features.device)
 
@@ -366,6 +376,9 @@ class Posterior:
         """Posterior covariance of f(x) with an update's whitened rows, given what came before, `[B, T*C, t]`."""
         flat = self._functions.values(x.flatten(0, 1), update.columns).mT
         return flat.unflatten(0, (x.shape[0], -1))
+
+    def _check(self, x: Tensor) -> None:
+        check_input(x, self._functions.device)
 
     def _split(self, x: Tensor) -> list[Tensor]:
         covariance = self.inverse.exact.covariance

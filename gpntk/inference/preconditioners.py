@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_count
+from gpntk._checks import check_count, check_positive
 from gpntk.cost import Work
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
@@ -113,7 +113,7 @@ class Nystrom(AbstractPreconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rank(self.max_rank, self.error)
+        _check_rank(self.max_rank, self.error, self.seed)
         if self.space not in get_args(Space):
             raise InputError(f"space={self.space!r}: choose 'function' or 'weight'.")
 
@@ -128,10 +128,11 @@ class Nystrom(AbstractPreconditioner):
         return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
 
 
-def _check_rank(max_rank: int, error: float) -> None:
+def _check_rank(max_rank: int, error: float, seed: int) -> None:
     check_count(max_rank=max_rank)
-    if not error >= 0:
-        raise InputError(f"error={error} must be at least 0.")
+    check_count(0, seed=seed)
+    if error != 0:
+        check_positive(error=error)
 
 
 def _of_rank(sizes: Sizes, space: Space) -> Counted:
@@ -239,7 +240,7 @@ class PivotedCholesky(AbstractPreconditioner):
     space: Space = field(default="function", init=False)
 
     def __post_init__(self) -> None:
-        _check_rank(self.max_rank, self.error)
+        _check_rank(self.max_rank, self.error, self.seed)
 
     def counted(self, sizes: Sizes) -> Counted:
         return _of_rank(sizes, self.space)
@@ -292,8 +293,8 @@ class SampledGram(AbstractPreconditioner):
     space: Space = field(default="weight", init=False)
 
     def __post_init__(self) -> None:
-        if not self.oversampling > 0:
-            raise InputError(f"oversampling={self.oversampling} must be positive, and at least 1 to be of use.")
+        check_positive(oversampling=self.oversampling)
+        check_count(0, seed=self.seed)
 
     def counted(self, sizes: Sizes) -> Counted:
         f, item = sizes.features, sizes.itemsize

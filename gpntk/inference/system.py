@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_tensors
 from gpntk.cost import Work
 from gpntk.errors import DistributedError, InputError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
@@ -82,6 +83,7 @@ class WhitenedSystem:
         self.root = root
         if not covariance.num_rows and not covariance.sharded:
             raise InputError("x has no rows: give at least one input.")
+        check_tensors(noise=noise, root=root)
         if (noise is None) == (root is None):
             raise InputError("give either noise, variances of the rows, or root, the root of the curvature.")
         if root is not None:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_count
 from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.jacobians.autodiff import AutodiffBackend
@@ -116,8 +117,7 @@ class ExplicitBackend(AbstractJacobianBackend):
     ) -> None:
         self._device = torch.device(device)
         super().__init__(self._device, memory_budget)
-        if num_features < 1 or num_outputs < 1:
-            raise InputError(f"num_features={num_features} and num_outputs={num_outputs} must be at least 1.")
+        check_count(num_features=num_features, num_outputs=num_outputs)
         self._feature_map, self._columns, self._outputs, self._dtype = feature_map, num_features, num_outputs, dtype
 
     @property

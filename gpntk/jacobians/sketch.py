@@ -22,7 +22,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk.errors import InputError
+from gpntk._checks import check_count
 from gpntk.jacobians.auto import AutoBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend, AbstractNetworkBackend, Groups
 from gpntk.jacobians.capture import Capture, Parts
@@ -31,7 +31,7 @@ from gpntk.jacobians.grams import Grams, num_rows
 from gpntk.jacobians.rules import AbstractLayerRule, ConvRule, EmbeddingRule, Factors, LinearRule
 from gpntk.jacobians.stacked import StackedBackend
 from gpntk.jacobians.structured import StructuredBackend
-from gpntk.memory import chunks
+from gpntk.memory import attached, chunks
 from gpntk.network import FrozenNetwork
 
 # Rows of R drawn at once, so that it depends on the seed alone.
@@ -67,8 +67,8 @@ class SketchBackend(AbstractDenseBackend, AbstractNetworkBackend):
         self, network: FrozenNetwork, num_features: int = 1024, seed: int = 0, memory_budget: int | None = None
     ) -> None:
         super().__init__(network, memory_budget)
-        if num_features < 1:
-            raise InputError(f"num_features={num_features} must be at least 1.")
+        check_count(num_features=num_features)
+        check_count(0, seed=seed)
         self._num_features, self._seed = num_features, seed
         self._exact: AbstractJacobianBackend | None = None
 
@@ -90,7 +90,7 @@ class SketchBackend(AbstractDenseBackend, AbstractNetworkBackend):
             self._exact = AutoBackend(self.network, self.memory_budget).by_rules(x).backend
             self._exact.share_cache(self.cache)
         exact = self._exact
-        return self.remember("sketch", (x,), lambda: sketch(exact, x, self._num_features, self._seed))
+        return self.remember("sketch", (x,), lambda: attached(sketch(exact, x, self._num_features, self._seed), x))
 
 
 @singledispatch

@@ -111,6 +111,11 @@ def check_module(module: nn.Module) -> None:
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
+    if all(parameter.is_meta for parameter in parameters.values()):
+        raise NetworkError(
+            "network has weights on the meta device, which hold no values: give it some first, by "
+            "module.to_empty(device='cpu') and module.load_state_dict, say."
+        )
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise NetworkError(f"parameter {name!r} is not initialised yet: run the network once on an input first.")

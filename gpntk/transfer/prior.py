@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from glob import escape
+from numbers import Real
 from typing import Any, Literal, NamedTuple, final
 
 import torch
@@ -378,8 +379,8 @@ def check_choices(
     if not isinstance(kernel, Kernel):
         _check("kernel", kernel, ("auto", "ntk", "nngp", "ntk+stationary", "stationary"))
     _check("mean", mean, ("auto", "network", "constant", "zero"))
-    if not time_budget > 0:
-        raise InputError(f"time_budget={time_budget}: give a positive number of seconds.")
+    if not (isinstance(time_budget, Real) and time_budget > 0):
+        raise InputError(f"time_budget={time_budget!r}: give a positive number of seconds.")
     if new_head and mean == "network":
         raise InputError("mean='network' has no meaning for a new head: use mean='constant' or 'zero'.")
 
