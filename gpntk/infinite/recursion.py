@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,9 @@ Variances = tuple[Tensor, ...]
 """Variances of a unit, `[N, *S]` at every value of a program that some step may ask about."""
 
 Settle = Callable[[int, LayerMoments], LayerMoments]
+
+# Columns that tell most rows apart.
+_KEY_COLUMNS = 8
 
 
 def variances(program: Program, x: Tensor, weights: Sequence[Weights]) -> Variances:
@@ -115,8 +119,24 @@ def _start(
 def row_numbers(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the rows of x1 `[N]` and x2 `[M]`, the same for equal rows."""
     rows = x1 if x2 is x1 else torch.cat([x1, x2])
-    numbers = torch.unique(rows, dim=0, return_inverse=True)[1]
+    keys = _keys(rows)
+    if len(keys.unique()) == len(rows):
+        numbers = torch.arange(len(rows), device=rows.device)
+    else:
+        numbers = torch.unique(rows, dim=0, return_inverse=True)[1]
     return numbers[: len(x1)], numbers[-len(x2) :]
+
+
+def _keys(rows: Tensor) -> Tensor:
+    """A number for every row `[N]`, the same for equal rows: some columns, added one by one so that all round alike.
+
+    Sorting these costs a fraction of sorting rows, and nearly always tells that all differ.
+    """
+    columns = rows[:, :: max(1, rows.shape[1] // _KEY_COLUMNS)].to(torch.float64)
+    total = columns.new_zeros(len(rows))
+    for column in columns.unbind(1):
+        total = total * math.pi + column
+    return total
 
 
 def equal_pairs(numbers1: Tensor, numbers2: Tensor) -> tuple[Tensor, ...] | bool:

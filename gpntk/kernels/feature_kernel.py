@@ -162,7 +162,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         dtypes = {self.network.dtype, *(parameter.dtype for parameter in self.parameters())}
         if len(dtypes) > 1:
             # A RuntimeError, as the host's own.
-            raise RuntimeError(f"the kernel has parameters of several dtypes, {dtypes}: use .double() or .float().")
+            raise RuntimeError(f"the kernel's parameters have multiple dtypes, {dtypes}: use .double() or .float().")
         return dtypes.pop()
 
     @property
