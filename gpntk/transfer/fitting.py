@@ -18,6 +18,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Machine
 from gpntk.inference.features import draw
 from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
 from gpntk.io import Checkpoint
@@ -31,8 +32,8 @@ logger = logging.getLogger("gpntk.transfer")
 
 # Evaluations of the evidence until its maximum is found from a good start.
 _EVALUATIONS = 20
-# Operations in a second that factorisations reach on one core.
-_FLOPS = 2.5e10
+# Factorisations until Newton's method has found the mode.
+_NEWTON_STEPS = 10
 # Share of the time budget that fitting all labels by exact factorisations may take.
 _EXACT_SHARE = 1 / 8
 # Labels of the subset to which hyperparameters are fitted exactly where all are too many.
@@ -201,7 +202,7 @@ class Fitting:
         """All labels by features, or by their matrix where there are more features than labels."""
         prior = self._builder.build(chosen, self.task.shared("features"))
         x, budget = self.task.x, default_budget(self.task.x.device)
-        most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x))))
+        most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x)), self._affordable_features))
         missed = _MISSED * self.task.noise_of(logs)
         recipe = Recipe(logs[: len(prior.hyperparameters)], missed, max(1, most), self.task.row_per_output)
         form = FeatureForm(prior, x, recipe)
@@ -222,13 +223,24 @@ class Fitting:
         return len(self.task.x) * self._outputs
 
     @property
+    def _flops(self) -> float:
+        return Machine.of(self.task.x.device).attained
+
+    @property
     def _exact_seconds(self) -> float:
         """A factorisation and an inverse for each evaluation, and passes over matrices beside."""
-        return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / _FLOPS
+        return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / self._flops
+
+    @property
+    def _affordable_features(self) -> float:
+        """Features of a kernel with which weight space keeps to the time budget: N C F² operations a factorisation."""
+        each, solves = (self.task.num_outputs, _NEWTON_STEPS) if self.task.row_per_output else (1, 1)
+        rows = len(self.task.x) * self.task.num_outputs
+        return (self._time_budget * self._flops / (rows * solves)) ** 0.5 / each
 
     def _polish_seconds(self, form: AbstractForm) -> float:
         features = form.num_features
-        return (self._size * features**2 + _EVALUATIONS * features**3) / _FLOPS
+        return (self._size * features**2 + _EVALUATIONS * features**3) / self._flops
 
     def _model(self, candidate: Candidate, count: int | None, screening: bool = False) -> AbstractModel:
         """The model of a candidate for so many labels, or for all of them."""
