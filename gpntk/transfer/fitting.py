@@ -38,6 +38,8 @@ _NEWTON_STEPS = 10
 _EXACT_SHARE = 1 / 8
 # Labels of the subset to which hyperparameters are fitted exactly where all are too many.
 _SUBSET = 1_500
+# The same where they are averaged over, which takes several posteriors of the subset.
+_AVERAGED = 500
 # A gain in nats below which the search for the best hyperparameters of many labels ends.
 _TOLERANCE = 0.02
 _ROUGH = 0.1
@@ -186,7 +188,7 @@ class Fitting:
     def _many(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
         if self.task.averages:
-            subset = self._model(chosen, max(1, _SUBSET // self._outputs))
+            subset = self._model(chosen, max(1, _AVERAGED // self._outputs))
             best = subset.fit(True, self._fixed, start, checkpoint=self._checkpoint).best
         else:
             best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
@@ -207,7 +209,7 @@ class Fitting:
         recipe = Recipe(logs[: len(prior.hyperparameters)], missed, max(1, most), self.task.row_per_output)
         form = FeatureForm(prior, x, recipe)
         fits = 4 * 8 * self._size**2 <= budget
-        if fits and self._size**2 / 3 <= PREFER_MATRIX * form.num_features**2:
+        if fits and self._matrix_flops <= PREFER_MATRIX * self._feature_flops(form):
             return DenseForm(self._builder.build(chosen, self.task.shared("matrix")), x)
         return form
 
@@ -237,6 +239,16 @@ class Fitting:
         each, solves = (self.task.num_outputs, _NEWTON_STEPS) if self.task.row_per_output else (1, 1)
         rows = len(self.task.x) * self.task.num_outputs
         return (self._time_budget * self._flops / (rows * solves)) ** 0.5 / each
+
+    @property
+    def _matrix_flops(self) -> float:
+        """Of a posterior by the matrix of all labels."""
+        return self.task.flops(len(self.task.x)) if self.task.row_per_output else self._size**3 / 3
+
+    def _feature_flops(self, form: AbstractForm) -> float:
+        """Of the same in weight space."""
+        rows = _NEWTON_STEPS * len(self.task.x) * self.task.num_outputs if self.task.row_per_output else self._size
+        return float(rows) * form.num_features**2
 
     def _polish_seconds(self, form: AbstractForm) -> float:
         features = form.num_features
