@@ -171,13 +171,13 @@ class LaplaceTask(AbstractClassTask):
         return True
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> LaplaceModel:
-        if rows is not None:
-            return LaplaceModel(form, self.labels[rows], self.offset(self.x[rows]))
+        x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])
         subset = None
-        if len(self.x) > _EVIDENCE_ROWS:
-            some = draw(len(self.x), _EVIDENCE_ROWS, seed=0).to(self.x.device)
-            subset = self.model(DenseForm(form.prior, self.x[some]), some)
-        return LaplaceModel(form, self.labels, self.offset(self.x), subset)
+        if len(x) > _EVIDENCE_ROWS:
+            some = draw(len(x), _EVIDENCE_ROWS, seed=0).to(x.device)
+            form_of_some = DenseForm(form.prior, x[some])
+            subset = LaplaceModel(form_of_some, labels[some], self.offset(x[some]))
+        return LaplaceModel(form, labels, self.offset(x), subset)
 
     def probabilities(self, model: LaplaceModel, x: Tensor, link: Link) -> Tensor:
         return model.predict(x, self.offset(x), link)

@@ -18,6 +18,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Machine
 from gpntk.inference.features import draw
 from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
 from gpntk.io import Checkpoint
@@ -31,12 +32,14 @@ logger = logging.getLogger("gpntk.transfer")
 
 # Evaluations of the evidence until its maximum is found from a good start.
 _EVALUATIONS = 20
-# Operations in a second that factorisations reach on one core.
-_FLOPS = 2.5e10
+# Factorisations until Newton's method has found the mode.
+_NEWTON_STEPS = 10
 # Share of the time budget that fitting all labels by exact factorisations may take.
 _EXACT_SHARE = 1 / 8
 # Labels of the subset to which hyperparameters are fitted exactly where all are too many.
 _SUBSET = 1_500
+# The same where they are averaged over, which takes several posteriors of the subset.
+_AVERAGED = 500
 # A gain in nats below which the search for the best hyperparameters of many labels ends.
 _TOLERANCE = 0.02
 _ROUGH = 0.1
@@ -185,7 +188,7 @@ class Fitting:
     def _many(self, chosen: Candidate, start: Tensor | None) -> tuple[AbstractModel, Draws]:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
         if self.task.averages:
-            subset = self._model(chosen, max(1, _SUBSET // self._outputs))
+            subset = self._model(chosen, max(1, _AVERAGED // self._outputs))
             best = subset.fit(True, self._fixed, start, checkpoint=self._checkpoint).best
         else:
             best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
@@ -201,12 +204,12 @@ class Fitting:
         """All labels by features, or by their matrix where there are more features than labels."""
         prior = self._builder.build(chosen, self.task.shared("features"))
         x, budget = self.task.x, default_budget(self.task.x.device)
-        most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x))))
+        most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x)), self._affordable_features))
         missed = _MISSED * self.task.noise_of(logs)
         recipe = Recipe(logs[: len(prior.hyperparameters)], missed, max(1, most), self.task.row_per_output)
         form = FeatureForm(prior, x, recipe)
         fits = 4 * 8 * self._size**2 <= budget
-        if fits and self._size**2 / 3 <= PREFER_MATRIX * form.num_features**2:
+        if fits and self._matrix_flops <= PREFER_MATRIX * self._feature_flops(form):
             return DenseForm(self._builder.build(chosen, self.task.shared("matrix")), x)
         return form
 
@@ -222,13 +225,34 @@ class Fitting:
         return len(self.task.x) * self._outputs
 
     @property
+    def _flops(self) -> float:
+        return Machine.of(self.task.x.device).attained
+
+    @property
     def _exact_seconds(self) -> float:
         """A factorisation and an inverse for each evaluation, and passes over matrices beside."""
-        return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / _FLOPS
+        return _EVALUATIONS * (self.task.flops(len(self.task.x)) + 500 * self._size**2) / self._flops
+
+    @property
+    def _affordable_features(self) -> float:
+        """Features of a kernel with which weight space keeps to the time budget: N C F² operations a factorisation."""
+        each, solves = (self.task.num_outputs, _NEWTON_STEPS) if self.task.row_per_output else (1, 1)
+        rows = len(self.task.x) * self.task.num_outputs
+        return (self._time_budget * self._flops / (rows * solves)) ** 0.5 / each
+
+    @property
+    def _matrix_flops(self) -> float:
+        """Of a posterior by the matrix of all labels."""
+        return self.task.flops(len(self.task.x)) if self.task.row_per_output else self._size**3 / 3
+
+    def _feature_flops(self, form: AbstractForm) -> float:
+        """Of the same in weight space."""
+        rows = _NEWTON_STEPS * len(self.task.x) * self.task.num_outputs if self.task.row_per_output else self._size
+        return float(rows) * form.num_features**2
 
     def _polish_seconds(self, form: AbstractForm) -> float:
         features = form.num_features
-        return (self._size * features**2 + _EVALUATIONS * features**3) / _FLOPS
+        return (self._size * features**2 + _EVALUATIONS * features**3) / self._flops
 
     def _model(self, candidate: Candidate, count: int | None, screening: bool = False) -> AbstractModel:
         """The model of a candidate for so many labels, or for all of them."""

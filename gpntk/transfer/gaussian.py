@@ -9,6 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk.cost import Machine
 from gpntk.errors import SolveError
 from gpntk.inference import AbstractSolver, AutoSolver, Posterior, SolverChoice, WhitenedSystem, log_evidence
 from gpntk.inference.features import exact_dtype
@@ -19,8 +20,8 @@ from gpntk.transfer.task import AbstractModel, Prediction
 
 # Posterior samples that variances are taken from where each would cost a solve.
 SAMPLES = 64
-# Seconds up to which a factorisation is made for the sake of exact variances, at the speed of one core.
-_DIRECT_SECONDS, _FLOPS = 60.0, 2.5e10
+# Seconds up to which a factorisation is made for the sake of exact variances.
+_DIRECT_SECONDS = 60.0
 _LARGEST_NOISE = 1e4
 # Relative to the targets' variance; below it a covariance of order one cannot be factorised.
 _SMALLEST_NOISE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -257,14 +258,14 @@ def _solvable(system: WhitenedSystem, y: Tensor) -> tuple[WhitenedSystem, Tensor
     Conjugate gradients run in single precision, twice as fast, and are refined in double.
     """
     choice = AutoSolver().select(system)
-    if choice.solver.is_direct and _seconds(choice) > _DIRECT_SECONDS:
+    if choice.solver.is_direct and _seconds(choice, system) > _DIRECT_SECONDS:
         choice = AutoSolver(columns=1).select(system)
     if choice.solver.is_direct:
         return system, y, choice.solver
     return system.to(torch.float32), y, choice.solver
 
 
-def _seconds(choice: SolverChoice) -> float:
+def _seconds(choice: SolverChoice, system: WhitenedSystem) -> float:
     """What the cheapest factorisation takes."""
     direct = [cost.once.flops for cost in choice.costs if cost.strategy in ("weight space", "function space")]
-    return min(direct, default=0.0) / _FLOPS
+    return min(direct, default=0.0) / Machine.of(system.covariance.device).attained

@@ -58,8 +58,6 @@ _MOST_LENGTHSCALES = 20
 _TYPICAL_ROWS = 1000
 # Products with the features until conjugate gradients have converged, those of the preconditioner with them.
 _PRODUCTS = 460
-# Share of a device's speed that passes through a network reach.
-_EFFICIENCY = 0.25
 # Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
 STRONG_EVIDENCE = 3.0
 
@@ -172,7 +170,7 @@ class PriorBuilder:
         outputs = _DIRECTIONS if self.new_head else self.num_outputs
         ways = (2 * samples**2, outputs * samples * params, 4 * samples * _PRODUCTS)
         flops = outputs * samples * 3.0 * counter.get_total_flops() + outputs * params * min(ways)
-        return flops / (_EFFICIENCY * Machine().flops)
+        return flops / Machine.of(self._x.device).attained
 
     @property
     def affords_tangent(self) -> bool:
