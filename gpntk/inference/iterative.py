@@ -39,18 +39,16 @@ from gpntk.memory import chunks
 
 # What one run of iterations is asked to reduce the residual by: float32 can, and float64 has no need for less.
 _REDUCTION = {torch.float32: 1e-4, torch.float64: 1e-10}
-_REFINEMENTS = 12
-# A refinement that reduces the residual by less has met the limit of its precision.
-_PROGRESS = 0.5
-# A run is asked for so much at least, well below that: what is left to do is known to an estimate only. And for so much
-# where the end is not in sight.
+# A refinement that reduces the residual by less than the second has met the limit of its precision.
+_REFINEMENTS, _PROGRESS = 12, 0.5
+# A run is asked for so much at least, for what is left is known to an estimate only; and where no end is in sight.
 _LEAST, _FIRST = 0.1, 1e-4
 # Ritz values approach the smallest eigenvalue from above: errors estimated by them are taken for twice as large.
 _SAFETY = 2.0
 # Vectors of conjugate gradients and of its refinement that live at once, for each right-hand side.
 _VECTORS = 8
-# Error of a mean in weight space, in posterior standard deviations: |ψ e| <= (ψ A⁻¹ ψᵀ)^(1/2) (eᵀA e)^(1/2). Where the
-# noise is tiny, an error small beside the data may be large in directions that the data say nothing of.
+# Error of a mean in weight space, in posterior standard deviations: |ψ e| <= (ψ A⁻¹ ψᵀ)^(1/2) (eᵀA e)^(1/2). An error
+# small beside the data may be large in directions that these say nothing of.
 _STANDARD_DEVIATIONS = 0.01
 # No error is asked for that is smaller than so much of the solution: right-hand sides may have other units.
 _SMALLEST = 1e-9
@@ -94,12 +92,11 @@ class ConjugateGradients(AbstractSolver):
 
     def __post_init__(self) -> None:
         check_positive(1.0, tolerance=self.tolerance, variance_tolerance=self.variance_tolerance)
-        check_count(
-            max_iterations=self.max_iterations, probes=self.probes, checkpoint_iterations=self.checkpoint_iterations
-        )
+        check_count(max_iterations=self.max_iterations, probes=self.probes)
+        check_count(checkpoint_iterations=self.checkpoint_iterations)
         check_count(0, seed=self.seed)
         if not isinstance(self.preconditioner, AbstractPreconditioner):
-            raise InputError(f"preconditioner={self.preconditioner!r}: give an object, gpntk.inference.Nystrom() say.")
+            raise InputError(f"preconditioner={self.preconditioner!r}: give an object, Nystrom() say.")
 
     def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:  # noqa: ARG002
         if self.preconditioner.space == "function":

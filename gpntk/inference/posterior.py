@@ -133,12 +133,12 @@ class Posterior:
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean of f(x) `[T*C]`, or `[K, T*C]` for several columns, for x `[T, D]`; differentiable in x."""
-        self._check(x)
+        check_input(x, self._functions.device)
         return self._shaped(self._functions.values(x, self._coefficients))
 
     def variance(self, x: Tensor) -> Tensor:
         """Posterior variances of f(x) `[T*C]` for x `[T, D]`; columns share them."""
-        self._check(x)
+        check_input(x, self._functions.device)
         pieces = [self.covariance(part.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).flatten() for part in self._split(x)]
         # Rounding can leave the variance at an observation a hair below zero.
         return torch.cat(pieces).clamp_min(0)
@@ -149,7 +149,7 @@ class Posterior:
         With ``rank``, only so many directions of the data reduce the prior variance: variances are then upper bounds,
         at ``rank`` F operations a point.
         """
-        self._check(x)
+        check_input(x, self._functions.device)
         if rank is not None:
             check_count(rank=rank)
         batched = x.reshape(-1, *x.shape[-2:])
@@ -184,7 +184,7 @@ class Posterior:
         With features, functions J(x) w of sampled weights; else by a root of the covariance of f(x).
         """
         check_count(count=count)
-        self._check(x)
+        check_input(x, self._functions.device)
         if self._functions.features is not None:
             weights = self.sample_weights(count, generator)
             return self._functions.values(x, weights.flatten(0, -2)).unflatten(0, weights.shape[:-1])
@@ -376,9 +376,6 @@ class Posterior:
         """Posterior covariance of f(x) with an update's whitened rows, given what came before, `[B, T*C, t]`."""
         flat = self._functions.values(x.flatten(0, 1), update.columns).mT
         return flat.unflatten(0, (x.shape[0], -1))
-
-    def _check(self, x: Tensor) -> None:
-        check_input(x, self._functions.device)
 
     def _split(self, x: Tensor) -> list[Tensor]:
         covariance = self.inverse.exact.covariance
