@@ -47,7 +47,7 @@ class NetworkMean(Mean):
         return super().__call__(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x; w*) for x `[..., N, D]`."""
+        """The network's outputs f(x; w*) for x `[..., N, D]`."""
         check_input(x, self.network.device)
         single = self.network.num_outputs(x) == 1
         outputs = self.network(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

@@ -45,7 +45,7 @@ class ReportLike(Protocol):
 
     @property
     def advice(self) -> str:
-        """A sentence."""
+        """One sentence of advice."""
         ...
 
 

@@ -41,7 +41,7 @@ def cross_entropy_coefficients(
     noise: float,
     tolerance: float,
 ) -> Tensor:
-    """c_t `[T, N, C]` at finite ``times`` `[T]`.
+    """Coefficients c_t `[T, N, C]` of the kernel functions at finite ``times`` `[T]`.
 
     Args:
         product: A c `[N, C]` for c `[N, C]`.

@@ -37,7 +37,7 @@ _SAFETY = 4
 
 
 class Filtered(NamedTuple):
-    """p_t(A + s I) B.
+    """A filtered matrix times columns, p_t(A + s I) B.
 
     Attributes:
         value: `[T, K, n]`, one column of B per row.
@@ -58,7 +58,7 @@ class AbstractFilteredMatrix(ABC):
 
     @abstractmethod
     def largest_eigenvalue(self) -> float:
-        """λ_max of A."""
+        """The largest eigenvalue λ_max of A."""
 
     @abstractmethod
     def product(self, columns: Tensor) -> Tensor:
@@ -235,11 +235,11 @@ class _KrylovSpace:
 
     @property
     def size(self) -> int:
-        """k."""
+        """Number of Lanczos steps made, k."""
         return len(self._diagonal)
 
     def extend(self, steps: int) -> None:
-        """Add ``steps`` dimensions."""
+        """Make so many more Lanczos steps: the Krylov space grows by ``steps`` dimensions."""
         first = self._basis.shape[1]
         room = self._basis.new_zeros(self._basis.shape[0], steps, self._basis.shape[2])
         self._basis = torch.cat([self._basis, room], 1)
@@ -257,7 +257,7 @@ class _KrylovSpace:
             self._basis[:, index] = torch.where(alive, 1 / norm, 0.0).unsqueeze(-1) * image
 
     def ritz(self) -> _Ritz:
-        """The eigendecomposition of T_k."""
+        """Ritz values and vectors: the eigendecomposition of the tridiagonal matrix T_k."""
         diagonal, off = torch.stack(self._diagonal, -1), torch.stack(self._off_diagonal, -1)
         inner = off[..., :-1]
         matrix = torch.diag_embed(diagonal) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
@@ -265,7 +265,7 @@ class _KrylovSpace:
         return _Ritz(values.clamp_min(0), vectors, vectors[..., 0, :], vectors[..., -1, :] * off[..., -1:])
 
     def combine(self, vectors: Tensor, weights: Tensor) -> Tensor:
-        """‖b‖ V_k S w `[T, K, n]` for S `[K, k, k]` and w `[T, K, k]`."""
+        """Combinations of the Lanczos vectors, ‖b‖ V_k S w `[T, K, n]` for S `[K, k, k]` and w `[T, K, k]`."""
         weights = torch.einsum("kij,tkj->tki", vectors, weights)
         return self._norms * torch.einsum("tkj,kjn->tkn", weights, self._basis[:, : weights.shape[-1]])
 

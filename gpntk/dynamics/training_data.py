@@ -37,11 +37,11 @@ class OutputLayout(NamedTuple):
         return cls(outputs, rows == samples, vector)
 
     def columns(self, values: Tensor) -> Tensor:
-        """`[N, C]` as columns `[K, n]`."""
+        """Values of all outputs `[N, C]` as right-hand sides `[K, n]`."""
         return values.mT.contiguous() if self.shared else values.reshape(1, -1)
 
     def matrix(self, columns: Tensor) -> Tensor:
-        """Columns `[..., K, m]` as `[..., M, C]`."""
+        """Solutions `[..., K, m]` as values of all outputs `[..., M, C]`."""
         if self.shared:
             return columns.mT
         return columns.reshape(*columns.shape[:-2], -1, self.num_outputs)
@@ -53,7 +53,7 @@ class OutputLayout(NamedTuple):
 
 
 def as_outputs(values: Any, x: Tensor, name: str) -> Tensor:
-    """Values of f_0 as `[M, C]`."""
+    """Outputs f_0 of the untrained network as a matrix `[M, C]`."""
     if not isinstance(values, Tensor) or values.dim() not in (1, 2) or values.shape[0] != x.shape[0]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"{name} must be a tensor [{x.shape[0]}] or [{x.shape[0]}, C], got {got}.")

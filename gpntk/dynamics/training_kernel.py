@@ -184,18 +184,18 @@ class TrainingKernel:
         return KrylovMatrix(product, probe, rounding, tolerance, self._settings.max_iterations)
 
     def cross(self, x: Tensor) -> Tensor:
-        """k(x, X) `[m, n]` in float64."""
+        """Kernel values between new and training inputs, k(x, X) `[m, n]`, in float64."""
         return self.function.matrix(x, self._x).to_dense().to(self._exact)
 
     def predictions(self, x: Tensor, value: Tensor) -> Tensor:
-        """k(x, X) c `[T, K, m]` for columns c `[T, K, n]`."""
+        """Predictions k(x, X) c `[T, K, m]` for columns c `[T, K, n]`."""
         if self._dense:
             return value @ self.cross(x).mT
         product: Any = self.function.matrix(x, self._x) @ value.flatten(0, 1).mT.to(x.dtype)
         return product.mT.unflatten(0, value.shape[:2]).to(self._exact)
 
     def covariance(self, x: Tensor) -> Tensor:
-        """k(x, x) `[m, m]` in float64."""
+        """Kernel values among new inputs, k(x, x) `[m, m]`, in float64."""
         return self.function.matrix(x, x).to_dense().to(self._exact)
 
     def filtered_covariance(

@@ -17,7 +17,7 @@ _PATIENCE = 300
 
 
 class Run(NamedTuple):
-    """What `conjugate_gradients` did.
+    """The result of a run of conjugate gradients: solutions, outcomes and coefficients.
 
     Attributes:
         value: A⁻¹ b `[K, n]`, the last iterate.

@@ -51,19 +51,19 @@ class AbstractCovariance(ABC):
 
     @abstractmethod
     def cross(self, x: Tensor) -> Tensor:
-        """k(x, X) `[B, T*C, n]` for x `[B, T, D]`; differentiable in x."""
+        """Prior covariance of f(x) with f at the data, k(x, X) `[B, T*C, n]`; x `[B, T, D]`, differentiable."""
 
     @abstractmethod
     def prior(self, x: Tensor) -> Tensor:
-        """k(x, x) `[B, T*C, T*C]` for x `[B, T, D]`; differentiable in x."""
+        """Prior covariance of f(x), k(x, x) `[B, T*C, T*C]`, for x `[B, T, D]`; differentiable in x."""
 
     @abstractmethod
     def prior_diagonal(self) -> Tensor:
-        """Diagonal of K `[n]`."""
+        """Prior variances at the data, the diagonal of K `[n]`."""
 
     @abstractmethod
     def product(self, u: Tensor) -> Tensor:
-        """K u `[K, n]` for columns u `[K, n]`."""
+        """The product with the prior covariance, K u `[K, n]`, for columns u `[K, n]`."""
 
     @abstractmethod
     def coefficients(self, dual: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class FeatureCovariance(AbstractCovariance):
         return self if dtype == self.dtype else FeatureCovariance(self.features.to(dtype), self.given)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Explicit rows J(x) S^½ `[B, T*C, F]` for x `[B, T, D]`."""
+        """Rows of features times prior deviations, J(x) S^½ `[B, T*C, F]` for x `[B, T, D]`."""
         return self._rows(x.to(self.dtype)) * self.scales
 
     def spread(self, values: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class _WeightInverse(AbstractInverse):
 
 
 def cholesky(matrix: Tensor) -> CholeskyFactor:
-    """The Cholesky factor.
+    """The Cholesky factor L of a positive definite matrix L Lᵀ; an error says why there is none.
 
     Raises:
         SolveError: The matrix is not positive definite, not finite, or so large that its rounding drowns the one.

@@ -15,27 +15,27 @@ from torch import Tensor
 
 
 class AbstractFactor(ABC):
-    """A = R Rᵀ `[n, n]`."""
+    """A factor R of a positive definite matrix A = R Rᵀ `[n, n]`."""
 
     @abstractmethod
     def half(self, v: Tensor) -> Tensor:
-        """R⁻¹ v `[..., K, n]`."""
+        """Solve with the factor: R⁻¹ v `[..., K, n]`."""
 
     @abstractmethod
     def half_transposed(self, v: Tensor) -> Tensor:
-        """R⁻ᵀ v `[..., K, n]`."""
+        """Solve with the transposed factor: R⁻ᵀ v `[..., K, n]`."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
-        """log|A| `[]`."""
+        """Logarithm of the determinant, log|A| `[]`."""
 
     @abstractmethod
     def inverse_diagonal(self) -> Tensor:
-        """diag(A⁻¹) `[n]`."""
+        """Diagonal of the inverse, diag(A⁻¹) `[n]`."""
 
     @abstractmethod
     def inverse(self) -> Tensor:
-        """A⁻¹ `[n, n]`, in new memory."""
+        """The inverse A⁻¹ `[n, n]`, in new memory."""
 
     @property
     @abstractmethod
@@ -43,13 +43,13 @@ class AbstractFactor(ABC):
         """Memory of the tensors it holds."""
 
     def solve(self, v: Tensor) -> Tensor:
-        """A⁻¹ v `[..., K, n]`."""
+        """Solve the system: A⁻¹ v `[..., K, n]`."""
         return self.half_transposed(self.half(v))
 
 
 @final
 class CholeskyFactor(AbstractFactor):
-    """A = L Lᵀ, R = L.
+    """The triangular factor of Cholesky, A = L Lᵀ, R = L.
 
     Args:
         lower: L `[n, n]`, lower triangular.
@@ -86,7 +86,7 @@ def _matrix(v: Tensor) -> Tensor:
 
 @final
 class SpectralFactor(AbstractFactor):
-    """A = U diag(values) Uᵀ + rest (I - U Uᵀ), R = A^½.
+    """The symmetric root R = A^½ by eigenvectors, A = U diag(values) Uᵀ + rest (I - U Uᵀ).
 
     Args:
         values: Eigenvalues `[r]`, positive.
@@ -127,7 +127,7 @@ class SpectralFactor(AbstractFactor):
 
 @final
 class BlockFactor(AbstractFactor):
-    """Block-diagonal A.
+    """Factors of the blocks of a block-diagonal matrix A.
 
     Args:
         factors: Of the blocks.
@@ -174,7 +174,7 @@ class BlockFactor(AbstractFactor):
 
 @final
 class ScaledFactor(AbstractFactor):
-    """T A T with a diagonal T.
+    """The factor of a matrix that is scaled on both sides, T A T with a diagonal T.
 
     Args:
         factor: Of A.

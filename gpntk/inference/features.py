@@ -33,7 +33,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 class AbstractFeatures(ABC):
-    """Φ `[n, F]` by its products.
+    """The features of all data, a matrix Φ `[n, F]` known by its products.
 
     Args:
         backend: How Jacobian products are computed.
@@ -127,16 +127,16 @@ class AbstractFeatures(ABC):
 
     @property
     def num_features(self) -> int:
-        """F."""
+        """Number of features, F."""
         return self.backend.num_features
 
     def jvp(self, v: Tensor) -> Tensor:
-        """Φ v `[K, n]` for v `[K, F]`."""
+        """Products of the features with weights, Φ v `[K, n]`, for v `[K, F]`."""
         pieces = [self.backend.jvp(x.unsqueeze(0), v.unsqueeze(0)).squeeze(0) for _, x in self.parts()]
         return torch.cat(pieces, -1) if pieces else v.new_zeros(v.shape[0], 0)
 
     def vjp(self, u: Tensor) -> Tensor:
-        """Φᵀ u `[K, F]` for u `[K, n]`."""
+        """Products of the transposed features, Φᵀ u `[K, F]`, for u `[K, n]`."""
         total = torch.zeros(u.shape[0], self.num_features, dtype=self.dtype, device=self.device)
         for rows, x in self.parts():
             total += self.backend.vjp(x.unsqueeze(0), u[:, rows].unsqueeze(0)).squeeze(0)

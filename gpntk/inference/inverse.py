@@ -73,7 +73,7 @@ class AbstractInverse(ABC):
 
     @abstractmethod
     def whitened(self, rhs: Tensor) -> Solution:
-        """B⁻¹ b for b `[K, m]`."""
+        """Solve the whitened system: B⁻¹ b for b `[K, m]`."""
 
     @abstractmethod
     def logdet(self, by_row: bool = True, derivatives: bool = True) -> LogDet:
@@ -81,7 +81,7 @@ class AbstractInverse(ABC):
 
     @abstractmethod
     def precision(self) -> Tensor:
-        """(K + Λ⁻¹)⁻¹ = R B⁻¹ Rᵀ `[n, n]`, in new memory."""
+        """The inverse of the covariance of targets, (K + Λ⁻¹)⁻¹ = R B⁻¹ Rᵀ `[n, n]`, in new memory."""
 
     @abstractmethod
     def inverse_blocks(self) -> Tensor:
@@ -124,7 +124,7 @@ class AbstractInverse(ABC):
         return self.exact.covariance.total((dual * (2 * rhs - dual)).sum(-1)) - energy
 
     def solve(self, rhs: Tensor) -> SolveResult:
-        """(K + Λ⁻¹)⁻¹ b = R B⁻¹ Rᵀ b for b `[K, n]`."""
+        """Solve with the covariance of targets: (K + Λ⁻¹)⁻¹ b = R B⁻¹ Rᵀ b for b `[K, n]`."""
         solution = self.whitened(self.exact.likelihood.whiten(rhs.to(self.dtype)))
         return solution.result(self.exact.likelihood.unwhiten(solution.dual))
 
@@ -159,5 +159,5 @@ class AbstractInverse(ABC):
 
 
 def in_batches(rows: Tensor, batch: int) -> Tensor:
-    """`[B*T, R]` as `[B, T, R]`."""
+    """Rows of a batch, `[B*T, R]`, one matrix for each of its elements `[B, T, R]`."""
     return rows.unflatten(0, (batch, -1))

@@ -23,15 +23,15 @@ class AbstractNoise(ABC):
 
     @abstractmethod
     def whiten(self, u: Tensor) -> Tensor:
-        """Rᵀ u `[..., m]` for u `[..., n]`."""
+        """Divide values by the noise: Rᵀ u `[..., m]` for u `[..., n]`."""
 
     @abstractmethod
     def unwhiten(self, v: Tensor) -> Tensor:
-        """R v `[..., n]` for v `[..., m]`."""
+        """The transpose of `whiten`: R v `[..., n]` for v `[..., m]`."""
 
     @abstractmethod
     def rows(self, block: Tensor) -> Tensor:
-        """Rᵀ A `[m, F]` for rows A `[n, F]`."""
+        """Rows of features divided by the noise: Rᵀ A `[m, F]` for A `[n, F]`."""
 
     @abstractmethod
     def congruence(self, matrix: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class AbstractNoise(ABC):
 
     @abstractmethod
     def size(self, rows: int) -> int:
-        """m, for n = ``rows``."""
+        """Number m of whitened rows, for n = ``rows`` rows of the data."""
 
     @property
     @abstractmethod

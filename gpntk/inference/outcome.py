@@ -49,7 +49,7 @@ class SolveResult(NamedTuple):
         return next((outcome for outcome in self.outcomes if outcome is not Outcome.CONVERGED), Outcome.CONVERGED)
 
     def checked(self) -> Tensor:
-        """The value.
+        """The solution, or an error that says which columns failed and what helps.
 
         Raises:
             SolveError: A column did not converge.

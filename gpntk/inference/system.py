@@ -156,11 +156,11 @@ class WhitenedSystem:
     # --- products ----------------------------------------------------------------------------------------------
 
     def apply(self, v: Tensor) -> Tensor:
-        """Ψ v `[K, m]`."""
+        """Product with the whitened features, Ψ v `[K, m]`."""
         return self.likelihood.whiten(self.weighted.features.jvp(v * self.weighted.scales))
 
     def adjoint(self, u: Tensor) -> Tensor:
-        """Ψᵀ u `[K, F]`."""
+        """Product with the transposed whitened features, Ψᵀ u `[K, F]`."""
         return self.weighted.features.vjp(self.likelihood.unwhiten(u)) * self.weighted.scales
 
     def product(self, space: Space) -> Callable[[Tensor], Tensor]:
@@ -182,7 +182,7 @@ class WhitenedSystem:
         return self.likelihood.whiten(self.covariance.product(self.likelihood.unwhiten(u)))
 
     def matrix(self) -> Tensor:
-        """B `[m, m]`."""
+        """The matrix of function space, B = I + Rᵀ K R `[m, m]`."""
         matrix = self.likelihood.congruence(self.covariance.gram())
         matrix.diagonal().add_(1)
         return matrix

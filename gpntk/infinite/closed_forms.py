@@ -280,7 +280,7 @@ class Sine(AbstractClosedForm):
 
 
 def cosine(a: float = 1.0, b: float = 1.0, c: float = 0.0) -> Sine:
-    """φ(x) = a cos(b x + c)."""
+    """The activation φ(x) = a cos(b x + c), a sine with another phase."""
     return Sine(a, b, c + math.pi / 2)
 
 
@@ -388,7 +388,7 @@ def _mehler(coefficients: Sequence[float], q1: Tensor, q2: Tensor, k: Tensor) ->
 
 
 def monomial(power: int) -> Polynomial:
-    """φ(x) = x^power."""
+    """The activation φ(x) = x^power, a polynomial of one term."""
     return Polynomial((0.0,) * power + (1.0,))
 
 

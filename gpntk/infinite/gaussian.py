@@ -46,7 +46,7 @@ class AbstractActivation(ABC):
     """Whether float32 moments are computed in float32, because that rounds them as little as q1, q2 and k do."""
 
     def moments(self, q1: Tensor, q2: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """E[φ(u) φ(v)] and E[φ'(u) φ'(v)] for (u, v) ~ N(0, [[q1, k], [k, q2]]).
+        """Mean products of φ and of its slope, E[φ(u) φ(v)] and E[φ'(u) φ'(v)], for (u, v) ~ N(0, [[q1, k], [k, q2]]).
 
         Args:
             q1: Variances of u, broadcastable to the shape of ``k``.

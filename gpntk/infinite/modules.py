@@ -52,11 +52,11 @@ class Activation(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """φ(x)."""
+        """The activation of every entry, φ(x)."""
         return self.activation(x)
 
     def extra_repr(self) -> str:
-        """The activation."""
+        """The activation, as `print` shows it."""
         return repr(self.activation)
 
 
@@ -191,7 +191,7 @@ class LocallyConnected(nn.Module):
         return result.mT.reshape(len(x), self.out_channels, *self.output_size)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """The arguments of the layer, as `print` shows them."""
         return (
             f"{self.in_channels}, {self.out_channels}, input_size={self.input_size}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, bias={self.bias is not None}"

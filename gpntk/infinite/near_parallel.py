@@ -162,7 +162,7 @@ class _Range(NamedTuple):
         return self.low + (self.high - self.low) * (at + 1) / 2
 
     def basis(self, x: Tensor, count: int) -> Tensor:
-        """T_0(x) ... T_{count-1}(x) `[*x, count]`."""
+        """Chebyshev polynomials T_0(x) ... T_{count-1}(x) `[*x, count]`."""
         x = (2 * x - (self.low + self.high)) / (self.high - self.low)
         rows = [torch.ones_like(x), x]
         for _ in range(count - 2):
@@ -194,7 +194,7 @@ class _Box(NamedTuple):
 
     @property
     def steepness(self) -> float:
-        """max(1, √q)."""
+        """How much steeper an activation is in standard units, max(1, √q)."""
         return _steepness(self.deviations)
 
 

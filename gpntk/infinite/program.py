@@ -122,7 +122,7 @@ class Call:
 @final
 @dataclass(frozen=True)
 class Rule:
-    """What a call does.
+    """What a call of the network does to the moments of its inputs.
 
     Attributes:
         apply: Maps the moments of its inputs, and the `Weights` of a layer that has some, to those of its result.

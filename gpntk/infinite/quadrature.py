@@ -170,13 +170,13 @@ class _Unit:
         return z, weights * density(z)
 
     def squares(self, q: Tensor) -> Tensor:
-        """E[φ²] and E[φ'²], `[*q, 2]`."""
+        """Mean squares of the activation and of its slope, E[φ²] and E[φ'²], `[*q, 2]`."""
         z, weights = self._nodes(q)
         value, slope = self._phi(root(q).unsqueeze(-1) * z)
         return torch.stack([(weights * value**2).sum(-1), (weights * slope**2).sum(-1)], -1)
 
     def checked_squares(self, q: Tensor, reach: float) -> Tensor:
-        """E[φ²] and E[φ'²], `[*q, 2]`, where next to nothing of them is beyond ``reach`` standard deviations.
+        """Mean squares E[φ²] and E[φ'²], `[*q, 2]`, for next to nothing beyond ``reach`` standard deviations.
 
         Raises:
             InputError: There is more than the tolerance.

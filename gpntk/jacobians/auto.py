@@ -94,7 +94,7 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         return AutoBackend(network, memory_budget, precision).choice(x.reshape(-1, *x.shape[-2:]))
 
     def choice(self, x: Tensor) -> Choice:
-        """The choice for x `[B, N, D]`."""
+        """Which backend products at x `[B, N, D]` go by, why, and what each would cost."""
         key = (x.shape, x.dtype, x.device)
         if key not in self._choices:
             if len(self._choices) >= _CHOICES:

@@ -89,15 +89,15 @@ class AbstractJacobianBackend(ABC):
 
     @abstractmethod
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        """J(x) v `[B, K, N*C]` for v `[B, K, F]`."""
+        """Jacobian-vector products J(x) v `[B, K, N*C]` for v `[B, K, F]`."""
 
     @abstractmethod
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        """J(x)ᵀ u `[B, K, F]` for u `[B, K, N*C]`."""
+        """Vector-Jacobian products J(x)ᵀ u `[B, K, F]` for u `[B, K, N*C]`."""
 
     @abstractmethod
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
-        """J_g(x1) J_g(x2)ᵀ for every group g, `[B, G, N*C, M*C]`."""
+        """Tangent kernel of every group g of parameters, J_g(x1) J_g(x2)ᵀ `[B, G, N*C, M*C]`."""
 
     @abstractmethod
     def diagonal(self, x: Tensor, per_layer: bool = False) -> Tensor:
@@ -240,7 +240,7 @@ def contracted_gram(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, pe
 
 
 def contracted_diagonal(backend: AbstractJacobianBackend, x: Tensor, per_layer: bool) -> Tensor:
-    """|J_g(x)|² row by row, `[B, G, N*C]`."""
+    """Squared norms of the rows of every group of the Jacobian, |J_g(x)|² `[B, G, N*C]`."""
     groups = _groups(backend, per_layer)
     parts = []
     for rows in row_chunks(backend, x):

@@ -106,7 +106,7 @@ class Use:
 
     @property
     def names(self) -> frozenset[str]:
-        """The parameters used."""
+        """Names of the parameters that the call uses."""
         return frozenset[str]().union(*(operand.names for operand in self.operands.values()))
 
     @property

@@ -32,11 +32,11 @@ class AbstractLikelihood(ABC):
 
     @abstractmethod
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        """log p(y | f) `[]`, in nats."""
+        """Log likelihood of all labels, log p(y | f) `[]`, in nats."""
 
     @abstractmethod
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
-        """∂log p(y | f)/∂f `[N, C]`."""
+        """Gradient of the log likelihood, ∂log p(y | f)/∂f `[N, C]`."""
 
     @abstractmethod
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class TangentGP(gpytorch.models.ExactGP):
         self.to(x)
 
     def forward(self, x: Tensor) -> MultivariateNormal:
-        """Prior at x `[N, D]`."""
+        """The prior distribution of f at x `[N, D]`, as GPyTorch calls it."""
         mean = self.mean_module(x)
         assert isinstance(mean, Tensor)
         return self._distribution(mean, self.covar_module(x))
@@ -94,7 +94,7 @@ class TangentGP(gpytorch.models.ExactGP):
 
     @property
     def noise(self) -> Tensor:
-        """Noise variance `[]`."""
+        """Variance of the observation noise `[]`."""
         noise = self.likelihood.noise
         assert noise is not None
         return noise.squeeze()

@@ -118,11 +118,11 @@ class LaplacePosterior:
         return self._state.system.mean(x, self.dual).flatten()
 
     def variance(self, x: Tensor) -> Tensor:
-        """Variances of f(x) `[T*C]` for x `[T, D]`."""
+        """Posterior variances of f(x) `[T*C]` for x `[T, D]`."""
         return self.latent(x).covariance.diagonal(dim1=-2, dim2=-1).flatten().clamp_min(0)
 
     def covariance(self, x: Tensor) -> Tensor:
-        """Covariance of f(x) `[..., T*C, T*C]` for x `[..., T, D]`."""
+        """Posterior covariance of f(x) `[..., T*C, T*C]` for x `[..., T, D]`."""
         batched = self._state.system.covariance(x.reshape(-1, *x.shape[-2:]))
         return batched.reshape(*x.shape[:-2], *batched.shape[-2:])
 

@@ -35,11 +35,11 @@ class AbstractNewtonSystem(ABC):
 
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
-        """P v `[N, C]`."""
+        """Product with the pseudo-precision P = (K + Λ⁻¹)⁻¹, P v `[N, C]`."""
 
     @abstractmethod
     def logdet(self) -> LogDet:
-        """log|I + K Λ|."""
+        """Logarithm of the determinant that the evidence needs, log|I + K Λ|."""
 
     @abstractmethod
     def shares(self) -> Tensor:
@@ -55,7 +55,7 @@ class AbstractNewtonSystem(ABC):
 
     @abstractmethod
     def mean(self, x: Tensor, dual: Tensor) -> Tensor:
-        """k(x, X) α `[T, C]` for x `[T, D]`."""
+        """Posterior mean less the prior's, k(x, X) α `[T, C]` for x `[T, D]`."""
 
     @abstractmethod
     def covariance(self, x: Tensor) -> Tensor:

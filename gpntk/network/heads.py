@@ -15,7 +15,7 @@ from gpntk.network.selection import readout_name
 
 @final
 class Body(nn.Module):
-    """h(x) `[N, H]`, what enters the readout (the last registered layer, a ``Linear``) of a network.
+    """The features h(x) `[N, H]` that enter the readout (the last registered layer, a ``Linear``) of a network.
 
     With ``num_directions`` it returns R random sums Σ_j ±h_j(x) / √H instead. The mean over directions of their tangent
     kernels is an unbiased estimate of (1/H) Σ_j of those of h_j, the kernel that a fresh readout of random weights
@@ -91,7 +91,7 @@ class Body(nn.Module):
         return self._plain and outputs is readout and readout._version == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """h(x) `[N, H]`, or its projections `[N, R]`."""
+        """The features that enter the readout, h(x) `[N, H]`, or its projections `[N, R]`."""
         self.recorder.calls.clear()
         self.network(x)
         if len(self.recorder.calls) != 1:

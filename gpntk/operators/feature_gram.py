@@ -188,7 +188,7 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
         return self._like(self._x1, self._x2, self._variances * factor[..., None, None])
 
     def add_diagonal(self, diag: Tensor) -> NoisyGramLinearOperator:
-        """K + diag(d), as a `NoisyGramLinearOperator`."""
+        """The kernel matrix plus a diagonal, K + diag(d), as a `NoisyGramLinearOperator`."""
         added: Any = super().add_diagonal(diag)
         return noisy_gram(added._linear_op, added._diag_tensor)
 
@@ -210,7 +210,7 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """x1 `[..., N, D]` and x2 `[..., M, D]`."""
+        """The inputs of rows and columns, x1 `[..., N, D]` and x2 `[..., M, D]`."""
         return self._x1, self._x2
 
     # --- indexing ----------------------------------------------------------------------------------------------

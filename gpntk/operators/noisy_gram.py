@@ -147,6 +147,6 @@ def elements(values: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 def noisy_gram(gram: LinearOperator, noise: DiagLinearOperator) -> NoisyGramLinearOperator:
-    """``gram`` + ``noise``."""
+    """A kernel matrix plus the noise of its rows, ``gram`` + ``noise``."""
     # The host annotates *each* of the two arguments as the pair of them.
     return NoisyGramLinearOperator(gram, noise)  # pyright: ignore[reportArgumentType]

@@ -138,7 +138,7 @@ class AbstractClassTask(AbstractTask, ABC):
     @staticmethod
     @abstractmethod
     def outputs_of(num_classes: int, num_logits: int) -> int:
-        """C of the GP."""
+        """Number of outputs C that the GP has."""
 
     @abstractmethod
     def grown_model(self, model: Any, x: Tensor, labels: Tensor) -> Any:

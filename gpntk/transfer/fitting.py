@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import NamedTuple, final
 
@@ -25,7 +25,7 @@ from gpntk.io import Checkpoint
 from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.prior import Candidate, Comparison, PriorBuilder, preferred
-from gpntk.transfer.task import AbstractModel, AbstractTask
+from gpntk.transfer.task import AbstractModel, AbstractTask, Search
 from gpntk.transfer.terms import FeatureTerm
 
 logger = logging.getLogger("gpntk.transfer")
@@ -48,6 +48,8 @@ _ROUGH = 0.1
 _SIGNAL, _TANGENTS, _NOISES = 0.5, (0.5, 30.0, 2000.0), (0.05, 0.5)
 # The matrix of all labels is taken where its factorisation costs so much of what features do.
 PREFER_MATRIX = 1.0
+# Share of a kernel's variance from which on it is said that features miss it.
+_TOLERATED = 0.02
 # Nyström features of a kernel, at most; the share of memory that they may take; what they may miss of the kernel's
 # variance, as a share of the noise's.
 _MOST_FEATURES, _FEATURE_MEMORY, _MISSED = 1_500, 0.25, 0.01
@@ -99,16 +101,31 @@ class Fitting:
         exact = self._exact_seconds
         if average and exact <= self._time_budget:
             model = self._model(chosen, None)
-            draws = model.fit(True, self._fixed, start, checkpoint=self._checkpoint)
+            draws = model.fit(True, self._fixed, start, self._search())
         elif exact <= _EXACT_SHARE * self._time_budget:
             model, draws = self._exactly(chosen, start)
         else:
             model, draws = self._many(chosen, start)
         model.set_draws(draws)
-        notes = () if len(self._candidates) == 1 or self._builder.left_out is None else (self._builder.left_out,)
+        notes = [*self._weaker(average, model, exact)]
         for note in notes:
             logger.warning(note)
-        return Fit(model, chosen, comparison, notes)
+        return Fit(model, chosen, comparison, tuple(notes))
+
+    def _weaker(self, average: bool, model: AbstractModel, exact: float) -> Iterator[str]:
+        """In what this model stands back behind the one without a time budget, and what that one would cost."""
+        if len(self._candidates) > 1 and self._builder.left_out is not None:
+            yield self._builder.left_out
+        if average and exact > self._time_budget:
+            yield (
+                f"hyperparameters are at one best value, for an average over them would take about {exact:.3g} s, more "
+                f"than time_budget={self._time_budget:g}."
+            )
+        if model.form.missed > _TOLERATED:
+            yield (
+                f"a kernel's features miss {model.form.missed:.1%} of its variance, which predictions add to "
+                "their variance: more features would exceed time_budget or the memory."
+            )
 
     # --- 1. which kernel ---------------------------------------------------------------------------------------
 
@@ -140,7 +157,7 @@ class Fitting:
         if len(self.task.x) <= self.task.screened or self.task.averages:
             if start is None:
                 return model, self._from_prior(model, True, None)
-            return model, model.fit(False, self._fixed, start, checkpoint=self._checkpoint)
+            return model, model.fit(False, self._fixed, start, self._search())
         start = self._warmed(chosen, start, self._size)
         return model, self._maximum(model, start, _TOLERANCE)
 
@@ -177,9 +194,10 @@ class Fitting:
         return max((draws, other), key=lambda found: self._density(model, found.best))
 
     def _searched(self, model: AbstractModel, start: Tensor | None, curvature: bool, tolerance: float | None) -> Draws:
-        return model.fit(
-            False, self._fixed, start, curvature=curvature, tolerance=tolerance, checkpoint=self._checkpoint
-        )
+        return model.fit(False, self._fixed, start, self._search(curvature, tolerance))
+
+    def _search(self, curvature: bool = True, tolerance: float | None = None) -> Search:
+        return Search(curvature, tolerance, self._checkpoint)
 
     def _density(self, model: AbstractModel, logs: Tensor) -> float:
         with torch.no_grad():
@@ -189,7 +207,7 @@ class Fitting:
         """More labels than exact factorisations serve: hyperparameters from a subset, then all labels."""
         if self.task.averages:
             subset = self._model(chosen, max(1, _AVERAGED // self._outputs))
-            best = subset.fit(True, self._fixed, start, checkpoint=self._checkpoint).best
+            best = subset.fit(True, self._fixed, start, self._search()).best
         else:
             best = self._warmed(chosen, start, 2 * min(_SUBSET, self._size))
         assert best is not None

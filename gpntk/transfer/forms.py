@@ -59,7 +59,12 @@ class AbstractForm(ABC):
     @property
     @abstractmethod
     def num_features(self) -> int:
-        """F; 0 for a matrix."""
+        """Number of features F; 0 for a matrix."""
+
+    @property
+    @abstractmethod
+    def missed(self) -> float:
+        """The largest share of a kernel's variance that its features miss; 0 for a matrix."""
 
     @property
     @abstractmethod
@@ -69,7 +74,7 @@ class AbstractForm(ABC):
 
 @final
 class DenseForm(AbstractForm):
-    """The matrix itself `[n, n]`.
+    """The prior as the kernel matrix of all labels `[n, n]`, exactly.
 
     Args:
         prior: The prior covariance.
@@ -101,6 +106,10 @@ class DenseForm(AbstractForm):
     @property
     def free(self) -> Sequence[bool]:
         return [True] * len(self.hyperparameters)
+
+    @property
+    def missed(self) -> float:
+        return 0.0
 
     @property
     def note(self) -> str:
@@ -192,6 +201,10 @@ class FeatureForm(AbstractForm):
     @property
     def free(self) -> Sequence[bool]:
         return [free for term in self.prior.terms for free in _free(term)]
+
+    @property
+    def missed(self) -> float:
+        return max((s.unexplained for s in self._sources if isinstance(s, NystromFeatures)), default=0.0)
 
     @property
     def note(self) -> str:

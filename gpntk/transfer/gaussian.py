@@ -14,9 +14,8 @@ from gpntk.errors import SolveError
 from gpntk.inference import AbstractSolver, AutoSolver, Posterior, SolverChoice, WhitenedSystem, log_evidence
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
-from gpntk.io import Checkpoint
 from gpntk.transfer.forms import AbstractForm
-from gpntk.transfer.task import AbstractModel, Prediction
+from gpntk.transfer.task import AbstractModel, Prediction, Search
 
 # Posterior samples that variances are taken from where each would cost a solve.
 SAMPLES = 64
@@ -64,28 +63,16 @@ class GaussianModel(AbstractModel):
     def fit(
         self,
         average: bool,
-        fixed: Mapping[str, float] | None = None,
-        start: Tensor | None = None,
-        *,
-        curvature: bool = True,
-        tolerance: float | None = None,
-        checkpoint: Checkpoint | None = None,
+        fixed: Mapping[str, float] | None,
+        start: Tensor | None,
+        search: Search,
     ) -> Draws:
         if start is not None and not all(self.form.free):
             held = [*(not free for free in self.form.free), *([False] * (self._noise_prior is not None))]
             values = named(self.hyperparameters, start)
             names = [h.name for h, is_held in zip(self.hyperparameters, held, strict=True) if is_held]
             fixed = {**{name: values[name] for name in names}, **(fixed or {})}
-        return infer(
-            self.log_likelihood,
-            self.hyperparameters,
-            average,
-            start,
-            fixed,
-            curvature=curvature,
-            tolerance=tolerance,
-            checkpoint=checkpoint,
-        )
+        return infer(self.log_likelihood, self.hyperparameters, average, start, fixed, **search._asdict())
 
     def log_likelihood(self, logs: Tensor) -> Tensor:
         try:

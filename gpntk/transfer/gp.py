@@ -188,7 +188,7 @@ class TransferGP:
 
     @property
     def fitted(self) -> Fit:
-        """What `fit` found.
+        """The model, the kernel and the comparison that `fit` found.
 
         Raises:
             NotFittedError: `fit` was not called yet.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from gpntk.errors import SolveError
 from gpntk.inference.hyperposterior import NEGLIGIBLE, Draws, infer, log_prior
-from gpntk.io import Checkpoint
 from gpntk.likelihoods import Latent, Link, probabilities
 from gpntk.models import LaplacePosterior
 from gpntk.transfer.forms import AbstractForm
-from gpntk.transfer.task import AbstractModel
+from gpntk.transfer.task import AbstractModel, Search
 
 # From a fiftieth of the variances of largest evidence to three times these.
 _FACTORS = torch.logspace(-1.75, 0.5, 7, dtype=torch.float64)
@@ -45,12 +44,9 @@ class LaplaceModel(AbstractModel):
     def fit(
         self,
         average: bool,
-        fixed: Mapping[str, float] | None = None,
-        start: Tensor | None = None,
-        *,
-        curvature: bool = True,
-        tolerance: float | None = None,
-        checkpoint: Checkpoint | None = None,
+        fixed: Mapping[str, float] | None,
+        start: Tensor | None,
+        search: Search,
     ) -> Draws:
         """Those of largest evidence; and to average, their variances times common factors.
 
@@ -59,8 +55,7 @@ class LaplaceModel(AbstractModel):
         label given the others.
         """
         evidence = (self if self._subset is None else self._subset).log_likelihood
-        options: dict[str, Any] = {"curvature": curvature, "tolerance": tolerance, "checkpoint": checkpoint}
-        draws = infer(evidence, self.hyperparameters, False, start, fixed, **options)
+        draws = infer(evidence, self.hyperparameters, False, start, fixed, **search._asdict())
         if not average:
             return draws
         names = fixed or {}

@@ -33,6 +33,14 @@ class Checks(NamedTuple):
     calibration: Mapping[float, float] = {}
 
 
+class Search(NamedTuple):
+    """How hyperparameters are searched for; see `gpntk.inference.hyperposterior.infer`."""
+
+    curvature: bool = True
+    tolerance: float | None = None
+    checkpoint: Checkpoint | None = None
+
+
 class AbstractModel(ABC):
     """Labels given f ~ GP(m, K_θ), averaged over draws of the hyperparameters θ.
 
@@ -55,12 +63,9 @@ class AbstractModel(ABC):
     def fit(
         self,
         average: bool,
-        fixed: Mapping[str, float] | None = None,
-        start: Tensor | None = None,
-        *,
-        curvature: bool = True,
-        tolerance: float | None = None,
-        checkpoint: Checkpoint | None = None,
+        fixed: Mapping[str, float] | None,
+        start: Tensor | None,
+        search: Search,
     ) -> Draws:
         """Infer the hyperparameters; see `gpntk.inference.hyperposterior.infer`."""
 
@@ -156,7 +161,7 @@ class AbstractTask(ABC):
 
     @abstractmethod
     def mean_at(self, model: Any, x: Tensor) -> Tensor:
-        """Its mean alone `[M*C]`."""
+        """Mean of the posterior at x, without variances `[M*C]`."""
 
     @abstractmethod
     def probabilities(self, model: Any, x: Tensor, link: Link) -> Tensor:

@@ -97,7 +97,7 @@ class AbstractTerm(ABC):
 
     @abstractmethod
     def diagonal(self, logs: Tensor, x: Tensor) -> Tensor:
-        """Variances at x `[N, D]`: `[n]`."""
+        """Prior variances of the term at x `[N, D]`: `[n]`."""
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from gpntk.jacobians.rules.rule import outer
 
 
 class Positions(NamedTuple):
-    """a `[B, N, T, I]` and g `[B, N, C, T, O]`."""
+    """Activations a `[B, N, T, I]` and output gradients g `[B, N, C, T, O]`."""
 
     a: Tensor
     g: Tensor
