@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import gpntk
 from gpntk.errors import InputError, NetworkError
+from gpntk.inference import ConjugateGradients, Nystrom
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, log_prior
 from gpntk.kernels.nystrom import nystrom_features
 from gpntk.network.heads import Body, Rescaled
@@ -503,6 +504,58 @@ def test_missing_and_known_noise_at_any_size(monkeypatch: pytest.MonkeyPatch) ->
     assert "features" in gp.fitted.model.note
     mean = gp.predict(z).mean.reshape(-1, 2)
     torch.testing.assert_close(mean, torch.cat([truth, -truth], -1), rtol=0, atol=0.3)
+
+
+def means_are_iterated(monkeypatch: pytest.MonkeyPatch, deviations: bool) -> None:
+    """As if labels were too many for a factorisation before the first mean, or also for one before deviations."""
+    few_are_exact(monkeypatch)
+    solver = ConjugateGradients(Nystrom(space="weight"))
+    monkeypatch.setattr("gpntk.transfer.gaussian._solvable", lambda system, y: (system.to(torch.float32), y, solver))
+    if deviations:
+        monkeypatch.setattr("gpntk.transfer.gaussian._for_variances", lambda found: solver.select(found.inverse.exact))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_deviations_are_exact_where_means_are_iterated(
+    outputs: int, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (x, y), (z, new) = sines(120), sines(20, seed=1)
+    y, new = (each if outputs == 1 else torch.cat([each, 2 * each.square()], -1) for each in (y, new))
+    if missing:
+        y[::3, 0] = math.nan
+    means_are_iterated(monkeypatch, False)
+    gp = TransferGP(small(outputs), x, y, kernel="ntk", mean="zero")
+    gp.fit()
+    assert "deviations exact, by" in gp.fitted.model.note
+    hyperparameters = gp.hyperparameters()
+    grown = gp.condition_on(z[:5], new[:5])
+    found = [(each.predict(z), each.predict(z, covariance=True)) for each in (gp, grown)]
+    monkeypatch.undo()
+    exact = TransferGP(small(outputs), x, y, kernel="ntk", mean="zero", hyperparameters=hyperparameters)
+    exact.fit()
+    for (one, joint), gp in zip(found, (exact, exact.condition_on(z[:5], new[:5])), strict=True):
+        expected = gp.predict(z, covariance=True)
+        torch.testing.assert_close(one.mean, expected.mean, rtol=0, atol=1e-3 * float(expected.spread.max().sqrt()))
+        torch.testing.assert_close(one.spread, expected.spread.diagonal(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(joint.spread, expected.spread, rtol=1e-6, atol=1e-9)
+
+
+def test_deviations_from_samples_where_nothing_is_factorised(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), (z, _) = sines(120), sines(20, seed=1)
+    means_are_iterated(monkeypatch, True)
+    gp = TransferGP(small(), x, y, kernel="ntk", mean="zero")
+    gp.fit()
+    assert "deviations from 64 samples, to 9 %" in gp.fitted.model.note
+    found, joint = (gp.predict(z, covariance, observation_noise=False).spread for covariance in (False, True))
+    torch.testing.assert_close(joint.diagonal(), found)
+    hyperparameters = gp.hyperparameters()
+    monkeypatch.undo()
+    exact = TransferGP(small(), x, y, kernel="ntk", mean="zero", hyperparameters=hyperparameters)
+    exact.fit()
+    # Five standard errors.
+    ratio = (found / exact.predict(z, observation_noise=False).spread).sqrt()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=5 / 128**0.5)
 
 
 def test_a_kernel_of_gpytorchs_with_ours_inside() -> None:

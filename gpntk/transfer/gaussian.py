@@ -56,6 +56,7 @@ class GaussianModel(AbstractModel):
         super().__init__(form, (*form.hyperparameters, *own))
         self.labels, self._noise_prior = labels, noise
         self._posteriors: list[list[Posterior]] = []
+        self._factorised: dict[int, list[Posterior]] = {}
         self._samples: dict[int, Tensor] = {}
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
@@ -142,11 +143,16 @@ class GaussianModel(AbstractModel):
 
     @property
     def note(self) -> str:
-        solver = self._posteriors[0][0].solver
-        if solver.is_direct:
-            return f"{solver}, {self.form.note}"
+        posterior = self._posteriors[0][0]
+        if posterior.solver.is_direct:
+            return f"{posterior.solver}, {self.form.note}"
+        choice, system = _for_variances(posterior), posterior.inverse.exact
         error = 100 / math.sqrt(2 * SAMPLES)
-        return f"{type(solver).__name__}, {self.form.note}; deviations from {SAMPLES} samples, to {error:.0f} %"
+        deviations = f"from {SAMPLES} samples, to {error:.0f} %"
+        if choice.solver.is_direct:
+            seconds = _seconds(choice, system)
+            deviations = f"exact, by {choice.solver} when first asked for, which may take {seconds:.0f} s"
+        return f"{type(posterior.solver).__name__}, {self.form.note}; deviations {deviations}"
 
     # --- private -----------------------------------------------------------------------------------------------
 
@@ -196,6 +202,7 @@ class GaussianModel(AbstractModel):
         """Variances `[M*C]` or covariance `[M*C, M*C]`."""
         unexplained = self.form.unexplained(self._of_form(logs), x)
         outputs = self.labels.y.shape[1]
+        posteriors = self._with_variances(logs, posteriors)
         if not joint:
             variances = [self._covariance(posterior, x, joint) + unexplained for posterior in posteriors]
             return self._rows(variances, len(x) * outputs)
@@ -205,6 +212,19 @@ class GaussianModel(AbstractModel):
         by_output = torch.stack(covariances).expand(outputs, -1, -1).movedim(0, -1).diag_embed()  # [M, M, C, C]
         return by_output.movedim(2, 1).flatten(2).flatten(0, 1)
 
+    def _with_variances(self, logs: Tensor, posteriors: Sequence[Posterior]) -> Sequence[Posterior]:
+        """The same posteriors by factorisations, where means were cheaper without and samples are no cheaper."""
+        first = posteriors[0]
+        if first.solver.is_direct or not (solver := _for_variances(first).solver).is_direct:
+            return posteriors
+        if id(first) not in self._factorised:
+            covariance = self.form.covariance(self._of_form(logs))
+            self._factorised[id(first)] = [
+                Posterior(WhitenedSystem(covariance, noise), y, solver)
+                for y, noise in self._problems(self.labels, logs)
+            ]
+        return self._factorised[id(first)]
+
     def _covariance(self, posterior: Posterior, x: Tensor, joint: bool) -> Tensor:
         """Variances `[n]` or covariance `[n, n]` of one problem: exact, or from samples where each costs a solve."""
         if posterior.solver.is_direct:
@@ -213,8 +233,8 @@ class GaussianModel(AbstractModel):
         if key not in self._samples:
             generator = torch.Generator(x.device).manual_seed(0)
             self._samples[key] = posterior.sample_weights(SAMPLES, generator).flatten(0, -2)
-        covariance = posterior.system.covariance
-        deviations = covariance.values(x, self._samples[key]).to(self.labels.y)
+        # The exact covariance: iterations may run in single precision, samples are refined in double.
+        deviations = posterior.inverse.exact.covariance.values(x, self._samples[key]).to(self.labels.y)
         mean = posterior.mean(x)
         deviations = (deviations.unflatten(0, (SAMPLES, -1)) - mean.reshape(-1, mean.shape[-1])).flatten(0, 1)
         return deviations.mT @ deviations / len(deviations) if joint else deviations.square().mean(0)
@@ -250,6 +270,11 @@ def _solvable(system: WhitenedSystem, y: Tensor) -> tuple[WhitenedSystem, Tensor
     if choice.solver.is_direct:
         return system, y, choice.solver
     return system.to(torch.float32), y, choice.solver
+
+
+def _for_variances(posterior: Posterior) -> SolverChoice:
+    """The solver of as many columns as there would be samples."""
+    return AutoSolver(columns=SAMPLES).select(posterior.inverse.exact)
 
 
 def _seconds(choice: SolverChoice, system: WhitenedSystem) -> float:
