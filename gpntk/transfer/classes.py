@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Self, final
@@ -45,6 +46,11 @@ class AbstractClassTask(AbstractTask, ABC):
         offset: The network's outputs `[N, C]` at given inputs.
     """
 
+    plain_mean = "zero"
+    screened = _SCREENED
+    most_averaged: float
+    """Inputs up to which hyperparameters are averaged over."""
+
     def __init__(
         self,
         x: Tensor,
@@ -57,17 +63,13 @@ class AbstractClassTask(AbstractTask, ABC):
     ) -> None:
         medians = RESIDUAL_LOGITS if mean == "network" else LOGITS
         check_labels(labels, num_classes)
-        super().__init__(x, self.outputs_of(num_classes, num_logits), mean, medians, len(x))
+        super().__init__(x, self.outputs_of(num_classes, num_logits), mean, medians)
         self.labels, self.num_classes, self.num_logits, self._network_outputs = labels, num_classes, num_logits, offset
-        self.reference = len(x)
+        self.reference, self.averages = len(x), len(x) <= self.most_averaged
 
     @property
     def units(self) -> None:
         return None
-
-    @property
-    def screened(self) -> int:
-        return _SCREENED
 
     def log_units(self, rows: Tensor | None = None) -> float:  # noqa: ARG002
         return 0.0
@@ -95,9 +97,6 @@ class AbstractClassTask(AbstractTask, ABC):
         grown = copy.copy(self)
         grown.x, grown.labels = torch.cat([self.x, x]), torch.cat([self.labels, y])
         return grown, self.grown_model(model, x, y)
-
-    def plain_mean(self) -> MeanChoice:
-        return "zero"
 
     def variant(self, rows: Tensor, mean: MeanChoice) -> LaplaceTask:
         # Evidences are compared by one method.
@@ -149,13 +148,12 @@ class AbstractClassTask(AbstractTask, ABC):
 class LaplaceTask(AbstractClassTask):
     """Softmax or Bernoulli labels given logits f ~ GP(f(x; w*), K): Newton's method to the mode, and a Gaussian."""
 
+    most_averaged = math.inf
+    row_per_output = True
+
     @staticmethod
     def outputs_of(num_classes: int, num_logits: int) -> int:  # noqa: ARG004
         return num_logits
-
-    @property
-    def averages(self) -> bool:
-        return True
 
     def flops(self, samples: int) -> float:
         # A handful of factorisations, C + 1 of N rows, or one of N (C - 1).
@@ -165,10 +163,6 @@ class LaplaceTask(AbstractClassTask):
     def shared(self, stage: Stage) -> bool:
         # Features are the cheaper the fewer they are: those of all outputs together.
         return stage == "screening" or (stage == "matrix" and self.reference * self.num_outputs > FULL_LIMIT)
-
-    @property
-    def row_per_output(self) -> bool:
-        return True
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> LaplaceModel:
         x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])
@@ -198,6 +192,8 @@ class DirichletTask(AbstractClassTask):
         https://arxiv.org/abs/1805.10915.
     """
 
+    most_averaged = _AVERAGED_DIRICHLET
+
     @staticmethod
     def outputs_of(num_classes: int, num_logits: int) -> int:  # noqa: ARG004
         return num_classes
@@ -205,16 +201,8 @@ class DirichletTask(AbstractClassTask):
     def flops(self, samples: int) -> float:
         return self.num_classes * float(samples) ** 3
 
-    @property
-    def averages(self) -> bool:
-        return self.num_labels <= _AVERAGED_DIRICHLET
-
     def shared(self, stage: Stage) -> bool:
         return stage != "features"
-
-    @property
-    def row_per_output(self) -> bool:
-        return False
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
         x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])

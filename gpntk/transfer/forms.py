@@ -24,12 +24,27 @@ class AbstractForm(ABC):
     Args:
         prior: The prior covariance.
         x: Inputs `[N, D]`.
+
+    Attributes:
+        shared: Whether there is one row per input for all outputs, or one for each.
+        free: Which hyperparameters can change.
+        recipe: How its features are made; None for a matrix.
+        num_features: Number of features F; 0 for a matrix.
+        missed: The largest share of a kernel's variance that its features miss; 0 for a matrix.
+        note: What the form is, in words.
     """
+
+    free: Sequence[bool]
+    recipe: Recipe | None = None
+    num_features: int = 0
+    missed: float = 0.0
+    note: str = "exact kernel matrix"
 
     def __init__(self, prior: SumOfTerms, x: Tensor) -> None:
         self.prior, self.x = prior, x
         self.shared, self.num_outputs = prior.shared, prior.num_outputs
         self.hyperparameters: tuple[Hyperparameter, ...] = prior.hyperparameters
+        self.free = [True] * len(self.hyperparameters)
 
     @abstractmethod
     def covariance(self, logs: Tensor) -> AbstractCovariance:
@@ -46,30 +61,6 @@ class AbstractForm(ABC):
     @abstractmethod
     def extended(self, x: Tensor) -> AbstractForm:
         """The same at the data and, after them, at x `[T, D]`."""
-
-    @property
-    @abstractmethod
-    def free(self) -> Sequence[bool]:
-        """Which hyperparameters can change."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Its `Recipe` by name, for a file."""
-
-    @property
-    @abstractmethod
-    def num_features(self) -> int:
-        """Number of features F; 0 for a matrix."""
-
-    @property
-    @abstractmethod
-    def missed(self) -> float:
-        """The largest share of a kernel's variance that its features miss; 0 for a matrix."""
-
-    @property
-    @abstractmethod
-    def note(self) -> str:
-        """What the form is, in words."""
 
 
 @final
@@ -95,25 +86,6 @@ class DenseForm(AbstractForm):
 
     def extended(self, x: Tensor) -> DenseForm:
         return DenseForm(self.prior, torch.cat([self.x, x]))
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    @property
-    def num_features(self) -> int:
-        return 0
-
-    @property
-    def free(self) -> Sequence[bool]:
-        return [True] * len(self.hyperparameters)
-
-    @property
-    def missed(self) -> float:
-        return 0.0
-
-    @property
-    def note(self) -> str:
-        return "exact kernel matrix"
 
 
 class Recipe(NamedTuple):
@@ -160,16 +132,21 @@ class FeatureForm(AbstractForm):
 
     def __init__(self, prior: SumOfTerms, x: Tensor, recipe: Recipe, reference: int | None = None) -> None:
         super().__init__(prior, x)
-        self._recipe = recipe._replace(logs=recipe.logs.detach())
+        self.recipe, self._then = recipe, recipe.logs.detach()
         self.shared = prior.shared and not recipe.row_per_output
         rows = x[:reference]
         self._sources: list[AbstractFeatureKernel | NystromFeatures] = [
             term.features if isinstance(term, FeatureTerm) else _features_of(term, own, rows, recipe)
-            for term, own in zip(prior.terms, prior.split(self._recipe.logs), strict=True)
+            for term, own in zip(prior.terms, prior.split(self._then), strict=True)
         ]
         grouped = [isinstance(term, FeatureTerm) and term.grouped for term in prior.terms]
         self._backend = stacked(self._sources, grouped, 1 if self.shared else prior.num_outputs, x[:1])
         self.features = Features(self._backend, x)
+        self.free = [free for term in prior.terms for free in _free(term)]
+        self.num_features = self._backend.num_features
+        self.missed = max((s.unexplained for s in self._sources if isinstance(s, NystromFeatures)), default=0.0)
+        notes = map(_note, prior.terms, self._sources)
+        self.note = " + ".join(note for note in notes if note) + " features"
 
     def covariance(self, logs: Tensor) -> FeatureCovariance:
         return FeatureCovariance(self.features, self._variances(logs))
@@ -191,32 +168,6 @@ class FeatureForm(AbstractForm):
         grown.features = Features(self._backend, grown.x)
         return grown
 
-    def state(self) -> dict[str, Tensor]:
-        return self._recipe.state()
-
-    @property
-    def num_features(self) -> int:
-        return self._backend.num_features
-
-    @property
-    def free(self) -> Sequence[bool]:
-        return [free for term in self.prior.terms for free in _free(term)]
-
-    @property
-    def missed(self) -> float:
-        return max((s.unexplained for s in self._sources if isinstance(s, NystromFeatures)), default=0.0)
-
-    @property
-    def note(self) -> str:
-        pieces = []
-        for term, source in zip(self.prior.terms, self._sources, strict=True):
-            if not isinstance(source, NystromFeatures):
-                pieces.append(f"{source.num_features} tangent")
-            elif term.hyperparameters:
-                missing = f"missing {source.unexplained:.1e} of {term.hyperparameters[0].name}"
-                pieces.append(f"{source.size} Nyström ({missing})")
-        return " + ".join(pieces) + " features"
-
     def _variances(self, logs: Tensor) -> Tensor:
         """Prior variances of all groups of features `[G]`."""
         parts = [
@@ -227,7 +178,7 @@ class FeatureForm(AbstractForm):
 
     def _parts(self, logs: Tensor) -> list[_Part]:
         """Every term, its features, the hyperparameters that these are made for, and the factor of its variance."""
-        now, then = self.prior.split(logs), self.prior.split(self._recipe.logs)
+        now, then = self.prior.split(logs), self.prior.split(self._then)
         ratios = [
             torch.ones((), dtype=logs.dtype, device=logs.device)
             if term.scale is None
@@ -242,6 +193,14 @@ class _Part(NamedTuple):
     source: AbstractFeatureKernel | NystromFeatures
     then: Tensor
     ratio: Tensor
+
+
+def _note(term: AbstractTerm, source: AbstractFeatureKernel | NystromFeatures) -> str:
+    if not isinstance(source, NystromFeatures):
+        return f"{source.num_features} tangent"
+    if not term.hyperparameters:
+        return ""
+    return f"{source.size} Nyström (missing {source.unexplained:.1e} of {term.hyperparameters[0].name})"
 
 
 def _free(term: AbstractTerm) -> list[bool]:

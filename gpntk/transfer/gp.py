@@ -301,7 +301,8 @@ class TransferGP:
         """What `fit` has learned, by name, for `load_state`."""
         model = self.fitted.model
         reference = {"reference": torch.tensor(self._reference, device="cpu")}
-        return self.task.state() | reference | model.draws.state() | model.form.state()
+        recipe = {} if model.form.recipe is None else model.form.recipe.state()
+        return self.task.state() | reference | model.draws.state() | recipe
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""

@@ -40,6 +40,8 @@ class RegressionTask(AbstractTask):
         noise_network: Maps inputs to the logarithm of the relative noise variance.
     """
 
+    plain_mean = "constant"
+
     def __init__(
         self,
         x: Tensor,
@@ -62,27 +64,17 @@ class RegressionTask(AbstractTask):
         self._network_outputs = offset
         outputs = y.shape[1]
         medians = RESIDUAL if mean == "network" else TARGET
-        super().__init__(x, outputs, mean, medians, int((~y.isnan()).sum()))
+        super().__init__(x, outputs, mean, medians)
         self.centre = y.nanmean(0) if mean == "constant" else y.new_zeros(outputs)
         self._units = units_of(y, self._residual())
+        self.screened = max(1, AVERAGE_LIMIT // outputs)
+        self.averages = int((~y.isnan()).sum()) <= AVERAGE_LIMIT
 
     @property
     def units(self) -> Tensor:
         return self._units
 
-    @property
-    def screened(self) -> int:
-        return max(1, AVERAGE_LIMIT // self.num_outputs)
-
-    @property
-    def averages(self) -> bool:
-        return self.num_labels <= AVERAGE_LIMIT
-
     def shared(self, stage: Stage) -> bool:  # noqa: ARG002
-        return False
-
-    @property
-    def row_per_output(self) -> bool:
         return False
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
@@ -125,9 +117,6 @@ class RegressionTask(AbstractTask):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
-
-    def plain_mean(self) -> MeanChoice:
-        return "constant"
 
     def variant(self, rows: Tensor, mean: MeanChoice) -> RegressionTask:
         known = None if self.known_noise is None else self.known_noise[rows]

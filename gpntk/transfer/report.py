@@ -83,7 +83,7 @@ def report_on(gp: TransferGP) -> Report:
     """The report of a fitted `TransferGP`."""
     task, model = gp.task, gp.fitted.model
     rows = _some_rows(len(gp.x), task.num_outputs if gp.likelihood == "gaussian" else 1).to(gp.x.device)
-    priors = _priors(gp.chosen, task.mean, task.plain_mean(), gp.has_readout)
+    priors = _priors(gp.chosen, task.mean, task.plain_mean, gp.has_readout)
     others = {name: gp.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
     evidence = {name: other.log_evidence for name, other in others.items()}
     densities = {name: other.task.checks(other.fitted.model).log_density for name, other in others.items()}

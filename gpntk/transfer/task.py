@@ -103,13 +103,22 @@ class AbstractTask(ABC):
         num_outputs: C.
         mean: Prior mean.
         medians: Of the priors.
-        num_labels: How many labels there are.
+
+    Attributes:
+        plain_mean: The prior mean without the network.
+        screened: Rows on which candidates are compared.
+        averages: Whether hyperparameters are averaged over unless the user says else.
+        row_per_output: Whether a model needs a row of features per output even where outputs are independent and alike.
     """
 
-    def __init__(self, x: Tensor, num_outputs: int, mean: MeanChoice, medians: Medians, num_labels: int) -> None:
+    plain_mean: MeanChoice
+    screened: int
+    averages: bool
+    row_per_output: bool = False
+
+    def __init__(self, x: Tensor, num_outputs: int, mean: MeanChoice, medians: Medians) -> None:
         self.x, self.num_outputs, self.medians = x, num_outputs, medians
         self.mean: MeanChoice = mean
-        self.num_labels = num_labels
 
     @property
     @abstractmethod
@@ -118,24 +127,9 @@ class AbstractTask(ABC):
 
     # --- for a fit ---------------------------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def screened(self) -> int:
-        """Rows on which candidates are compared."""
-
-    @property
-    @abstractmethod
-    def averages(self) -> bool:
-        """Whether hyperparameters are averaged over unless the user says else."""
-
     @abstractmethod
     def shared(self, stage: Stage) -> bool:
         """Whether all outputs are given the same, independent kernel."""
-
-    @property
-    @abstractmethod
-    def row_per_output(self) -> bool:
-        """Whether a model needs a row of features per output even where outputs are independent and alike."""
 
     @abstractmethod
     def flops(self, samples: int) -> float:
@@ -176,10 +170,6 @@ class AbstractTask(ABC):
         """The same with more labels, hyperparameters as they are, and its model."""
 
     # --- for reports and files ---------------------------------------------------------------------------------
-
-    @abstractmethod
-    def plain_mean(self) -> MeanChoice:
-        """The prior mean without the network."""
 
     @abstractmethod
     def variant(self, rows: Tensor, mean: MeanChoice) -> Self:

@@ -82,10 +82,17 @@ class LogStudentTPrior(Prior):
 
 
 class AbstractTerm(ABC):
-    """One term of a prior covariance."""
+    """One term of a prior covariance.
+
+    Attributes:
+        shared: Whether its outputs are independent and alike.
+        hyperparameters: θ.
+        scale: Which hyperparameter is a factor of the whole term; None if none is.
+    """
 
     shared: bool
     hyperparameters: tuple[Hyperparameter, ...]
+    scale: int | None = None
 
     @abstractmethod
     def prepare(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
@@ -98,11 +105,6 @@ class AbstractTerm(ABC):
     @abstractmethod
     def diagonal(self, logs: Tensor, x: Tensor) -> Tensor:
         """Prior variances of the term at x `[N, D]`: `[n]`."""
-
-    @property
-    @abstractmethod
-    def scale(self) -> int | None:
-        """Which hyperparameter is a factor of the whole term; None if none is."""
 
 
 @final
@@ -128,6 +130,7 @@ class FeatureTerm(AbstractTerm):
             # A scale beside the variances of all layers says nothing new.
             self.hyperparameters = self.hyperparameters[1:]
             self._level = 1 / float(kernel.outputscale)
+        self.scale = 0 if len(self.hyperparameters) == 1 else None
         self.shared = base.num_outputs_per_input(x, x) != outputs
         if unit:
             rows = x if len(x) <= _LEVEL_ROWS else x[draw(len(x), _LEVEL_ROWS, seed=0).to(x.device)]
@@ -159,10 +162,6 @@ class FeatureTerm(AbstractTerm):
     def diagonal(self, logs: Tensor, x: Tensor) -> Tensor:
         with torch.no_grad():
             return self._own(logs).to(x) @ self.features.group_diagonals(x, self.grouped) / self._level
-
-    @property
-    def scale(self) -> int | None:
-        return 0 if len(self.hyperparameters) == 1 else None
 
     def variances(self, logs: Tensor) -> Tensor:
         """Prior variance of all features `[1]`, or of those of every layer `[L]`."""
@@ -198,6 +197,8 @@ class HostTerm(AbstractTerm):
         kernel = kernel.to(device=x.device, dtype=self._exact)
         self._dense, self._represent = _Dense(kernel), represent
         self.hyperparameters, self._slots = read_hyperparameters(kernel, names)
+        own = [slot.name for slot in self._slots]
+        self.scale = own.index("kernel.raw_outputscale") if "kernel.raw_outputscale" in own else None
         row = self._rows(x[:1])
         self.shared = kernel.num_outputs_per_input(row, row) != outputs
 
@@ -211,11 +212,6 @@ class HostTerm(AbstractTerm):
     def diagonal(self, logs: Tensor, x: Tensor) -> Tensor:
         rows = self._rows(x)
         return self._call(logs, rows, rows, diag=True)
-
-    @property
-    def scale(self) -> int | None:
-        names = [slot.name for slot in self._slots]
-        return names.index("kernel.raw_outputscale") if "kernel.raw_outputscale" in names else None
 
     def _rows(self, x: Tensor) -> Tensor:
         return (x if self._represent is None else self._represent(x)).to(self._exact)
