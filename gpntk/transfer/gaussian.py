@@ -19,8 +19,8 @@ from gpntk.transfer.task import AbstractModel, Prediction, Search
 
 # Posterior samples that variances are taken from where each would cost a solve.
 SAMPLES = 64
-# Seconds up to which a factorisation is made for the sake of exact variances.
-_DIRECT_SECONDS = 60.0
+# Seconds, as counted, beyond which a factorisation waits until variances are asked for.
+_DIRECT_SECONDS = 15.0
 _LARGEST_NOISE = 1e4
 # Relative to the targets' variance; below it a covariance of order one cannot be factorised.
 _SMALLEST_NOISE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -56,8 +56,8 @@ class GaussianModel(AbstractModel):
         super().__init__(form, (*form.hyperparameters, *own))
         self.labels, self._noise_prior = labels, noise
         self._posteriors: list[list[Posterior]] = []
-        self._factorised: dict[int, list[Posterior]] = {}
-        self._samples: dict[int, Tensor] = {}
+        self._factorised: dict[Posterior, list[Posterior]] = {}
+        self._samples: dict[Posterior, Tensor] = {}
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
@@ -86,6 +86,7 @@ class GaussianModel(AbstractModel):
     def set_draws(self, draws: Draws) -> None:
         self.drawn = draws
         self._posteriors = [self._posterior(logs) for logs in draws.logs]
+        self._factorised, self._samples = {}, {}
 
     def log_evidence(self) -> float:
         best = int(self.draws.weights.argmax())
@@ -138,7 +139,11 @@ class GaussianModel(AbstractModel):
                 grown._posteriors.append(grown._posterior(logs))
                 continue
             pairs = zip(posteriors, problems, strict=True)
-            grown._posteriors.append([old.condition_on(x, y, noise) for old, (y, noise) in pairs])
+            own = [old.condition_on(x, y, noise) for old, (y, noise) in pairs]
+            grown._posteriors.append(own)
+            if posteriors[0] in self._factorised:
+                pairs = zip(self._factorised[posteriors[0]], problems, strict=True)
+                grown._factorised[own[0]] = [old.condition_on(x, y, noise) for old, (y, noise) in pairs]
         return grown
 
     @property
@@ -217,24 +222,23 @@ class GaussianModel(AbstractModel):
         first = posteriors[0]
         if first.solver.is_direct or not (solver := _for_variances(first).solver).is_direct:
             return posteriors
-        if id(first) not in self._factorised:
+        if first not in self._factorised:
             covariance = self.form.covariance(self._of_form(logs))
-            self._factorised[id(first)] = [
+            self._factorised[first] = [
                 Posterior(WhitenedSystem(covariance, noise), y, solver)
                 for y, noise in self._problems(self.labels, logs)
             ]
-        return self._factorised[id(first)]
+        return self._factorised[first]
 
     def _covariance(self, posterior: Posterior, x: Tensor, joint: bool) -> Tensor:
         """Variances `[n]` or covariance `[n, n]` of one problem: exact, or from samples where each costs a solve."""
         if posterior.solver.is_direct:
             return posterior.covariance(x) if joint else posterior.variance(x)
-        key = id(posterior)
-        if key not in self._samples:
+        if posterior not in self._samples:
             generator = torch.Generator(x.device).manual_seed(0)
-            self._samples[key] = posterior.sample_weights(SAMPLES, generator).flatten(0, -2)
+            self._samples[posterior] = posterior.sample_weights(SAMPLES, generator).flatten(0, -2)
         # The exact covariance: iterations may run in single precision, samples are refined in double.
-        deviations = posterior.inverse.exact.covariance.values(x, self._samples[key]).to(self.labels.y)
+        deviations = posterior.inverse.exact.covariance.values(x, self._samples[posterior]).to(self.labels.y)
         mean = posterior.mean(x)
         deviations = (deviations.unflatten(0, (SAMPLES, -1)) - mean.reshape(-1, mean.shape[-1])).flatten(0, 1)
         return deviations.mT @ deviations / len(deviations) if joint else deviations.square().mean(0)
@@ -279,5 +283,6 @@ def _for_variances(posterior: Posterior) -> SolverChoice:
 
 def _seconds(choice: SolverChoice, system: WhitenedSystem) -> float:
     """What the cheapest factorisation takes."""
-    direct = [cost.once.flops for cost in choice.costs if cost.strategy in ("weight space", "function space")]
-    return min(direct, default=0.0) / Machine.of(system.covariance.device).attained
+    machine = Machine.of(system.covariance.device)
+    direct = [cost.once for cost in choice.costs if cost.strategy in ("weight space", "function space")]
+    return min((work.seconds(machine) for work in direct), default=0.0)
