@@ -637,6 +637,29 @@ def test_the_time_of_a_tangent_kernel() -> None:
     assert found == pytest.approx(2 * 9 * (3 * 20 + 2 * 9 * 12) / 2.5e10)
 
 
+@pytest.mark.parametrize(
+    ("newton", "least"),
+    [
+        (1e4, 1e4),  # by the matrix
+        (1e6, 4 * 9 * 24**2),  # or four second moments of 24 features
+    ],
+)
+def test_the_time_of_a_tangent_kernel_counts_newtons_steps(newton: float, least: float) -> None:
+    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X, newton_flops=newton).tangent_seconds
+    assert found == pytest.approx((2 * 9 * 3 * 20 + least) / 2.5e10)
+
+
+def test_classes_leave_out_a_kernel_whose_newton_steps_exceed_the_time_budget() -> None:
+    # Newton's steps, by four times three matrices of 200 rows, are 9.6e7 operations.
+    x = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = gpntk.freeze(nn.Sequential(nn.Linear(5, 50), nn.Tanh(), nn.Linear(50, 2)).double())
+    gp = TransferGP(network, x, (x[:, 0] > 0).long(), likelihood="categorical", time_budget=9e7 / 2.5e10)
+    gp.fit()
+    assert gp.comparison is not None
+    assert not any("ntk" in name for name in gp.comparison.log_evidence)
+    assert any("kernel='ntk+stationary' would take about 0.0038" in note for note in gp.fitted.notes)
+
+
 def test_what_comparison_shares_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"tangent": 0, "network": 0}
 

@@ -26,8 +26,8 @@ from gpntk.models.newton import AbstractNewtonSystem, IndependentNewtonSystem, M
 _MAX_STEPS = 200
 # Halvings of one step.
 _MAX_HALVINGS = 40
-# A step with an old Λ promises at most this share of what the one before it did, else Λ is renewed: a factorisation costs
-# as much as dozens of steps.
+# A step with an old Λ promises at most this share of what the one before it did, else Λ is renewed: a factorisation
+# costs as much as dozens of steps.
 _GOOD_REDUCTION = 0.5
 # Test points predicted at once.
 _ROWS = 256

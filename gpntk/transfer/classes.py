@@ -20,7 +20,7 @@ from gpntk.likelihoods.targets import check_labels
 from gpntk.transfer.forms import AbstractForm, DenseForm
 from gpntk.transfer.gaussian import GaussianModel, Labels
 from gpntk.transfer.laplace import LaplaceModel
-from gpntk.transfer.prior import LOGITS, RESIDUAL_LOGITS, MeanChoice
+from gpntk.transfer.prior import FACTORISATIONS, LOGITS, RESIDUAL_LOGITS, MeanChoice
 from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
 
 # Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.
@@ -156,9 +156,11 @@ class LaplaceTask(AbstractClassTask):
         return num_logits
 
     def flops(self, samples: int) -> float:
-        # A handful of factorisations, C + 1 of N rows, or one of N (C - 1).
+        # Each is C + 1 factorisations of N rows, or one of N (C - 1).
         size, outputs = float(samples), self.num_outputs
-        return 5 * (size**3 * (outputs + 1) if self.shared("matrix") else (size * max(1, outputs - 1)) ** 3 / 3)
+        return FACTORISATIONS * (
+            size**3 * (outputs + 1) if self.shared("matrix") else (size * max(1, outputs - 1)) ** 3 / 3
+        )
 
     def shared(self, stage: Stage) -> bool:
         # Features are the cheaper the fewer they are: those of all outputs together.

@@ -24,7 +24,7 @@ from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
 from gpntk.io import Checkpoint
 from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
-from gpntk.transfer.prior import Candidate, Comparison, PriorBuilder, preferred
+from gpntk.transfer.prior import FACTORISATIONS, Candidate, Comparison, PriorBuilder, preferred
 from gpntk.transfer.task import AbstractModel, AbstractTask, Search
 from gpntk.transfer.terms import FeatureTerm
 
@@ -32,8 +32,6 @@ logger = logging.getLogger("gpntk.transfer")
 
 # Evaluations of the evidence until its maximum is found from a good start.
 _EVALUATIONS = 20
-# Factorisations until Newton's method has found the mode.
-_NEWTON_STEPS = 10
 # Share of the time budget that fitting all labels by exact factorisations may take.
 _EXACT_SHARE = 1 / 8
 # Labels of the subset to which hyperparameters are fitted exactly where all are too many.
@@ -254,7 +252,7 @@ class Fitting:
     @property
     def _affordable_features(self) -> float:
         """Features of a kernel with which weight space keeps to the time budget: N C F² operations a factorisation."""
-        each, solves = (self.task.num_outputs, _NEWTON_STEPS) if self.task.row_per_output else (1, 1)
+        each, solves = (self.task.num_outputs, FACTORISATIONS) if self.task.row_per_output else (1, 1)
         rows = len(self.task.x) * self.task.num_outputs
         return (self._time_budget * self._flops / (rows * solves)) ** 0.5 / each
 
@@ -265,7 +263,7 @@ class Fitting:
 
     def _feature_flops(self, form: AbstractForm) -> float:
         """Of the same in weight space."""
-        rows = _NEWTON_STEPS * len(self.task.x) * self.task.num_outputs if self.task.row_per_output else self._size
+        rows = FACTORISATIONS * len(self.task.x) * self.task.num_outputs if self.task.row_per_output else self._size
         return float(rows) * form.num_features**2
 
     def _polish_seconds(self, form: AbstractForm) -> float:

@@ -358,5 +358,6 @@ class TransferGP:
             constant=self.task.mean == "constant",
             units=self.task.units,
             time_budget=self._time_budget,
+            newton_flops=self.task.flops(self._reference) if self.task.row_per_output else 0.0,
             custom=self._kernel if isinstance(self._kernel, Kernel) else None,
         )

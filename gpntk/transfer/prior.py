@@ -58,6 +58,8 @@ _MOST_LENGTHSCALES = 20
 _TYPICAL_ROWS = 1000
 # Products with the features until conjugate gradients have converged, those of the preconditioner with them.
 _PRODUCTS = 460
+# Factorisations until Newton's method has found the mode of class labels, that at the mode included.
+FACTORISATIONS = 4
 # Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
 STRONG_EVIDENCE = 3.0
 
@@ -110,6 +112,7 @@ class PriorBuilder:
         constant: Whether a constant per output with a wide prior is a term.
         units: What each output is measured in `[C]`.
         time_budget: Seconds that the kernel of all parameters may take.
+        newton_flops: Operations of Newton's steps by the matrix of all labels; 0 where labels are targets.
         custom: The kernel of the candidate ``"custom"``.
     """
 
@@ -126,6 +129,7 @@ class PriorBuilder:
         constant: bool,
         units: Tensor | None = None,
         time_budget: float = 120.0,
+        newton_flops: float = 0.0,
         custom: Kernel | None = None,
     ) -> None:
         self._custom = custom
@@ -133,6 +137,7 @@ class PriorBuilder:
         self.layered, self._medians = layer_variances, medians
         self._form: StationaryForm = form
         self._constant, self._units, self._time_budget = constant, units, time_budget
+        self._newton_flops = newton_flops
         self._made: dict[tuple[str, bool], AbstractTerm] = {}
         self.num_outputs = num_outputs
 
@@ -162,14 +167,20 @@ class PriorBuilder:
         """What the tangent kernel of all parameters takes, at least, by the cheapest of the ways there are.
 
         A pass forward and back per input and output; and the Gram of all rows, or the second moment of the features, or
-        products with them until conjugate gradients have converged.
+        products with them until conjugate gradients have converged. For classes, Newton's steps by one of the three,
+        beside which a Gram is little.
         """
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._network(self._x[:1].to(self._network.dtype))
         samples, params = float(len(self._x)), float(self._network.num_params)
         outputs = _DIRECTIONS if self.new_head else self.num_outputs
-        ways = (2 * samples**2, outputs * samples * params, 4 * samples * _PRODUCTS)
-        flops = outputs * samples * 3.0 * counter.get_total_flops() + outputs * params * min(ways)
+        steps = FACTORISATIONS if self._newton_flops else 1
+        ways = (
+            self._newton_flops or 2 * samples**2 * outputs * params,
+            steps * samples * (outputs * params) ** 2,
+            steps * 4 * samples * outputs * params * _PRODUCTS,
+        )
+        flops = outputs * samples * 3.0 * counter.get_total_flops() + min(ways)
         return flops / Machine.of(self._x.device).attained
 
     @property
