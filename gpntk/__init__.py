@@ -11,7 +11,7 @@ from types import ModuleType
 from gpntk import errors
 from gpntk.dynamics import GradientFlow
 from gpntk.estimators import TransferClassifier, TransferRegressor
-from gpntk.jacobians import AutoBackend
+from gpntk.jacobians import AutoBackend, AutodiffBackend, BackwardBackend, DenseBackend, StructuredBackend
 from gpntk.kernels import InfiniteNNGPKernel, InfiniteNTKKernel, NNGPKernel, NTKKernel, SketchedNTKKernel
 from gpntk.means import NetworkMean
 from gpntk.network import FrozenNetwork, freeze
@@ -21,6 +21,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoBackend",
+    "AutodiffBackend",
+    "BackwardBackend",
+    "DenseBackend",
     "FrozenNetwork",
     "GradientFlow",
     "InfiniteNNGPKernel",
@@ -29,6 +32,7 @@ __all__ = [
     "NTKKernel",
     "NetworkMean",
     "SketchedNTKKernel",
+    "StructuredBackend",
     "TransferClassifier",
     "TransferGP",
     "TransferRegressor",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gpntk.errors import InputError
+from gpntk.errors import InputError, KeywordError
 
 # Words at least so similar are taken for misspellings: W_std for weight_std.
 _SIMILAR = 0.5
@@ -39,7 +39,7 @@ def check_keywords(owner: type, given: Iterable[str], others: Collection[str] = 
     known = {name.casefold(): name for name in (*own, *others)}
     near = get_close_matches(unknown[0].casefold(), known, 1, _SIMILAR)
     advice = f"did you mean {known[near[0]]!r}?" if near else f"it takes {', '.join(known.values())}."
-    raise InputError(f"{owner.__name__} has no argument {unknown[0]!r}: {advice}")
+    raise KeywordError(f"{owner.__name__} has no argument {unknown[0]!r}: {advice}")
 
 
 def check_memory_budget(memory_budget: float | None) -> int | None:

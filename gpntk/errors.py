@@ -19,6 +19,10 @@ class InputError(GpntkError, ValueError):
     """Data of the wrong shape, dtype, device or value."""
 
 
+class KeywordError(InputError, TypeError):
+    """A keyword that the function does not have; the message gives the nearest one."""
+
+
 class FileFormatError(GpntkError, ValueError):
     """A saved file is damaged, foreign, or belongs to another network."""
 

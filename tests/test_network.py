@@ -155,12 +155,6 @@ def integer_weights() -> nn.Module:
     return module
 
 
-def weight_norm_by_hook() -> nn.Module:
-    module = nn.Linear(2, 1)
-    module.cached = module.weight * 2
-    return module
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -173,7 +167,6 @@ def weight_norm_by_hook() -> nn.Module:
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "several devices"),
         (nn.ReLU, "has no parameters"),
         (lambda: nn.LazyLinear(3), "not initialised yet"),
-        (weight_norm_by_hook, "cannot be copied"),
         (lambda: lambda x: x, "must be a torch.nn.Module, got function"),
     ],
 )

@@ -3,6 +3,7 @@
 from gpntk.jacobians.auto import AutoBackend, Choice
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
+from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.dense import DenseBackend, ExplicitBackend
 from gpntk.jacobians.sketch import SketchBackend
 from gpntk.jacobians.stacked import AverageBackend, StackedBackend, split_parameters
@@ -13,6 +14,7 @@ __all__ = [
     "AutoBackend",
     "AutodiffBackend",
     "AverageBackend",
+    "BackwardBackend",
     "Choice",
     "DenseBackend",
     "ExplicitBackend",

@@ -11,9 +11,10 @@ from gpntk.cost import Cost, Machine, table
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractDeferredBackend, AbstractJacobianBackend, AbstractTangentBackend
+from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.dense import DenseBackend
 from gpntk.jacobians.precision import Precision
-from gpntk.jacobians.stacked import StackedBackend, split_parameters
+from gpntk.jacobians.stacked import split_parameters
 from gpntk.jacobians.structured import StructuredBackend
 from gpntk.memory import TensorCache
 from gpntk.network import FrozenNetwork
@@ -52,9 +53,10 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     1. Parameters that are used by functions with a rule, all other parameters taken out: `StructuredBackend`, unless
        counting says that the explicit J `[N*C, P]` is cheaper and it fits the budget: then `DenseBackend` for all.
        (A network of few parameters: one GEMM beats a loop over layers.)
-    2. The other parameters, if any, by automatic differentiation, and only those: `StackedBackend` of both. Their part
+    2. The other parameters, if any, by `AutodiffBackend`, or by `BackwardBackend` where torch.func cannot run the
+       network or is wrong for it, found out on one row; and only those: `StackedBackend` of both. Their part
        of J is kept (`DenseBackend`) if it fits a quarter of the budget.
-    3. `AutodiffBackend` for all where the network's path through its layers depends on the rows of x.
+    3. For all of them where the network's path through its layers depends on the rows of x.
     4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
        then, if J fits a quarter of the budget.
 
@@ -117,7 +119,7 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         return Choice(self._dense(), reason, choice.costs)
 
     def run(self, x: Tensor, product: Callable[[AbstractJacobianBackend], Any]) -> Any:
-        """``product`` with the chosen backend; where x breaks its rules, with autodiff.
+        """``product`` with the chosen backend; where x breaks its rules, without rules.
 
         Another path through the network is found out on any input; a use of parameters that torch does not show only
         on the rows that were checked when the uses were found.
@@ -126,9 +128,9 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         try:
             return product(choice.backend)
         except NetworkError:
-            if choice.backend is self._made.get("autodiff"):
+            if choice.backend is self._made.get("no rules"):
                 raise
-            return product(self._autodiff())
+            return product(self._make("no rules", lambda: self._without_rules(self.network, x)[0]))
 
     def by_rules(self, x: Tensor) -> Choice:
         """The choice for x `[B, N, D]` if an explicit J of all parameters is left out of account."""
@@ -138,21 +140,22 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
                 self._uses.structured.share_cache(self.cache)
         structured, reasons, error = self._uses
         if structured is None:
-            return Choice(self._autodiff(), f"automatic differentiation, because {error}")
+            plain, how = self._without_rules(self.network, x)
+            return Choice(self._make("no rules", lambda: plain), f"{how}, because {error}")
         costs = structured.costs(x, _COLUMNS)
         if not reasons:
             return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
         rest = self.network.restrict(list(reasons))
+        plain, how = self._without_rules(rest, x)
         size = 2 * x[..., 0].numel() * self.num_outputs(x) * rest.num_params * x.element_size()
-        plain = DenseBackend if size <= self.memory_budget // 4 else AutodiffBackend
-
-        def split() -> StackedBackend:
-            parts = [structured, plain(rest, self.memory_budget)]
-            return split_parameters(self.network, parts, self.memory_budget)
-
+        if size <= self.memory_budget // 4:
+            plain = DenseBackend(rest, self.memory_budget)
+        name = type(plain).__name__
         listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
-        backend = self._make(f"rules and {plain.__name__}", split)
-        return Choice(backend, f"structured rules, and {plain.__name__} for {listed}", costs)
+        backend = self._make(
+            f"rules and {name}", lambda: split_parameters(self.network, [structured, plain], self.memory_budget)
+        )
+        return Choice(backend, f"structured rules, and {name} for {listed}; {how}", costs)
 
     def share_cache(self, cache: TensorCache) -> None:
         super().share_cache(cache)
@@ -163,8 +166,12 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     def _dense(self) -> AbstractJacobianBackend:
         return self._make("dense", lambda: DenseBackend(self.network, self.memory_budget))
 
-    def _autodiff(self) -> AbstractJacobianBackend:
-        return self._make("autodiff", lambda: AutodiffBackend(self.network, self.memory_budget))
+    def _without_rules(self, network: FrozenNetwork, x: Tensor) -> tuple[AbstractTangentBackend, str]:
+        """The backend that needs no rules, and how it goes: by torch.func where that is right."""
+        autodiff = AutodiffBackend(network, self.memory_budget)
+        if not (refusal := autodiff.refusal(x)):
+            return autodiff, "automatic differentiation"
+        return BackwardBackend(network, self.memory_budget), f"plain backward passes ({refusal})"
 
     def _make(self, name: str, make: Callable[[], AbstractJacobianBackend]) -> AbstractJacobianBackend:
         """The backend of this name, made when it is first asked for; one cache, and one budget, for all of them."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import linecache
+import os
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import final
 
 import torch
@@ -11,15 +15,22 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from gpntk.cost import Cost
+from gpntk.errors import NetworkError
 from gpntk.jacobians.backend import (
     AbstractTangentBackend,
     contracted_diagonal,
     contracted_gram,
     jacobian_by_rows,
 )
-from gpntk.jacobians.record import row_values
-from gpntk.memory import attached, chunks, frozen, is_out_of_memory, tracks_gradient
+from gpntk.jacobians.backward import BackwardBackend
+from gpntk.jacobians.record import no_pattern, row_values
+from gpntk.memory import Lock, attached, chunks, frozen, is_out_of_memory, tracks_gradient
 from gpntk.network import FrozenNetwork
+
+# Forward mode has one level for all threads: a second thread that leaves it takes the tangents of the first away.
+_FORWARD_MODE = Lock()
+# Code that is not of the network: an error is told by the last line outside of it.
+_NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 
 @final
@@ -44,15 +55,30 @@ class AutodiffBackend(AbstractTangentBackend):
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
         super().__init__(network, memory_budget)
         self._row_values = 0
+        self._refusal: str | None = None
+
+    def refusal(self, x: Tensor) -> str:
+        """Why ``torch.func`` cannot differentiate the network, or does it wrongly; empty where it can.
+
+        Found out once, on one row, against plain backward passes: products, and their derivative in x.
+        """
+        if self._refusal is None:
+            self.num_outputs(x)
+            with torch.inference_mode(False):
+                self._refusal = self._find_refusal(frozen(x).flatten(0, 1)[None, :1])
+        return self._refusal
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        return self._over_rows(x, lambda rows, part: self._columns(self._jvp_columns, rows, part), v, rowwise=False)
+        self._check(x)
+        return self._jvp(x, v)
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        return self._over_rows(x, lambda rows, part: self._columns(self._vjp_columns, rows, part), u, rowwise=True)
+        self._check(x)
+        return self._vjp(x, u)
 
     def jacobian(self, x: Tensor) -> Tensor:
         """By forward mode where an input has more outputs than there are parameters, and all operations have it."""
+        self._check(x)
         if self.num_outputs(x) <= self.num_features:
             return jacobian_by_rows(self, x)
         unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
@@ -97,6 +123,41 @@ class AutodiffBackend(AbstractTangentBackend):
         parts = [_vmap(product, x, w[:, columns]) for columns in chunks(w.shape[1], column_bytes, self.memory_budget)]
         return torch.cat(parts, dim=1)
 
+    def _find_refusal(self, row: Tensor) -> str:
+        """Compare Jᵀ u, J v and the derivative of uᵀ J v in x with plain backward passes of one row `[1, 1, D]`."""
+        u, v = no_pattern(self.num_outputs(row), row), no_pattern(self.num_features, row)
+        plain, dtype = BackwardBackend(self.network, self.memory_budget), self.network.compute_dtype(row.dtype)
+        gradient, slope = plain.gradient(row[0], u), None
+        with suppress(NetworkError):  # torch.func cannot be expected to differentiate twice then
+            slope = plain.slope(row[0], u, v)
+        tracked = row.clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                pulled, pushed = self._vjp(row, u[None, None])[0, 0], self._jvp(row, v[None, None])[0, 0]
+                found = torch.zeros_like(row)[0, 0]
+                if slope is not None:
+                    along = self._vjp(tracked, u[None, None])[0, 0] @ v
+                    found = torch.autograd.grad(along, tracked, allow_unused=True, materialize_grads=True)[0][0, 0]
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            return f"torch.func cannot differentiate this network ({_operation(error)})"
+        if not (_close(pulled, gradient, dtype) and _close(u @ pushed, gradient @ v, dtype)):
+            return "torch.func gives other derivatives of this network than plain backward passes"
+        if slope is not None and not _close(found, slope, dtype):
+            return "torch.func gives other second derivatives of this network than plain backward passes"
+        return ""
+
+    def _check(self, x: Tensor) -> None:
+        if refusal := self.refusal(x):
+            raise NetworkError(f"{refusal}: use BackwardBackend, or AutoBackend, which takes it by itself.")
+
+    def _jvp(self, x: Tensor, v: Tensor) -> Tensor:
+        return self._over_rows(x, lambda rows, part: self._columns(self._jvp_columns, rows, part), v, rowwise=False)
+
+    def _vjp(self, x: Tensor, u: Tensor) -> Tensor:
+        return self._over_rows(x, lambda rows, part: self._columns(self._vjp_columns, rows, part), u, rowwise=True)
+
     def _activations(self, x: Tensor) -> int:
         """Values that one row's forward pass makes, counted once."""
         if not self._row_values:
@@ -109,7 +170,8 @@ class AutodiffBackend(AbstractTangentBackend):
 
     def _forward_columns(self, x: Tensor, v: Tensor) -> Tensor:
         function, at = self._function(x)
-        return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
+        with _FORWARD_MODE:
+            return _vmap(lambda t: jvp(function, (at,), (self.network.unflatten(t),))[1].flatten(), v)
 
     def _jvp_columns(self, x: Tensor, v: Tensor) -> Tensor:
         try:
@@ -143,3 +205,22 @@ def _vmap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         # Recurrent layers, data-dependent control flow, operators without a batching rule: the loop runs what vmap
         # cannot, and raises again what is really wrong.
         return torch.stack([function(*items) for items in zip(*args, strict=True)])
+
+
+def _close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing in ``dtype`` agree but for rounding."""
+    root = torch.finfo(dtype).eps ** 0.5
+    return bool((found - exact).abs().max() <= 10 * root * exact.abs().max() + torch.finfo(exact.dtype).tiny)
+
+
+def _operation(error: Exception) -> str:
+    """What torch says, and where in the user's code: the custom function, or the line of the forward pass."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        owner = frame.f_locals.get("cls")
+        if file.endswith("autograd/function.py") and isinstance(owner, type):
+            place = f"{owner.__name__}.apply, "
+        elif not file.startswith(_NOT_THE_USERS) and (code := linecache.getline(file, line).strip()):
+            place = f"`{code}`, "
+    return f"{place}{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

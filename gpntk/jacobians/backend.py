@@ -224,6 +224,18 @@ def row_chunks(backend: AbstractJacobianBackend, x: Tensor) -> list[slice]:
     return list(chunks(x.shape[1], row_bytes, backend.memory_budget))
 
 
+def contracted_jvp(backend: AbstractJacobianBackend, x: Tensor, v: Tensor) -> Tensor:
+    """J(x) v `[B, K, N*C]` by the rows of J, a chunk of them at a time."""
+    return torch.cat([inner_products(v, backend.jacobian(x[:, rows])) for rows in row_chunks(backend, x)], dim=-1)
+
+
+def contracted_vjp(backend: AbstractJacobianBackend, x: Tensor, u: Tensor) -> Tensor:
+    """J(x)ᵀ u `[B, K, F]` by the rows of J, a chunk of them at a time."""
+    c = backend.num_outputs(x)
+    parts = [u[..., r.start * c : r.stop * c] @ backend.jacobian(x[:, r]) for r in row_chunks(backend, x)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
 def contracted_gram(backend: AbstractJacobianBackend, x1: Tensor, x2: Tensor, per_layer: bool) -> Tensor:
     """J_g(x1) J_g(x2)ᵀ `[B, G, N*C, M*C]`: 2*N*M*C²*F flops once the Jacobians are there."""
     groups = _groups(backend, per_layer)

@@ -19,8 +19,10 @@ from gpntk.jacobians.backend import (
     Groups,
     contracted_diagonal,
     contracted_gram,
-    row_chunks,
+    contracted_jvp,
+    contracted_vjp,
 )
+from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.rules import inner_products
 from gpntk.memory import attached, chunks
 from gpntk.network import FrozenNetwork
@@ -30,12 +32,10 @@ class AbstractDenseBackend(AbstractJacobianBackend, ABC):
     """Products by matrix products with ``jacobian(x)`` `[B, N*C, F]`, formed by chunks of rows within the budget."""
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([inner_products(v, self.jacobian(x[:, rows])) for rows in row_chunks(self, x)], dim=-1)
+        return contracted_jvp(self, x, v)
 
     def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        c = self.num_outputs(x)
-        parts = [u[..., r.start * c : r.stop * c] @ self.jacobian(x[:, r]) for r in row_chunks(self, x)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return contracted_vjp(self, x, u)
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_gram(self, x1, x2, per_layer)
@@ -51,8 +51,9 @@ class AbstractDenseBackend(AbstractJacobianBackend, ABC):
 class DenseBackend(AbstractDenseBackend, AbstractTangentBackend):
     """J `[B, N*C, P]` formed by per-sample reverse mode, kept while it fits the budget, and used by matrix products.
 
-    By forward mode if C > P. Use it when P is small (hundreds), where one GEMM beats anything layer by layer. Memory
-    N*C*P values; beyond the budget J is formed again by chunks of rows in each product.
+    By forward mode if C > P, and by plain backward passes where torch.func cannot run the network. Use it when P is
+    small (hundreds), where one GEMM beats anything layer by layer. Memory N*C*P values; beyond the budget J is formed
+    again by chunks of rows in each product.
 
     Args:
         network: The network, with the parameters to differentiate selected.
@@ -67,9 +68,13 @@ class DenseBackend(AbstractDenseBackend, AbstractTangentBackend):
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
         super().__init__(network, memory_budget)
         self._autodiff = AutodiffBackend(network, self.memory_budget)
+        self._passes = BackwardBackend(network, self.memory_budget)
 
     def jacobian(self, x: Tensor) -> Tensor:
-        return self.remember("jacobian", (x,), lambda: self._autodiff.jacobian(x))
+        return self.remember("jacobian", (x,), lambda: self._rows(x).jacobian(x))
+
+    def _rows(self, x: Tensor) -> AbstractTangentBackend:
+        return self._passes if self._autodiff.refusal(x) else self._autodiff
 
 
 @final

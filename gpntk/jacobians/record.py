@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -54,7 +55,15 @@ class Recorder(TorchFunctionMode):
 def storages(calls: Iterable[Call]) -> list[int]:
     """Sizes of the distinct tensors that a run made."""
     outputs = (out for call in calls for out in call.outputs if out.is_floating_point())
-    return list({out.untyped_storage().data_ptr(): math.prod(out.shape) for out in outputs}.values())
+    return list({_place(out): math.prod(out.shape) for out in outputs}.values())
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        # A tensor within torch.func, or a sparse one, shows no memory.
+        return id(tensor)
 
 
 def row_values(network: FrozenNetwork, row: Tensor) -> int:
@@ -62,3 +71,8 @@ def row_values(network: FrozenNetwork, row: Tensor) -> int:
     with Recorder() as recorder:
         network(row)
     return max(1, sum(storages(recorder.calls)))
+
+
+def no_pattern(size: int, like: Tensor) -> Tensor:
+    """Numbers `[size]` that show no pattern, to compare two ways of computing with; the same every time."""
+    return torch.arange(1, size + 1, dtype=like.dtype, device=like.device).cos()

@@ -10,24 +10,25 @@ backward pass; and a block of J Jᵀ is a product of small inner products (`gpnt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
 from gpntk.cost import Cost, Machine, RowSizes, cheapest, count
-from gpntk.errors import InputError, UnruledError
+from gpntk.errors import GpntkError, InputError, NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractTangentBackend, jacobian_by_rows
+from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.capture import Capture, Parts, joined
 from gpntk.jacobians.grams import Grams, num_rows
 from gpntk.jacobians.precision import PRECISIONS, Precision, arithmetic, rounded
 from gpntk.jacobians.rules import AbstractLayerRule, Factors
 from gpntk.jacobians.shared import operand_tangents, parameter_images
 from gpntk.jacobians.uses import sample_rows
-from gpntk.memory import attached, chunks, frozen, halving, is_out_of_memory, workspace
+from gpntk.memory import attached, chunks, frozen, halving, is_out_of_memory, tracks_gradient, workspace
 from gpntk.network import FrozenNetwork
 
 _CHECKED_ROWS = 32
@@ -71,6 +72,7 @@ class StructuredBackend(AbstractTangentBackend):
             raise InputError(f"precision={precision!r}: choose one of {', '.join(map(repr, PRECISIONS))}.")
         self.precision: Precision = precision
         self._autodiff = AutodiffBackend(network, self.memory_budget)
+        self._passes = BackwardBackend(network, self.memory_budget)
         self._capture: Capture | None = None
         self._row: RowSizes | None = None
         self._sample: Tensor | None = None
@@ -159,14 +161,33 @@ class StructuredBackend(AbstractTangentBackend):
     def _checked(self, x: Tensor) -> Capture:
         if self._capture is None:
             self.num_outputs(x)  # which also checks the network's behaviour
-            capture = Capture(self.network, frozen(x).flatten(0, 1))
-            with torch.inference_mode(False), torch.no_grad():
-                row_bytes = x.element_size() * capture.uses.activations * (2 + self.num_outputs(x))
-                count = min(_CHECKED_ROWS, self.memory_budget // 2 // max(row_bytes, 1))
-                self._sample = sample_rows(frozen(x).flatten(0, 1), count)
-                self._row = self._compare(capture, self._sample)
-            self._capture = capture
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings(
+                        "error", "None of the inputs have requires_grad"
+                    )  # of checkpoints: J is lost
+                    self._capture = self._find(x)
+            except GpntkError:
+                raise
+            except Exception as error:
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
+                # The network has just run by itself.
+                message = (str(error).strip() or "no message").splitlines()[0]
+                raise NetworkError(f"its parameters cannot be followed: {type(error).__name__}: {message}") from error
+        if tracks_gradient(x):
+            self._passes.check_twice(x)
         return self._capture
+
+    def _find(self, x: Tensor) -> Capture:
+        x = x.to(self.network.compute_dtype(x.dtype))
+        capture = Capture(self.network, frozen(x).flatten(0, 1))
+        with torch.inference_mode(False), torch.no_grad():
+            row_bytes = x.element_size() * capture.uses.activations * (2 + self.num_outputs(x))
+            count = min(_CHECKED_ROWS, self.memory_budget // 2 // max(row_bytes, 1))
+            self._sample = sample_rows(frozen(x).flatten(0, 1), count)
+            self._row = self._compare(capture, self._sample)
+        return capture
 
     def _compare(self, capture: Capture, rows: Tensor) -> RowSizes:
         """What a row takes, after the comparison."""
@@ -189,7 +210,7 @@ class StructuredBackend(AbstractTangentBackend):
         wrong = []
         for gradient, (name, columns) in zip(gradients, self.network.slices.items(), strict=True):
             # Far above rounding, far below what a use overlooked leaves.
-            root = torch.finfo(rows.dtype).eps ** 0.5
+            root = torch.finfo(self.network.compute_dtype(rows.dtype)).eps ** 0.5
             bound = 10 * root * torch.maximum(gradient.abs().max(), root * largest)
             if not ((product[0, 0, columns] - gradient.flatten()).abs() <= bound).all():
                 wrong.append(name)
@@ -219,22 +240,7 @@ class StructuredBackend(AbstractTangentBackend):
         if 2 * columns >= self.num_outputs(x) or not self._row.backward:
             return False
         costs = [cost for cost in self.costs(x, columns) if cost.strategy.startswith(("factors", "autodiff"))]
-        return cheapest(tuple(costs), Machine.of(x.device)) == "autodiff" and self._runs_without_rules
-
-    @cached_property
-    def _runs_without_rules(self) -> bool:
-        """Whether torch.func can run this network, found out on the rows that its rules were checked on."""
-        assert self._sample is not None
-        x = self._sample[None, :1]
-        try:
-            self._autodiff.jvp(x, x.new_ones(1, 2, self.num_features))
-            self._autodiff.vjp(x, x.new_ones(1, 2, self.num_outputs(x)))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            # The network has just run by itself: it is torch.func that has no formula for it.
-            return False
-        return True
+        return cheapest(tuple(costs), Machine.of(x.device)) == "autodiff" and not self._autodiff.refusal(x)
 
     def _blocks(self, x: Tensor) -> Iterable[Parts]:
         """The factors of the rows of x `[B, N, D]`: one block, kept, if a quarter of the budget holds it."""
@@ -259,7 +265,10 @@ class StructuredBackend(AbstractTangentBackend):
         return (parts for rows in chunks(x.shape[1], 2 * kept, share) for parts in halving(rows, block))
 
     def _rounded(self, capture: Capture, x: Tensor) -> Parts:
-        parts = capture.parts(x)
+        dtype = self.network.compute_dtype(x.dtype)
+        parts = capture.parts(x.to(dtype))
+        if dtype != x.dtype:
+            parts = {key: part.map(lambda tensor: tensor.to(x.dtype)) for key, part in parts.items()}
         if self.precision != "bfloat16":
             return parts
         return {key: part.map(lambda tensor: rounded(tensor, self.precision)) for key, part in parts.items()}

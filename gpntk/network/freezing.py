@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from gpntk.errors import NetworkError
 from gpntk.memory import Lock
@@ -45,14 +48,18 @@ class Skeleton:
         self.module = _emptied(module)
         self.lock = Lock()
 
-    def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of the module with copies of ``tensors``, by name, in place of the empty ones; ties are kept."""
+    def filled(self, tensors: Mapping[str, Tensor], shared: bool = False) -> nn.Module:
+        """A copy of the module with copies of ``tensors``, by name, in place of the empty ones; ties are kept.
+
+        With ``shared`` its parameters are views of ``tensors``, not copies. (Buffers, which a pass may change, are.)
+        """
         memo: dict[int, Any] = {}
         for name, parameter in self.module.named_parameters():
-            memo[id(parameter)] = nn.Parameter(tensors[name].detach().clone(), parameter.requires_grad)
+            tensor = tensors[name].detach()
+            memo[id(parameter)] = nn.Parameter(tensor if shared else tensor.clone(), parameter.requires_grad)
         for name, buffer in self.module.named_buffers():
             memo[id(buffer)] = tensors[name].detach().clone()
-        return copy.deepcopy(self.module, memo)
+        return _copied(self.module, memo)
 
     def __copy__(self) -> Skeleton:
         return self
@@ -61,11 +68,46 @@ class Skeleton:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
+        # Tensors of weights and of empty ones alike are kept; what a run has left on the module is not.
+        kept = {id(tensor): tensor for tensor in chain(self.module.parameters(), self.module.buffers())}
+        return {"module": _copied(self.module, kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
         self.lock = Lock()
+
+
+class Needs(NamedTuple):
+    """What a network needs to run, beyond weights and x.
+
+    Attributes:
+        dtype: The only dtype in which it runs, if it makes tensors of that dtype in forward.
+        gradients: Whether it differentiates in forward, and so needs gradients switched on.
+    """
+
+    dtype: torch.dtype | None = None
+    gradients: bool = False
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Gradients switched on, also within ``torch.inference_mode``, if they are needed."""
+        with ExitStack() as stack:
+            if self.gradients:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
+            yield
+
+
+def cast(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of dtype ``own`` in a network that is cast to ``dtype``."""
+    if own.is_complex:
+        return dtype.to_complex()
+    return dtype if own.is_floating_point else own
+
+
+def with_gradient(tensor: Tensor) -> Tensor:
+    """The tensor as a leaf that requires grad, if it is real."""
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() and tensor.layout == torch.strided else tensor
 
 
 def _emptied(module: nn.Module) -> nn.Module:
@@ -74,13 +116,80 @@ def _emptied(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return _copied(module, memo)
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy. Tensors computed from weights become `Stale`; what cannot be copied (locks, files) is shared."""
+    attributes = [
+        (f"{name}.{attribute}".lstrip("."), value)
+        for name, child in module.named_modules()
+        for attribute, value in vars(child).items()
+        if attribute not in ("_parameters", "_buffers", "_modules")
+    ]
+    for place, value in attributes:
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, Stale) and _has_history(tensor):
+                memo[id(tensor)] = Stale.of(place)
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception:
+        memo |= {id(value): value for _, value in attributes if not _can_be_copied(value, memo)}
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
         raise NetworkError(
-            f"the module cannot be copied ({error}). Tensors computed from parameters and kept as attributes are the "
-            "usual cause; torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm helps."
+            f"the module cannot be copied ({type(error).__name__}: {error}): give the class of the module, or of the "
+            "attribute that it names, a __deepcopy__ that can."
         ) from error
+
+
+def _has_history(tensor: Tensor) -> bool:
+    return tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor)
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
+
+
+@final
+class Stale(Tensor):
+    """Stands for a tensor that the user's module has computed from weights and keeps as an attribute.
+
+    Hooks and forward passes that compute it anew replace it (pruning, ``torch.nn.utils.weight_norm``, cached features).
+    A pass that reads it would see the weights as they were then, so it raises.
+    """
+
+    place: str
+
+    @staticmethod
+    def of(place: str) -> Stale:
+        """The stand-in for the attribute at ``place``."""
+        stale = torch.empty(0, device="meta").as_subclass(Stale)
+        stale.place = place
+        return stale
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del func, types
+        place = next(leaf.place for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Stale))
+        raise NetworkError(
+            f"the network reads its attribute {place!r}, a tensor that was computed from its weights once and for all, "
+            "so that derivatives would miss it: compute it in forward, or detach it, by "
+            f"network.{place} = network.{place}.detach(), where it should stay as it is."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stale:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Stale.of, (self.place,)
 
 
 def check_module(module: nn.Module) -> None:
@@ -95,8 +204,9 @@ def check_module(module: nn.Module) -> None:
     if not parameters:
         raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")
     _check_parameters(parameters)
+    real = {name: parameter for name, parameter in parameters.items() if not parameter.is_complex()}
     devices = {str(tensor.device) for tensor in chain(parameters.values(), module.buffers())}
-    for kind, values in (("dtypes", {str(parameter.dtype) for parameter in parameters.values()}), ("devices", devices)):
+    for kind, values in (("dtypes", {str(parameter.dtype) for parameter in real.values()}), ("devices", devices)):
         if len(values) > 1:
             raise NetworkError(
                 f"the network's tensors have several {kind}, {sorted(values)}: use one, e.g. module.to(...)."
@@ -119,8 +229,10 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise NetworkError(f"parameter {name!r} is not initialised yet: run the network once on an input first.")
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() and not parameter.is_complex():
             raise NetworkError(f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J.")
+    if all(parameter.is_complex() for parameter in parameters.values()):
+        raise NetworkError("all parameters of the network are complex; only real floating weights have a J.")
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

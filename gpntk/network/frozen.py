@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import GpntkError, InputError, NetworkError, SelectionError
-from gpntk.network.freezing import Skeleton, check_module
-from gpntk.network.primitives import differentiable_operations
+from gpntk.memory import Lock, frozen, is_out_of_memory
+from gpntk.network.freezing import Needs, Skeleton, cast, check_module, with_gradient
+from gpntk.network.primitives import by_primitives, differentiable_operations
+from gpntk.network.probing import check_readout, check_rows, two_rows
 from gpntk.network.selection import layer_name, readout_name, select_parameters
 
 
@@ -77,6 +78,12 @@ class FrozenNetwork(nn.Module):
         check_module(module)
         named = dict(module.named_parameters())
         selected = select_parameters(module, named, parameters)
+        for name in selected:
+            if named[name].is_complex():
+                raise NetworkError(
+                    f"parameter {name!r} has dtype {named[name].dtype}; only real floating weights have a J: select "
+                    "others, by parameters=lambda name, parameter: not parameter.is_complex(), say."
+                )
         self._lay_out(selected, {name: parameter.shape for name, parameter in named.items()})
         if isinstance(input_shape, int):
             raise InputError(f"input_shape={input_shape} must be a sequence: pass ({input_shape},).")
@@ -84,8 +91,11 @@ class FrozenNetwork(nn.Module):
         self.output = "full"
         self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
-        self._num_outputs: dict[int, int] = {}  # by the width of x: another width is another input to be checked
+        # By the width and dtype of x: other ones are other inputs, to be checked.
+        self._num_outputs: dict[tuple[int, torch.dtype], int] = {}
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        self._live: dict[tuple[torch.dtype, torch.device], nn.Module] = {}
+        self._needs = [Needs()]
         self._identity = [object()]
         # No nn.Module, hence not registered: GPyTorch's .to(), .train(), requires_grad_() and state_dict() stay away.
         self._skeleton = Skeleton(module)
@@ -98,11 +108,31 @@ class FrozenNetwork(nn.Module):
 
     def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
-        tensors = {**self.tensors(x.dtype, x.device), **(parameters or {})}
-        # A copy of x: the first layer may work in place.
-        with self._skeleton.lock, differentiable_operations():
-            returned = functional_call(self._skeleton.module, tensors, (self._shaped(x).clone(),))
-        return self._outputs(returned, x.shape[0])
+        try:
+            return self._run(x, parameters)
+        except RuntimeError as error:
+            if parameters is not None or is_out_of_memory(error) or not self._settle(x):
+                raise
+        return self._run(x, parameters)
+
+    def differentiated(self, x: Tensor, all_weights: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """f(x; w) `[N, C]` by the module itself, and its selected parameters, to be differentiated by plain autograd.
+
+        What the module does in a backward pass, to recompute activations say, finds its weights in their places. Hold
+        ``lock`` until the last pass: the module is the same one every time. With ``all_weights``, those that are not
+        selected require grad as well.
+        """
+        dtype = self.compute_dtype(x.dtype)
+        key = (dtype, x.device)
+        if key not in self._live:
+            with torch.inference_mode(False):
+                self._live[key] = by_primitives(self._skeleton.filled(self.tensors(dtype, x.device), shared=True))
+        module = self._live[key]
+        named = dict(module.named_parameters())
+        for name, parameter in named.items():
+            parameter.requires_grad_(parameter.is_floating_point() and (all_weights or name in self.slices))
+        outputs = self._outputs(module(self._shaped(x.to(dtype)).clone()), x.shape[0]).to(x.dtype)
+        return outputs, {name: named[name] for name in self.names}
 
     def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The selected parameters by name: the point w* at which Jacobians are taken."""
@@ -116,7 +146,7 @@ class FrozenNetwork(nn.Module):
             buffers = zip(self._tensor_names, self._buffers.values(), strict=True)
             with torch.inference_mode(False):
                 self._cast[key] = {
-                    name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                    name: tensor.to(device=device, dtype=cast(tensor.dtype, dtype))
                     for name, tensor in buffers
                     if tensor is not None
                 }
@@ -149,6 +179,15 @@ class FrozenNetwork(nn.Module):
         names = select_parameters(self._skeleton.module, named, "readout")
         view._lay_out(names, {name: parameter.shape for name, parameter in named.items()})
         return view
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the network runs on x of ``dtype``: another one where forward allows one only."""
+        return self._needs[0].dtype or dtype
+
+    @property
+    def lock(self) -> Lock:
+        """Held while the network runs: hooks, and weights put in place, change a module."""
+        return self._skeleton.lock
 
     # --- sizes and layout --------------------------------------------------------------------------------------
 
@@ -208,14 +247,20 @@ class FrozenNetwork(nn.Module):
             NetworkError: The output is stochastic, depends on the other rows of the batch, or is not `[N]` or `[N, C]`.
             SelectionError: ``output`` is no output of the network; ``"readout"`` is not the last layer executed.
         """
-        width = x.shape[-1]
-        if width not in self._num_outputs:
-            if width == 0 or x.shape[:-1].numel() == 0:
+        seen = (x.shape[-1], x.dtype)
+        if seen not in self._num_outputs:
+            if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
                 raise InputError(
                     f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed."
                 )
-            self._num_outputs[width] = self._probe(x.detach().flatten(0, -2))
-        return self._num_outputs[width]
+            pair = two_rows(x.detach().flatten(0, -2))
+            with torch.no_grad():
+                both = self._first_run(pair)
+                self._num_outputs[seen] = check_rows(self, both, pair, self.compute_dtype(pair.dtype))
+            if self._readout is not None:
+                with self.lock:
+                    check_readout(self, self._skeleton.module, self._readout, pair)
+        return self._num_outputs[seen]
 
     # --- nn.Module's own protocol ------------------------------------------------------------------------------
 
@@ -225,6 +270,7 @@ class FrozenNetwork(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._cast.clear()
+        self._live.clear()
         self._identity[0] = object()
         return super()._apply(fn, recurse)
 
@@ -235,7 +281,7 @@ class FrozenNetwork(nn.Module):
         return self._shell()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast": {}}
+        return {**self.__dict__, "_cast": {}, "_live": {}}
 
     def _lay_out(self, names: Sequence[str], shapes: Mapping[str, torch.Size]) -> None:
         self.names = tuple(names)
@@ -255,9 +301,40 @@ class FrozenNetwork(nn.Module):
 
     @property
     def _first(self) -> Tensor:
-        first = self._buffers["frozen_0"]  # a parameter: all share one dtype and device
-        assert first is not None
-        return first
+        # A parameter: all that are real share one dtype, and all one device.
+        return next(tensor for tensor in self._buffers.values() if tensor is not None and tensor.is_floating_point())
+
+    def _run(self, x: Tensor, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        needs, dtype = self._needs[0], self.compute_dtype(x.dtype)
+        tensors = self.tensors(dtype, x.device)
+        if needs.gradients and parameters is None:
+            tensors = {name: with_gradient(tensor) for name, tensor in tensors.items()}
+        given = {name: tensor.to(cast(tensor.dtype, dtype)) for name, tensor in (parameters or {}).items()}
+        # A copy of x: the first layer may work in place.
+        with self.lock, differentiable_operations(), needs.mode():
+            inputs = self._shaped(frozen(x) if x.is_inference() and needs.gradients else x).to(dtype).clone()
+            returned = functional_call(self._skeleton.module, {**tensors, **given}, (inputs,))
+        outputs = self._outputs(returned, x.shape[0]).to(x.dtype)
+        return outputs.detach() if needs.gradients and not torch.is_grad_enabled() else outputs
+
+    def _settle(self, x: Tensor) -> bool:
+        """Find out what else the network needs to run on x; whether that helps."""
+        own = None if x.dtype == self.dtype else self.dtype
+        for needs in dict.fromkeys([Needs(None, True), Needs(own, False), Needs(own, True)]):
+            before, self._needs[0] = self._needs[0], needs
+            try:
+                self._run(frozen(x)[:1], None)
+            except Exception:
+                self._needs[0] = before
+                continue
+            if needs.dtype is not None:
+                warnings.warn(
+                    f"the network does not run in {x.dtype}, because its forward makes tensors of {own}: it is run, "
+                    f"and differentiated, in {own}.",
+                    stacklevel=4,
+                )
+            return True
+        return False
 
     def _shaped(self, x: Tensor) -> Tensor:
         if self.input_shape is None:
@@ -290,33 +367,6 @@ class FrozenNetwork(nn.Module):
             return outputs[:, self.output : self.output + 1]
         return outputs
 
-    @torch.no_grad()
-    def _probe(self, rows: Tensor) -> int:
-        pair = torch.stack([rows[0], rows[-1]])
-        if torch.equal(pair[0], pair[1]):
-            pair[1] = pair[0] * 0.9 + 0.1
-        both, again, alone = self._first_run(pair), self(pair), self(pair[:1])
-        if not torch.isfinite(both).all():
-            raise InputError(
-                "the network returns NaN or infinite values on the first or last row of x: check x for NaN, and its "
-                "scale against what the network was trained on."
-            )
-        tolerance = math.sqrt(torch.finfo(both.dtype).eps)
-        if not torch.allclose(both, again, rtol=tolerance, atol=tolerance):
-            raise NetworkError(
-                "two runs of the network on the same rows differ: it is stochastic (dropout in train mode?) or "
-                "changes its own buffers. Call module.eval() before freezing."
-            )
-        if not torch.allclose(both[:1], alone, rtol=tolerance, atol=tolerance):
-            raise NetworkError(
-                "the network's output for a row depends on the other rows of the batch (batch statistics, or an "
-                "operation across the batch dimension), so it defines no kernel. Use running statistics (eval mode) "
-                "or a normalisation within the row."
-            )
-        if self._readout is not None:
-            self._check_readout(pair)
-        return both.shape[-1]
-
     def _first_run(self, rows: Tensor) -> Tensor:
         """f `[2, C]`; an error of the network says which rows it was given."""
         try:
@@ -330,25 +380,6 @@ class FrozenNetwork(nn.Module):
                 f"{type(error).__name__}: {error} -- Check that x has the columns that the network takes. A network of "
                 "images, say, needs input_shape=(channels, height, width), and x flat: x.flatten(1)."
             ) from error
-
-    def _check_readout(self, rows: Tensor) -> None:
-        """Raise unless the chosen readout is the last layer with parameters to start running."""
-        started: list[str] = []
-        with self._skeleton.lock:
-            layers = {layer_name(name) for name, _ in self._skeleton.module.named_parameters()}
-            hooks = {name: lambda *_, n=name: started.append(n) for name in layers}
-            with _removing(
-                [
-                    self._skeleton.module.get_submodule(name).register_forward_pre_hook(hook)
-                    for name, hook in hooks.items()
-                ]
-            ):
-                self(rows)
-        if started and started[-1] != self._readout:
-            raise SelectionError(
-                f"parameters='readout' took the last registered layer, {self._readout!r}, but the network runs "
-                f"{started[-1]!r} last: pass parameters={started[-1] + '.*'!r} to choose the readout by name."
-            )
 
 
 def freeze(
@@ -378,12 +409,3 @@ def freeze(
         )
     frozen = copy.deepcopy(network)
     return frozen if parameters is None else frozen.select_readout()
-
-
-@contextmanager
-def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

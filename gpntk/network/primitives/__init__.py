@@ -9,14 +9,18 @@ products with a parameter.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, final
 
+import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gpntk.network.primitives import activations, attention, distances, lookups, norms, recurrent
 
-__all__ = ["differentiable_operations"]
+__all__ = ["by_primitives", "differentiable_operations"]
 
 _PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
     **activations.PRIMITIVES,
@@ -31,6 +35,35 @@ _PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
 def differentiable_operations() -> TorchFunctionMode:
     """A context in which norms, attention and recurrent layers are differentiable to any order; local to a thread."""
     return _Primitives()
+
+
+def by_primitives(module: nn.Module) -> nn.Module:
+    """``module``, whose forward passes, and those of its parts, run under `differentiable_operations` of themselves.
+
+    For passes that are recomputed later, in a backward pass, outside of any context.
+    """
+    for child in module.modules():
+        if not isinstance(child, torch.jit.ScriptModule):
+            child.forward = _in_primitives(child.forward)
+    return module
+
+
+_running = threading.local()
+
+
+def _in_primitives(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_running, "on", False):
+            return forward(*args, **kwargs)
+        _running.on = True
+        try:
+            with differentiable_operations():
+                return forward(*args, **kwargs)
+        finally:
+            _running.on = False
+
+    return wrapped
 
 
 @final

@@ -1,0 +1,75 @@
+"""What a network must do on two rows before it defines a kernel: the same twice, row by row, its readout last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.network.selection import layer_name
+
+
+def two_rows(rows: Tensor) -> Tensor:
+    """Two different rows `[2, D]`, the first of ``rows`` among them."""
+    pair = torch.stack([rows[0], rows[-1]])
+    if torch.equal(pair[0], pair[1]):
+        pair[1] = pair[0] * 0.9 + 0.1
+    return pair
+
+
+@torch.no_grad()
+def check_rows(network: Callable[[Tensor], Tensor], both: Tensor, pair: Tensor, dtype: torch.dtype) -> int:
+    """C, the number of outputs, if ``both`` = f(pair), computed in ``dtype``, is what every run gives, row by row.
+
+    Raises:
+        InputError: NaN or infinite outputs.
+        NetworkError: The output is stochastic, or depends on the other rows of the batch.
+    """
+    again, alone = network(pair), network(pair[:1])
+    if not torch.isfinite(both).all():
+        raise InputError(
+            "the network returns NaN or infinite values on the first or last row of x: check x for NaN, and its "
+            "scale against what the network was trained on."
+        )
+    tolerance = math.sqrt(torch.finfo(dtype).eps)
+    if not torch.allclose(both, again, rtol=tolerance, atol=tolerance):
+        raise NetworkError(
+            "two runs of the network on the same rows differ: it is stochastic (dropout in train mode?) or "
+            "changes its own buffers. Call module.eval() before freezing."
+        )
+    if not torch.allclose(both[:1], alone, rtol=tolerance, atol=tolerance):
+        raise NetworkError(
+            "the network's output for a row depends on the other rows of the batch (batch statistics, or an "
+            "operation across the batch dimension), so it defines no kernel. Use running statistics (eval mode) "
+            "or a normalisation within the row."
+        )
+    return both.shape[-1]
+
+
+@torch.no_grad()
+def check_readout(network: Callable[[Tensor], Tensor], module: nn.Module, readout: str, rows: Tensor) -> None:
+    """Raise `SelectionError` unless ``readout`` is the last layer with parameters to start running in ``module``."""
+    started: list[str] = []
+    layers = {layer_name(name) for name, _ in module.named_parameters()}
+    hooks = {name: lambda *_, n=name: started.append(n) for name in layers}
+    with _removing([module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]):
+        network(rows)
+    if started and started[-1] != readout:
+        raise SelectionError(
+            f"parameters='readout' took the last registered layer, {readout!r}, but the network runs "
+            f"{started[-1]!r} last: pass parameters={started[-1] + '.*'!r} to choose the readout by name."
+        )
+
+
+@contextmanager
+def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
