@@ -36,7 +36,7 @@ class NetworkMean(Mean):
     """
 
     def __init__(
-        self, network: nn.Module, *, input_shape: Sequence[int] | None = None, extract: Extract | None = None
+        self, network: nn.Module, *, input_shape: Sequence[int] | None = None, extract: Extract | str | None = None
     ) -> None:
         super().__init__()
         self.network = freeze(network, None, input_shape, extract)

@@ -132,11 +132,13 @@ def logits(out: dict[str, Tensor]) -> Tensor:
 
 def test_extract() -> None:
     x = torch.randn(4, 3)
-    frozen = gpntk.freeze(Dictionary(), extract=logits)
+    module = Dictionary()
+    frozen = gpntk.freeze(module, extract=logits)
     assert frozen(x).shape == (4, 2)
     assert gpntk.NTKKernel(frozen)(x).to_dense().shape == (8, 8)
-    with pytest.raises(NetworkError, match=r"returned dict, not a tensor: pass extract="):
-        gpntk.freeze(Dictionary()).num_outputs(x)
+    guessed = gpntk.freeze(module)
+    torch.testing.assert_close(guessed(x), frozen(x))
+    assert "'logits'" in repr(guessed)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

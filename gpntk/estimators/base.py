@@ -22,7 +22,8 @@ from gpntk._types import Extract, ParameterSelection
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
-from gpntk.network import FrozenNetwork, freeze
+from gpntk.network import Adapter, FrozenNetwork, freeze
+from gpntk.network.batches import is_batch, num_rows
 from gpntk.network.freezing import with_weights
 from gpntk.transfer import TransferGP
 from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs
@@ -50,6 +51,9 @@ _STORED = (
 class TransferEstimator(BaseEstimator, ABC):
     """A model of the target task on a frozen source network, with scikit-learn's conventions.
 
+    X is an array `[N, ...]`, or what else the network takes: token ids, a tokenizer's dictionary of tensors, a tuple of
+    tensors, or a list of objects; see `gpntk.network.Adapter`.
+
     Args:
         network: The source network, in eval mode. It is copied when `fit` is called and never changed.
         mean: Prior mean: ``"network"``, its output f(x; w*), so that the GP learns the residual; ``"constant"``, one
@@ -73,7 +77,7 @@ class TransferEstimator(BaseEstimator, ABC):
         time_budget: Seconds that a fit may take. A kernel that would take longer is left out, and a line in the log and
             in ``report_`` says what it would cost.
         input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
-        extract: Turns what the network returns into its output tensor `[N]` or `[N, C]`.
+        extract: Which of the things that the network returns is its output: see `gpntk.FrozenNetwork`.
         dtype: Precision of Jacobians, ``"float64"`` or ``"float32"``; the network's outputs and features are computed
             in its own, and systems are solved in double precision.
         checkpoint: File in which `fit` keeps its best hyperparameters after each step; a `fit` to the same data that
@@ -93,7 +97,7 @@ class TransferEstimator(BaseEstimator, ABC):
     hyperparameters: Treatment | Mapping[str, float] = "auto"
     time_budget: float = 120.0
     input_shape: Sequence[int] | None = None
-    extract: Extract | None = None
+    extract: Extract | str | None = None
     dtype: Literal["float64", "float32"] = "float64"
     checkpoint: str | os.PathLike[str] | None = None
     verbose: bool = False
@@ -103,7 +107,7 @@ class TransferEstimator(BaseEstimator, ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted model to one safetensors file: weights, training data, hyperparameters; no code.
 
-        The network's architecture is not in the file: `load` takes the module. ``extract`` is not either.
+        The network's architecture is not in the file: `load` takes the module. A function ``extract`` is not either.
         """
         check_is_fitted(self)
         if getattr(self, "noise_network", None) is not None:
@@ -119,14 +123,14 @@ class TransferEstimator(BaseEstimator, ABC):
         facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
         facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
-        facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_}
-        shape = self._network.input_shape
+        facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_, "adapter": self._network.adapter.facts()}
+        shape = self._network.adapter.input_shape
         facts["input_shape"] = None if shape is None else list(shape)
         save_tensors(path, type(self).__name__, tensors, facts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], network: nn.Module, extract: Extract | None = None) -> Self:
-        """The model saved at ``path``; ``network`` gives the architecture, the file the weights.
+    def load(cls, path: str | os.PathLike[str], network: nn.Module, extract: Extract | str | None = None) -> Self:
+        """The model saved at ``path``; ``network`` gives the architecture and ``extract`` the output, as in `fit`.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -146,7 +150,9 @@ class TransferEstimator(BaseEstimator, ABC):
             model = constructor(module, parameters=names, extract=extract, **stored)
             model._check_arguments()
             model._row_shape = tuple(contents.fact("row_shape", list))
-            model._network = model._freeze()
+            adapter = Adapter.from_facts(contents.fact("adapter", dict))
+            model._takes_arrays = adapter.is_array
+            model._network = freeze(module, names, extract=extract, inputs=adapter)
             data = contents.group("data.")
             data.update({name: tensor.to(model._network.device) for name, tensor in data.items()})
             model._restore(data, contents.fact("fitted", dict))
@@ -169,6 +175,7 @@ class TransferEstimator(BaseEstimator, ABC):
     _model: TransferGP = field(init=False)
     _network: FrozenNetwork = field(init=False)
     _row_shape: tuple[int, ...] = field(init=False)
+    _takes_arrays: bool = field(init=False)
     _report: Report | None = field(init=False)
 
     @classmethod
@@ -212,9 +219,23 @@ class TransferEstimator(BaseEstimator, ABC):
         if self.dtype not in ("float64", "float32"):
             raise InputError(f"dtype={self.dtype!r}: choose 'float64' or 'float32'.")
 
-    def _validate(self, X: ArrayLike, **kwargs: Any) -> Any:
-        # scikit-learn's annotation of X is inferred from its default, a string.
-        return validate_data(self, X, allow_nd=True, dtype=self.dtype, **kwargs)  # pyright: ignore[reportArgumentType]
+    def _validate(self, X: Any, y: Any = "no_validation", reset: bool = True, **kwargs: Any) -> Any:
+        """X, or X and y, by scikit-learn's checks; of a batch, the adapter checks the tensors."""
+        options: dict[str, Any]
+        if reset:
+            self._takes_arrays = not is_batch(X) and not (
+                isinstance(self.network, FrozenNetwork) and not self.network.adapter.is_array
+            )
+        if self._takes_arrays:
+            options = {"y": y, "allow_nd": True, "dtype": self.dtype, "reset": reset, **kwargs}
+            return validate_data(self, X, **options)
+        if isinstance(y, str):
+            return X
+        options = {"y": y, "reset": False, **kwargs}
+        labels: Any = validate_data(self, **options)
+        if num_rows(X) != len(labels):
+            raise InputError(f"X has {num_rows(X)} inputs, but y has {len(labels)} labels: give one for each.")
+        return X, labels
 
     def _finish(self) -> None:
         """Set what is common to all fitted estimators."""
@@ -235,29 +256,38 @@ class TransferEstimator(BaseEstimator, ABC):
         )
         return {name: getattr(self, name) for name in names}
 
-    def _freeze(self) -> FrozenNetwork:
-        if not isinstance(self.network, FrozenNetwork):
-            images = self._row_shape if len(self._row_shape) > 1 else None
-            return freeze(self.network, self.parameters, self.input_shape or images, self.extract)
-        if self.parameters is not None or self.input_shape is not None or self.extract is not None:
-            raise SelectionError(
-                "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
-            )
-        return self.network
+    def _prepare(self, X: Any) -> Tensor:
+        """Freeze the network for inputs like X, as `_validate` gave them, and pack these into `[N, D]`."""
+        if isinstance(self.network, FrozenNetwork):
+            if self.parameters is not None or self.input_shape is not None or self.extract is not None:
+                raise SelectionError(
+                    "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
+                )
+            self._network = self.network
+        elif self._takes_arrays:
+            images = X.shape[1:] if X.ndim > 2 else None
+            self._network = freeze(self.network, self.parameters, self.input_shape or images, self.extract)
+        else:
+            self._network = freeze(self.network, self.parameters, None, self.extract, X)
+        x = self._packed(X)
+        self._row_shape = X.shape[1:] if self._takes_arrays else (x.shape[1],)
+        return x
+
+    def _packed(self, X: Any) -> Tensor:
+        if self._takes_arrays:
+            return as_tensor(X, self._network.device).flatten(1)
+        return self._network.adapter.pack(X, getattr(torch, self.dtype), self._network.device)
 
     def _new_input(self, X: ArrayLike) -> Tensor:
         """X `[M, ...]`, to predict at, as a tensor `[M, D]`."""
         check_is_fitted(self)
         checked = self._validate(X, reset=False)
         self._check_shape(checked)
-        return self._tensor(checked)
+        return self._packed(checked)
 
-    def _check_shape(self, X: NDArray[Any]) -> None:
-        if X.shape[1:] != self._row_shape:
+    def _check_shape(self, X: Any) -> None:
+        if self._takes_arrays and X.shape[1:] != self._row_shape:
             raise InputError(f"X has rows of shape {X.shape[1:]}, but fit saw rows of shape {self._row_shape}.")
-
-    def _tensor(self, X: NDArray[Any]) -> Tensor:
-        return as_tensor(X, self._network.device).flatten(1)
 
 
 def as_tensor(values: NDArray[Any], device: torch.device) -> Tensor:

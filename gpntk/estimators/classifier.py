@@ -99,9 +99,8 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             inputs, labels = self._validate(X, y=y)
             check_classification_targets(labels)
             self.classes_ = self._classes(labels) if classes is None else np.unique(classes)
-            self._row_shape = inputs.shape[1:]
-            self._network = self._freeze()
-            self._fit_model(self._transfer(self._tensor(inputs), self._labels(labels)))
+            x = self._prepare(inputs)
+            self._fit_model(self._transfer(x, self._labels(labels)))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -117,7 +116,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         self._check_shape(inputs)
         if classes is not None and not np.array_equal(np.asarray(classes), self.classes_):
             raise InputError(f"classes={classes} are not those of fit, {self.classes_}.")
-        self._model = self._model.condition_on(self._tensor(inputs), self._labels(labels))
+        self._model = self._model.condition_on(self._packed(inputs), self._labels(labels))
         self._finish()
         return self
 

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import RegressorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_consistent_length
 from torch import Tensor, nn
 
 from gpntk.errors import InputError
 from gpntk.estimators.base import TransferEstimator, as_tensor
+from gpntk.network.adapters import Adapted
+from gpntk.network.batches import num_rows
 from gpntk.transfer import TransferGP
 
 
@@ -84,10 +85,9 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         self._check_arguments()
         with self._whole_or_not_at_all():
             X, y = self._validated(X, y)
-            self._row_shape, self._y_ndim = X.shape[1:], y.ndim
-            self._network = self._freeze()
+            self._y_ndim = y.ndim
             variances = None if yvar is None else _variances(yvar, y)
-            self._fit_model(self._transfer(*self._tensors(X, y, variances)))
+            self._fit_model(self._transfer(*self._tensors(self._prepare(X), y, variances)))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -104,7 +104,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.task.num_outputs):
             raise InputError(f"y has shape {y.shape}, but fit saw {self._model.task.num_outputs} output(s).")
         variances = None if yvar is None else _variances(yvar, y)
-        self._model = self._model.condition_on(*self._tensors(X, y, variances))
+        self._model = self._model.condition_on(*self._tensors(self._packed(X), y, variances))
         self._finish()
         return self
 
@@ -171,7 +171,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _validated(self, X: ArrayLike, y: ArrayLike, reset: bool = True) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _validated(self, X: Any, y: ArrayLike, reset: bool = True) -> tuple[Any, NDArray[Any]]:
         """X and y as arrays; scikit-learn's checks, but that y may have missing values."""
         targets = np.asarray(y)
         if targets.dtype.kind != "f" or targets.ndim not in (1, 2) or not np.isnan(targets).any():
@@ -179,13 +179,11 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         if np.isinf(targets).any():
             raise InputError("y contains infinity: give finite targets, or NaN where a target is missing.")
         inputs = self._validate(X, reset=reset)
-        check_consistent_length(inputs, targets)
-        return np.asarray(inputs), targets
+        if num_rows(inputs) != len(targets):
+            raise InputError(f"X has {num_rows(inputs)} inputs, but y has {len(targets)} targets: give one for each.")
+        return inputs, targets
 
-    def _tensors(
-        self, X: NDArray[Any], y: NDArray[Any], yvar: NDArray[Any] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        x = self._tensor(X)
+    def _tensors(self, x: Tensor, y: NDArray[Any], yvar: NDArray[Any] | None) -> tuple[Tensor, Tensor, Tensor | None]:
         targets = as_tensor(y.reshape(len(y), -1), x.device).to(x)
         return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), x.device).to(x)
 
@@ -207,9 +205,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             return None
         if self.noise_network.training:
             raise InputError("noise_network is in train mode, so its outputs may be random: call .eval() first.")
-        noise_network = copy.deepcopy(self.noise_network)
-        shape = self._network.input_shape
-        return noise_network if shape is None else nn.Sequential(nn.Unflatten(1, shape), noise_network)
+        return Adapted(copy.deepcopy(self.noise_network), self._network.adapter)
 
     @classmethod
     def _own_options(cls) -> tuple[str, ...]:

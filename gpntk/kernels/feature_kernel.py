@@ -64,7 +64,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         layer_variances: bool,
         output: OutputSelection,
         input_shape: Sequence[int] | None,
-        extract: Extract | None,
+        extract: Extract | str | None,
         memory_budget: int | None,
         backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,

@@ -61,7 +61,7 @@ class NTKKernel(AbstractFeatureKernel):
         layer_variances: bool = False,
         output: OutputSelection = "full",
         input_shape: Sequence[int] | None = None,
-        extract: Extract | None = None,
+        extract: Extract | str | None = None,
         memory_budget: int | None = None,
         backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,

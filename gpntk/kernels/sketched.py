@@ -53,7 +53,7 @@ class SketchedNTKKernel(AbstractFeatureKernel):
         parameters: ParameterSelection = None,
         output: OutputSelection = "full",
         input_shape: Sequence[int] | None = None,
-        extract: Extract | None = None,
+        extract: Extract | str | None = None,
         memory_budget: int | None = None,
         solver: AbstractSolver | None = None,
         **kwargs: Any,

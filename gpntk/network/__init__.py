@@ -1,5 +1,6 @@
-"""The function that a trained network is: its frozen weights, the parameters that may move, and its readout."""
+"""The function that a trained network is: its frozen weights, what it takes and returns, and its readout."""
 
+from gpntk.network.adapters import Adapter
 from gpntk.network.frozen import FrozenNetwork, freeze
 
-__all__ = ["FrozenNetwork", "freeze"]
+__all__ = ["Adapter", "FrozenNetwork", "freeze"]

@@ -15,7 +15,7 @@ The user's module is read once and never changed.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, chain, groupby
@@ -26,12 +26,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
-from gpntk.errors import GpntkError, InputError, NetworkError, SelectionError
+from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.memory import Lock, frozen, is_out_of_memory
+from gpntk.network.adapters import Adapter
+from gpntk.network.batches import Arguments, head
 from gpntk.network.freezing import Needs, Skeleton, cast, check_module, with_gradient
+from gpntk.network.outputs import extracted, selected
 from gpntk.network.primitives import by_primitives, differentiable_operations
-from gpntk.network.probing import check_readout, check_rows, two_rows
+from gpntk.network.probing import check_readout, check_rows, first_run, two_rows
 from gpntk.network.selection import layer_name, readout_name, select_parameters
+
+logger = logging.getLogger("gpntk.network")
 
 
 @final
@@ -44,9 +49,15 @@ class FrozenNetwork(nn.Module):
             grad), a glob or list of globs over parameter names, ``"readout"`` for the last parametrised layer, or a
             predicate ``(name, parameter) -> bool``.
         input_shape: Shape of one input as the network wants it, e.g. ``(1, 28, 28)``; x then arrives flat, `[N, D]`.
-        extract: Turns what the network returns (a dict, say) into the tensor `[N]` or `[N, C]` that is meant.
+        extract: Which of the things that the network returns is its output `[N]` or `[N, C]`: the name of an entry,
+            ``"mean"`` (over the tokens of ``attention_mask``), ``"cls"`` (the first) or ``"last"`` for a vector per
+            token, or a function. Default: a tensor, ``logits``, the only entry, or the first of a tuple; ``repr`` and a
+            line of the log say which.
+        inputs: A batch as the network takes it, from which ``network.adapter`` learns to pack such batches into x: see
+            `gpntk.network.Adapter`. Instead of ``input_shape``.
 
     Raises:
+        InputError: ``inputs`` is no batch that the network takes.
         NetworkError: Stochastic or batch-statistics layers in train mode, NaN or infinite weights, integer, complex or
             mixed dtypes, mixed devices, a module that cannot be copied.
         SelectionError: A selection that matches no parameter.
@@ -63,8 +74,9 @@ class FrozenNetwork(nn.Module):
     slices: Mapping[str, slice]
     """Where each selected parameter stands in the P-vector."""
     shapes: Mapping[str, torch.Size]
-    input_shape: tuple[int, ...] | None
-    extract: Extract | None
+    adapter: Adapter
+    """Packs what the network takes into x, and unpacks it."""
+    extract: Extract | str | None
     output: OutputSelection
 
     def __init__(
@@ -72,7 +84,8 @@ class FrozenNetwork(nn.Module):
         module: nn.Module,
         parameters: ParameterSelection = None,
         input_shape: Sequence[int] | None = None,
-        extract: Extract | None = None,
+        extract: Extract | str | None = None,
+        inputs: Any = None,
     ) -> None:
         super().__init__()
         check_module(module)
@@ -85,12 +98,13 @@ class FrozenNetwork(nn.Module):
                     "others, by parameters=lambda name, parameter: not parameter.is_complex(), say."
                 )
         self._lay_out(selected, {name: parameter.shape for name, parameter in named.items()})
-        if isinstance(input_shape, int):
-            raise InputError(f"input_shape={input_shape} must be a sequence: pass ({input_shape},).")
-        self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
+        if not (inputs is None or input_shape is None):
+            raise InputError("inputs and input_shape both say what the network takes: give one of them.")
+        self.adapter = Adapter.of_shape(input_shape) if inputs is None else Adapter.of(inputs, module)
         self.output = "full"
         self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
+        self._entry: list[str] = []  # which entry of what is returned was taken, once that is known
         # By the width and dtype of x: other ones are other inputs, to be checked.
         self._num_outputs: dict[tuple[int, torch.dtype], int] = {}
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -103,6 +117,9 @@ class FrozenNetwork(nn.Module):
         with torch.inference_mode(False):
             for index, tensor in enumerate(chain(named.values(), module.buffers())):
                 self.register_buffer(f"frozen_{index}", tensor.detach().clone(), persistent=False)
+        if inputs is not None and not isinstance(inputs, Adapter):
+            # Says at once whether the network runs on it, and which entry of what it returns is its output.
+            self.num_outputs(self.adapter.pack(head(inputs), self.dtype, self.device))
 
     # --- the function ------------------------------------------------------------------------------------------
 
@@ -131,7 +148,8 @@ class FrozenNetwork(nn.Module):
         named = dict(module.named_parameters())
         for name, parameter in named.items():
             parameter.requires_grad_(parameter.is_floating_point() and (all_weights or name in self.slices))
-        outputs = self._outputs(module(self._shaped(x.to(dtype)).clone()), x.shape[0]).to(x.dtype)
+        arguments = self.adapter.arguments(x.to(dtype))
+        outputs = self._outputs(module(*arguments.args, **arguments.kwargs), arguments, x.shape[0]).to(x.dtype)
         return outputs, {name: named[name] for name in self.names}
 
     def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -198,9 +216,9 @@ class FrozenNetwork(nn.Module):
 
     @property
     def summary(self) -> str:
-        """How many parameters are selected, and of how many."""
+        """How many parameters are selected, of how many, and which entry of what is returned is the output."""
         total = sum(parameter.numel() for parameter in self._skeleton.module.parameters())
-        return f"{self.num_params:,} of {total:,} parameters"
+        return f"{self.num_params:,} of {total:,} parameters{self.entry and f', outputs are {self.entry}'}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,13 +268,10 @@ class FrozenNetwork(nn.Module):
         seen = (x.shape[-1], x.dtype)
         if seen not in self._num_outputs:
             if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
-                raise InputError(
-                    f"x is empty, shape {tuple(x.shape)}: the network needs at least one row to be probed."
-                )
+                raise InputError(f"x is empty, shape {tuple(x.shape)}: the network is probed on at least one row.")
             pair = two_rows(x.detach().flatten(0, -2))
-            with torch.no_grad():
-                both = self._first_run(pair)
-                self._num_outputs[seen] = check_rows(self, both, pair, self.compute_dtype(pair.dtype))
+            both = first_run(self, pair, self.adapter)
+            self._num_outputs[seen] = check_rows(self, both, pair, self.compute_dtype(pair.dtype))
             if self._readout is not None:
                 with self.lock:
                     check_readout(self, self._skeleton.module, self._readout, pair)
@@ -276,6 +291,11 @@ class FrozenNetwork(nn.Module):
 
     def __repr__(self) -> str:
         return f"FrozenNetwork({self.summary})"
+
+    @property
+    def entry(self) -> str:
+        """Which entry of what the network returns is its output, known once it has run; "" if there is no other."""
+        return "".join(self._entry)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
         return self._shell()
@@ -310,11 +330,10 @@ class FrozenNetwork(nn.Module):
         if needs.gradients and parameters is None:
             tensors = {name: with_gradient(tensor) for name, tensor in tensors.items()}
         given = {name: tensor.to(cast(tensor.dtype, dtype)) for name, tensor in (parameters or {}).items()}
-        # A copy of x: the first layer may work in place.
         with self.lock, differentiable_operations(), needs.mode():
-            inputs = self._shaped(frozen(x) if x.is_inference() and needs.gradients else x).to(dtype).clone()
-            returned = functional_call(self._skeleton.module, {**tensors, **given}, (inputs,))
-        outputs = self._outputs(returned, x.shape[0]).to(x.dtype)
+            arguments = self.adapter.arguments((frozen(x) if x.is_inference() and needs.gradients else x).to(dtype))
+            returned = functional_call(self._skeleton.module, {**tensors, **given}, *arguments)
+        outputs = self._outputs(returned, arguments, x.shape[0]).to(x.dtype)
         return outputs.detach() if needs.gradients and not torch.is_grad_enabled() else outputs
 
     def _settle(self, x: Tensor) -> bool:
@@ -336,59 +355,25 @@ class FrozenNetwork(nn.Module):
             return True
         return False
 
-    def _shaped(self, x: Tensor) -> Tensor:
-        if self.input_shape is None:
-            return x
-        if x.shape[1:].numel() != math.prod(self.input_shape):
-            raise InputError(
-                f"x has {x.shape[1:].numel()} values per row, but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)}: flatten each input, or correct input_shape."
-            )
-        return x.reshape(-1, *self.input_shape)
-
-    def _outputs(self, returned: Any, num_rows: int) -> Tensor:
-        outputs = returned if self.extract is None else self.extract(returned)
-        if not isinstance(outputs, Tensor):
-            raise NetworkError(
-                f"the network returned {type(outputs).__name__}, not a tensor: pass extract=, a function that takes "
-                "what the network returns and gives the output tensor, e.g. extract=lambda out: out['logits']."
-            )
-        if outputs.dim() not in (1, 2) or outputs.shape[0] != num_rows:
-            raise NetworkError(
-                f"the network returned shape {tuple(outputs.shape)} for {num_rows} rows; gpntk needs [N] or [N, C]: "
-                "flatten or select the outputs with extract=, and check input_shape."
-            )
-        outputs = outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
-        if self.output == "sum":
-            return outputs.sum(-1, keepdim=True) / math.sqrt(outputs.shape[-1])
-        if isinstance(self.output, int):
-            if not 0 <= self.output < outputs.shape[-1]:
-                raise SelectionError(f"output={self.output}, but the network has outputs 0 to {outputs.shape[-1] - 1}.")
-            return outputs[:, self.output : self.output + 1]
-        return outputs
-
-    def _first_run(self, rows: Tensor) -> Tensor:
-        """f `[2, C]`; an error of the network says which rows it was given."""
-        try:
-            return self(rows)
-        except GpntkError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            shape = tuple(rows.shape) if self.input_shape is None else (rows.shape[0], *self.input_shape)
-            raise InputError(
-                f"the network does not run on {rows.shape[0]} rows of x, shape {shape}. It says: "
-                f"{type(error).__name__}: {error} -- Check that x has the columns that the network takes. A network of "
-                "images, say, needs input_shape=(channels, height, width), and x flat: x.flatten(1)."
-            ) from error
+    def _outputs(self, returned: Any, arguments: Arguments, num_rows: int) -> Tensor:
+        outputs, entry = extracted(returned, self.extract, arguments)
+        if entry and not self._entry:
+            self._entry.append(entry)
+            logger.info("of the %s that the network returns, its output is %s.", type(returned).__name__, entry)
+        return selected(outputs, self.output, num_rows)
 
 
 def freeze(
     network: nn.Module,
     parameters: ParameterSelection = None,
     input_shape: Sequence[int] | None = None,
-    extract: Extract | None = None,
+    extract: Extract | str | None = None,
+    inputs: Any = None,
 ) -> FrozenNetwork:
     """The network frozen where it is, as a pure function of the selected parameters; see `FrozenNetwork`.
+
+    Networks of tokens, dictionaries, several tensors or graphs are given a batch as they take it, ``inputs``; then
+    ``network.adapter.pack(batch)`` makes the rows x that kernels take.
 
     A network that is frozen already is returned as a new object over the same weights, with its readout selected for
     ``parameters="readout"``; moving or casting the new object leaves the old one alone.
@@ -400,12 +385,16 @@ def freeze(
         >>> import torch, gpntk
         >>> gpntk.freeze(torch.nn.Linear(3, 2), parameters="*bias").num_params
         2
+        >>> words = torch.nn.Sequential(torch.nn.Embedding(9, 2), torch.nn.Flatten(), torch.nn.Linear(6, 1))
+        >>> frozen = gpntk.freeze(words, inputs=torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        >>> gpntk.NTKKernel(frozen)(frozen.adapter.pack(torch.tensor([[1, 2, 8]]))).shape
+        torch.Size([1, 1])
     """
     if not isinstance(network, FrozenNetwork):
-        return FrozenNetwork(network, parameters, input_shape, extract)
-    if parameters not in (None, "readout") or input_shape is not None or extract is not None:
+        return FrozenNetwork(network, parameters, input_shape, extract, inputs)
+    if parameters not in (None, "readout") or not (input_shape is extract is inputs is None):
         raise SelectionError(
-            "the network is frozen already: give parameters, input_shape and extract to gpntk.freeze instead."
+            "the network is frozen already: give parameters, input_shape, extract and inputs to gpntk.freeze instead."
         )
     frozen = copy.deepcopy(network)
     return frozen if parameters is None else frozen.select_readout()

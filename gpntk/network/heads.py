@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract
 from gpntk.errors import NetworkError
+from gpntk.network.batches import Arguments
+from gpntk.network.outputs import extracted
 from gpntk.network.selection import readout_name
 
 
@@ -25,6 +27,10 @@ class Body(nn.Module):
         network: The network, which is copied.
         num_directions: R; None for h itself.
         seed: Of the signs.
+        extract: Which of the things that the network returns is its output; see `gpntk.FrozenNetwork`.
+
+    Where the readout makes outputs of every token, of which the network then selects or averages, h(x) is what it makes
+    of the tokens' vectors themselves in the same way.
 
     Raises:
         NetworkError: The last layer is no ``Linear``, is not reached, or sees more than one vector per input.
@@ -38,8 +44,15 @@ class Body(nn.Module):
 
     directions: Tensor | None
 
-    def __init__(self, network: nn.Module, num_directions: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        num_directions: int | None = None,
+        seed: int = 0,
+        extract: Extract | str | None = None,
+    ) -> None:
         super().__init__()
+        self._extract = extract
         name = readout_name(network)
         if not name:
             raise NetworkError("the network is a single layer: nothing is left of it without its readout.")
@@ -64,62 +77,99 @@ class Body(nn.Module):
             directions = signs.to(readout.weight) / readout.in_features**0.5
         self.register_buffer("directions", directions)
 
-    def check(self, x: Tensor) -> None:
-        """Raise `NetworkError` unless what the network returns at x depends on h(x) alone."""
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `NetworkError` unless what the network returns for these arguments depends on h(x) alone."""
         try:
             with torch.no_grad():
-                self(x)
-                returned = self.network(x)
+                features = self._features(args, kwargs)
+                returned = self._returned(args, kwargs)
+                hidden, _ = self.recorder.calls.pop()
+                if hidden.dim() > 2:
+                    self.recorder.mixing = _numbers(features.shape[1], self.recorder.num_outputs, features)
+                    alike = _close(self._returned(args, kwargs), features @ self.recorder.mixing)
+                else:
+                    alike = not isinstance(returned, Tensor) or _close(returned, returned[:1].expand_as(returned))
         except AttributeError as error:
             raise NetworkError(f"the network uses its readout otherwise than by calling it ({error}).") from None
         finally:
             self.recorder.calls.clear()
-        if isinstance(returned, Tensor) and not torch.equal(returned, returned[:1].expand_as(returned)):
+            self.recorder.mixing = None
+        if not alike:
             raise NetworkError(
                 "the network's outputs depend on its inputs by other ways than its last registered layer: register the "
                 "readout last, and without a connection that bypasses it."
             )
 
-    def returns_readout(self, x: Tensor, extract: Extract | None = None) -> bool:
+    def returns_readout(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the network's outputs are those of a plain ``Linear``, untouched."""
         self.recorder.calls.clear()
         with torch.inference_mode(False), torch.no_grad():
-            returned = self.network(x.clone())
-            outputs = returned if extract is None else extract(returned)
+            outputs = self._returned(args, kwargs)
         _, readout = self.recorder.calls.pop()
         # The very tensor that the readout let out, not one that is equal to it here; and not changed in place.
         return self._plain and outputs is readout and readout._version == 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The features that enter the readout, h(x) `[N, H]`, or its projections `[N, R]`."""
+        hidden = self._features(args, kwargs)
+        return hidden if self.directions is None else hidden @ self.directions
+
+    def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         self.recorder.calls.clear()
-        self.network(x)
+        returned = self._returned(args, kwargs)
         if len(self.recorder.calls) != 1:
             raise NetworkError(f"the readout runs {len(self.recorder.calls)} times per input: a new head needs once.")
         hidden, _ = self.recorder.calls.pop()
-        if hidden.dim() != 2:
-            raise NetworkError(
-                f"the readout sees {tuple(hidden.shape)} for {x.shape[0]} inputs, but a new head needs one vector "
-                "each: pass a module that selects it (the last token, say) before its last layer."
-            )
-        return hidden if self.directions is None else hidden @ self.directions
+        if hidden.dim() == 2:
+            return hidden
+        if isinstance(returned, Tensor) and returned.dim() == 2 and returned.shape[1] == hidden.shape[-1]:
+            return returned
+        raise NetworkError(
+            f"the readout sees {tuple(hidden.shape)} for {hidden.shape[0]} inputs, but a new head needs one vector "
+            "each: pass a module that selects it (the last token, say) before its last layer."
+        )
+
+    def _returned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return extracted(self.network(*args, **kwargs), self._extract, Arguments(args, kwargs))[0]
 
 
 class _Recorder(nn.Module):
-    """Stands where the readout stood: lets zeros out, and remembers what came in and went out."""
+    """Stands where the readout stood, and remembers what came in and went out.
+
+    It lets out the same numbers for every input, none of them zero, since a network may divide by their norm or take
+    their logarithm; of a vector per token the vectors themselves, or their products with ``mixing``.
+    """
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
         self.num_outputs = num_outputs
         self.calls: list[tuple[Tensor, Tensor]] = []
+        self.mixing: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        zeros = hidden.new_zeros(*hidden.shape[:-1], self.num_outputs)
-        self.calls.append((hidden, zeros))
-        return zeros
+        if hidden.dim() > 2:
+            out = hidden.clone() if self.mixing is None else hidden @ self.mixing
+        else:
+            out = _numbers(1, self.num_outputs, hidden).expand(len(hidden), -1).clone()
+        self.calls.append((hidden, out))
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "calls": []}
+
+
+def _numbers(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Numbers between a half and three halves, no two of which are close, `[rows, columns]`."""
+    golden = (5**0.5 - 1) / 2
+    numbers = torch.arange(1, rows * columns + 1, device=like.device, dtype=torch.float64) * golden
+    return (numbers - numbers.floor() + 0.5).to(like.dtype).view(rows, columns)
+
+
+def _close(one: Any, two: Tensor) -> bool:
+    """Equal up to rounding; what is NaN in both, as the logarithm of a cosine may be, counts as equal."""
+    tolerance = 64 * torch.finfo(two.dtype).eps * two.shape[-1]
+    scale = two.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return isinstance(one, Tensor) and torch.allclose(one, two, rtol=0.0, atol=tolerance * float(scale), equal_nan=True)
 
 
 def _replaced(network: nn.Module, name: str, by: nn.Module) -> nn.Module:
@@ -138,15 +188,14 @@ class Rescaled(nn.Module):
         extract: Turns what the network returns into its outputs.
     """
 
-    def __init__(self, network: nn.Module, units: Tensor, extract: Extract | None = None) -> None:
+    def __init__(self, network: nn.Module, units: Tensor, extract: Extract | str | None = None) -> None:
         super().__init__()
         self.network, self._extract = network, extract
         self.inverse: Tensor
         self.training = network.training
         self.register_buffer("inverse", 1 / units)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Outputs in the units asked for, `[N, C]`."""
-        returned = self.network(x)
-        outputs = returned if self._extract is None else self._extract(returned)
+        outputs, _ = extracted(self.network(*args, **kwargs), self._extract, Arguments(args, kwargs))
         return outputs * self.inverse

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.errors import GpntkError, InputError, NetworkError, SelectionError
+from gpntk.network.adapters import Adapter
 from gpntk.network.selection import layer_name
 
 
@@ -20,6 +21,33 @@ def two_rows(rows: Tensor) -> Tensor:
     if torch.equal(pair[0], pair[1]):
         pair[1] = pair[0] * 0.9 + 0.1
     return pair
+
+
+@torch.no_grad()
+def first_run(network: Callable[[Tensor], Tensor], rows: Tensor, adapter: Adapter) -> Tensor:
+    """f `[2, C]`.
+
+    Raises:
+        InputError: The network does not run; the message says which rows it was given.
+    """
+    try:
+        return network(rows)
+    except GpntkError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        own = adapter.input_shape
+        shape = tuple(rows.shape) if own is None else (rows.shape[0], *own)
+        advice = (
+            f"Check that it takes the batch as it is packed, {adapter}."
+            if own is None and adapter.width is not None
+            else "Check that x has the columns that the network takes. A network of images, say, needs "
+            "input_shape=(channels, height, width), and x flat: x.flatten(1). One of token ids, masks or several "
+            "tensors needs inputs=, a batch as it takes it."
+        )
+        raise InputError(
+            f"the network does not run on {rows.shape[0]} rows of x, shape {shape}. It says: "
+            f"{type(error).__name__}: {error} -- {advice}"
+        ) from error
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from gpntk.io import Checkpoint, Identity, described
 from gpntk.likelihoods import Link
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
+from gpntk.transfer.choices import check_choices
 from gpntk.transfer.classes import DirichletTask, LaplaceTask
 from gpntk.transfer.fitting import Fit, Fitting
 from gpntk.transfer.forms import DenseForm, FeatureForm, Recipe
@@ -37,7 +38,6 @@ from gpntk.transfer.prior import (
     PriorBuilder,
     StationaryForm,
     StationaryInputs,
-    check_choices,
 )
 from gpntk.transfer.regression import RegressionTask
 from gpntk.transfer.represented import Outputs

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from glob import escape
-from numbers import Real
 from typing import Any, Literal, NamedTuple, final
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpntk.cost import Machine
-from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.errors import NetworkError, SelectionError
 from gpntk.inference.features import draw
 from gpntk.kernels import AbstractFeatureKernel, NTKKernel, log_scale_constraint
 from gpntk.network import FrozenNetwork
+from gpntk.network.batches import Arguments
 from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer.represented import Outputs, Represented
 from gpntk.transfer.terms import AbstractTerm, FeatureTerm, HostTerm, LogStudentTPrior, SumOfTerms
@@ -316,10 +316,11 @@ class PriorBuilder:
         readout = self._only_readout()
         alike = self.num_outputs == 1 or shared or self._units is None
         if alike and self.has_readout:
-            body = Body(self._network.thaw())
+            body = Body(self._network.thaw(), extract=self._network.extract)
             # A weight that is tied to another layer's is not the readout's alone.
             own = body.readout_parameters == readout.names
-            if own and body.returns_readout(self._probe(), self._network.extract):
+            probe = self._probe()
+            if own and body.returns_readout(*probe.args, **probe.kwargs):
                 return self._readout("nngp", bias=len(readout.names) > 1)
         return self._tangent(readout, "nngp", shared)
 
@@ -332,27 +333,26 @@ class PriorBuilder:
 
     def _only_readout(self) -> FrozenNetwork:
         module = self._network.thaw()
-        return FrozenNetwork(module, "readout", self._network.input_shape, self._network.extract)
+        return FrozenNetwork(module, "readout", extract=self._network.extract, inputs=self._network.adapter)
 
     @cached_property
     def _hidden(self) -> Outputs:
         """What enters the readout."""
-        module = self._network.thaw()
-        Body(module).check(self._probe())
-        return Outputs(FrozenNetwork(Body(module), None, self._network.input_shape))
+        body, probe = Body(self._network.thaw(), extract=self._network.extract), self._probe()
+        body.check(*probe.args, **probe.kwargs)
+        return Outputs(FrozenNetwork(body, inputs=self._network.adapter))
 
-    def _probe(self) -> Tensor:
+    def _probe(self) -> Arguments:
         """The first and the last input as the network wants them."""
         rows = self._x[:: max(1, len(self._x) - 1)][:2].to(self._network.dtype)
-        shape = self._network.input_shape
-        return rows if shape is None else rows.reshape(-1, *shape)
+        return self._network.adapter.arguments(rows)
 
     def _projected_body(self) -> FrozenNetwork | None:
         """Sums of what enters the readout, by the chosen parameters below it; None if there are none."""
-        body = Body(self._network.thaw(), _DIRECTIONS)
+        body = Body(self._network.thaw(), _DIRECTIONS, extract=self._network.extract)
         there = {name for name, _ in body.named_parameters()}
         chosen = [f"network.{escape(name)}" for name in self._network.names if f"network.{name}" in there]
-        return FrozenNetwork(body, chosen, self._network.input_shape) if chosen else None
+        return FrozenNetwork(body, chosen, inputs=self._network.adapter) if chosen else None
 
 
 def _layer_variances(kernel: Any) -> Tensor:
@@ -364,37 +364,4 @@ def _in_units(network: FrozenNetwork, units: Tensor) -> FrozenNetwork:
     if len(units) == 1:
         return network
     rescaled = Rescaled(network.thaw(), units.to(network.dtype), network.extract)
-    return FrozenNetwork(rescaled, [f"network.{escape(name)}" for name in network.names], network.input_shape)
-
-
-def check_choices(
-    *,
-    likelihood: str,
-    kernel: str | Kernel,
-    mean: str,
-    stationary: str,
-    stationary_inputs: str | None,
-    hyperparameters: object,
-    new_head: bool,
-    time_budget: float,
-) -> None:
-    """Raise `InputError` for a choice that does not exist, or does not go with a new head."""
-    _check("likelihood", likelihood, ("gaussian", "categorical", "dirichlet"))
-    _check("stationary", stationary, ("rbf", "matern"))
-    if stationary_inputs is not None:
-        _check("stationary_inputs", stationary_inputs, ("inputs", "features"))
-    if not isinstance(hyperparameters, Mapping):
-        _check("hyperparameters", str(hyperparameters), ("auto", "average", "maximum"))
-    if not isinstance(kernel, Kernel):
-        _check("kernel", kernel, ("auto", "ntk", "nngp", "ntk+stationary", "stationary"))
-    _check("mean", mean, ("auto", "network", "constant", "zero"))
-    if not (isinstance(time_budget, Real) and time_budget > 0):
-        raise InputError(f"time_budget={time_budget!r}: give a positive number of seconds.")
-    if new_head and mean == "network":
-        raise InputError("mean='network' has no meaning for a new head: use mean='constant' or 'zero'.")
-
-
-def _check(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise InputError(f"{name}={value!r}: choose one of {listed}.")
+    return FrozenNetwork(rescaled, [f"network.{escape(name)}" for name in network.names], inputs=network.adapter)
