@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ ParameterSelection = None | str | Sequence[str] | Callable[[str, nn.Parameter], 
 
 OutputSelection = Literal["full", "independent", "sum"] | int
 """What a kernel makes of C outputs; see :class:`gpntk.NTKKernel`."""
+
+PriorGroups = Mapping[str, str | Sequence[str]]
+"""Groups of parameters with a prior variance each: glob(s) over their names, by the group's name."""
 
 Extract = Callable[[Any], Tensor]
 """Turns whatever a network returns into its output tensor, ``[N]`` or ``[N, C]``."""

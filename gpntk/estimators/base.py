@@ -18,7 +18,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from gpntk._types import Extract, ParameterSelection
+from gpntk._types import Extract, ParameterSelection, PriorGroups
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
@@ -37,6 +37,7 @@ _STORED = (
     "kernel",
     "new_head",
     "layer_variances",
+    "prior_groups",
     "stationary",
     "stationary_inputs",
     "hyperparameters",
@@ -68,6 +69,8 @@ class TransferEstimator(BaseEstimator, ABC):
         parameters: Which parameters may move: ``None`` for all, glob(s) over their names, ``"readout"`` for the last
             layer, or a predicate of name and parameter.
         layer_variances: Learn one prior variance per layer instead of a single one.
+        prior_groups: Learn one for each of these groups of parameters, ``{"body": "encoder.*", "head": "fc.*"}``:
+            glob(s) over their names; the last group that matches a parameter has it.
         stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
         stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
             inputs, or with ``kernel="auto"`` the better one.
@@ -92,6 +95,7 @@ class TransferEstimator(BaseEstimator, ABC):
     new_head: bool = False
     parameters: ParameterSelection = None
     layer_variances: bool = False
+    prior_groups: PriorGroups | None = None
     stationary: StationaryForm = "rbf"
     stationary_inputs: StationaryInputs | None = None
     hyperparameters: Treatment | Mapping[str, float] = "auto"
@@ -121,6 +125,8 @@ class TransferEstimator(BaseEstimator, ABC):
         tensors["outputs"] = self._outputs()
         names = (*_STORED, *self._own_options())
         facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
+        # As pairs: JSON does not keep the order of a mapping, and the last group that matches a parameter has it.
+        facts["prior_groups"] = None if self.prior_groups is None else [list(p) for p in self.prior_groups.items()]
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
         facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
         facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_, "adapter": self._network.adapter.facts()}
@@ -144,6 +150,8 @@ class TransferEstimator(BaseEstimator, ABC):
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
         with contents.reading():
             stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._own_options())}
+            if stored["prior_groups"] is not None:
+                stored["prior_groups"] = dict(stored["prior_groups"])
             constructor: Any = cls
             # As globs that match themselves alone.
             names = [escape(name) for name in contents.fact("parameters", list)]
@@ -249,6 +257,7 @@ class TransferEstimator(BaseEstimator, ABC):
             "mean",
             "kernel",
             "layer_variances",
+            "prior_groups",
             "stationary",
             "stationary_inputs",
             "hyperparameters",

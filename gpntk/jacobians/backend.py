@@ -168,7 +168,7 @@ class AbstractNetworkBackend(AbstractJacobianBackend, ABC):
 
 
 class AbstractTangentBackend(AbstractNetworkBackend, ABC):
-    """The features are J(x) = df(x; w)/dw `[N*C, P]` themselves; every layer is a group."""
+    """The features are J(x) = df(x; w)/dw `[N*C, P]` themselves; every layer is a group, or what the network says."""
 
     @property
     def num_features(self) -> int:
@@ -179,7 +179,7 @@ class AbstractTangentBackend(AbstractNetworkBackend, ABC):
 
     @property
     def groups(self) -> Groups:
-        return tuple((columns,) for _, columns in self.network.layers)
+        return tuple(columns for _, columns in self.network.groups)
 
 
 class AbstractDeferredBackend(AbstractJacobianBackend, ABC):

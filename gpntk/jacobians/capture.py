@@ -52,7 +52,7 @@ class Capture:
             raise UnruledError(self.uses.unruled)
         if not self.uses.calls:
             raise NetworkError("the network uses none of its selected parameters.")
-        self.shared = group_uses(self.uses)
+        self.shared = group_uses(self.uses, network.group_of)
         self._network = network
         self._shared_of = {use.number: shared for shared in self.shared for use in shared.uses}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -12,7 +12,6 @@ from gpntk.jacobians.capture import Parts
 from gpntk.jacobians.rules import AbstractLayerRule, Factors, inner_products
 from gpntk.jacobians.shared import SharedUses, parameter_images
 from gpntk.memory import chunks, workspace
-from gpntk.network.selection import layer_name
 
 # Blocks of rows in a symmetric Gram: k of them save (k - 1) / 2k of the operations, where N is large enough.
 _SYMMETRIC_BLOCKS = 8
@@ -29,20 +28,28 @@ class Grams:
 
     Args:
         shared: The uses that share parameters.
-        layers: Names of the network's layers, each a group of its own; empty for one group of all.
         memory_budget: Bytes that temporaries stay within.
+        groups: Names of the groups; empty for one group of all.
+        group_of: The group of a parameter.
     """
 
-    def __init__(self, shared: Sequence[SharedUses], layers: Sequence[str], memory_budget: int) -> None:
+    def __init__(
+        self,
+        shared: Sequence[SharedUses],
+        memory_budget: int,
+        groups: Sequence[str] = (),
+        group_of: Callable[[str], str] = str,
+    ) -> None:
         self._simple = [uses for uses in shared if not uses.needs_gradients]
         self._others = [uses for uses in shared if uses.needs_gradients]
-        self._layers = {name: index for index, name in enumerate(layers)}
+        self._groups = {name: index for index, name in enumerate(groups)}
+        self._group_of = group_of
         self._memory_budget = memory_budget
 
     @property
     def num_groups(self) -> int:
         """The number of groups G."""
-        return max(1, len(self._layers))
+        return max(1, len(self._groups))
 
     def add(self, result: Tensor, left: Parts, right: Parts) -> None:
         """Add J J'ᵀ to ``result`` `[B, G, N, C, M, C]`, a block that is zero so far."""
@@ -53,23 +60,23 @@ class Grams:
             if uses not in whole:
                 one = left[uses.key].factors
                 two = one if left is right else right[uses.key].factors
-                self._add_tiles(result[:, self._group(uses.layer)], uses.rule, one, two)
+                self._add_tiles(result[:, self._group(uses.group)], uses.rule, one, two)
         if self._others:
             self._add_by_gradients(result, left, right)
 
     def diagonal(self, parts: Parts) -> Tensor:
         """Squared norms of the rows of J, `[B, G, N, C]`."""
-        terms = [(uses.layer, self._diagonal(uses.rule, parts[uses.key].factors)) for uses in self._simple]
+        terms = [(uses.group, self._diagonal(uses.rule, parts[uses.key].factors)) for uses in self._simple]
         if self._others:
             rows = num_rows(parts)
             blocks = [self.gradients(parts, chosen) for chosen in chunks(rows, self._row_bytes(parts), self._limit)]
             for name in blocks[0]:
                 squares = [block[name].square().sum(-1) for block in blocks]
-                terms.append((layer_name(name), torch.cat(squares, 1)))
+                terms.append((self._group_of(name), torch.cat(squares, 1)))
         like = terms[0][1]
         total = like.new_zeros(like.shape[0], self.num_groups, *like.shape[1:])
-        for layer, term in terms:
-            total[:, self._group(layer)] += term
+        for group, term in terms:
+            total[:, self._group(group)] += term
         return total
 
     def gradients(self, parts: Parts, rows: slice) -> dict[str, Tensor]:
@@ -94,8 +101,8 @@ class Grams:
         rows = chunks(factors.num_rows, row_bytes, self._limit)
         return torch.cat([rule.diagonal(factors.rows(chosen)) for chosen in rows], 1)
 
-    def _group(self, layer: str) -> int:
-        return self._layers.get(layer, 0)
+    def _group(self, group: str) -> int:
+        return self._groups.get(group, 0)
 
     def _add_whole(self, result: Tensor, left: Parts, right: Parts, whole: list[SharedUses]) -> None:
         """What costs no more in pieces, in pieces that stay in the processor's cache, summed over the layers first."""
@@ -110,7 +117,7 @@ class Grams:
             for uses in whole:
                 term = uses.rule.gram(left[uses.key].factors.rows(chosen), right[uses.key].factors.rows(others))
                 term = term.to(result.dtype)
-                group = self._group(uses.layer)
+                group = self._group(uses.group)
                 if group not in totals:
                     totals[group] = term
                 else:
@@ -144,7 +151,7 @@ class Grams:
                 for name, gradient in one.items():
                     term = inner_products(gradient.flatten(1, 2), two[name].flatten(1, 2))
                     term = term.unflatten(1, gradient.shape[1:3]).unflatten(3, two[name].shape[1:3])
-                    result[:, self._group(layer_name(name)), rows, :, columns] += term
+                    result[:, self._group(self._group_of(name)), rows, :, columns] += term
 
     def _row_bytes(self, parts: Parts) -> int:
         """Bytes of one row's gradients, and as much again for their making."""

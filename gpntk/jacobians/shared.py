@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gpntk.jacobians.rules import AbstractLayerRule, Factors
 from gpntk.jacobians.uses import Operand, Use, Uses
-from gpntk.network.selection import layer_name
 
 
 @final
@@ -28,7 +27,7 @@ class SharedUses:
     Attributes:
         key: Tells those of a network apart.
         uses: The uses, in the order in which they run.
-        layer: The layer that owns the parameters.
+        group: The group of parameters, by default the layer, that they belong to.
         needs_gradients: Whether the Gram must go through per-sample gradients.
     """
 
@@ -36,12 +35,16 @@ class SharedUses:
     rule: AbstractLayerRule
     operands: dict[str, Operand]
     uses: tuple[Use, ...]
-    layer: str
+    group: str
     needs_gradients: bool
 
 
-def group_uses(all_uses: Uses) -> tuple[SharedUses, ...]:
-    """All uses of a network, those together that share their operands and their rule."""
+def group_uses(all_uses: Uses, group_of: Callable[[str], str]) -> tuple[SharedUses, ...]:
+    """All uses of a network, those together that share their operands and their rule.
+
+    Parameters that one call uses, but that are in several groups, take per-sample gradients: there their Grams come
+    apart.
+    """
     groups: dict[object, list[Use]] = {}
     for index, call in all_uses.calls.items():
         for position, use in enumerate(call.uses):
@@ -52,9 +55,9 @@ def group_uses(all_uses: Uses) -> tuple[SharedUses, ...]:
     shared = []
     for key, uses in enumerate(groups.values()):
         first = uses[0]
-        layers = {layer_name(name) for name in first.names}
-        needs_gradients = first.derived or len(layers) > 1 or any(counts[name] > 1 for name in first.names)
-        shared.append(SharedUses(key, first.rule, first.operands, tuple(uses), min(layers), needs_gradients))
+        owners = {group_of(name) for name in first.names}
+        needs_gradients = first.derived or len(owners) > 1 or any(counts[name] > 1 for name in first.names)
+        shared.append(SharedUses(key, first.rule, first.operands, tuple(uses), min(owners), needs_gradients))
     return tuple(shared)
 
 

@@ -127,7 +127,7 @@ def _of_parts(capture: Capture, parts: Parts, features: int, seed: int, limit: i
     """Random features `[B, N*C, F]` of the rows whose activations and output gradients are given."""
     simple = [uses for uses in capture.shared if not uses.needs_gradients]
     outputs = max(factors.g.shape[2] if factors.g is not None else 1 for p in parts.values() for factors in [p.factors])
-    grams = Grams(capture.shared, (), limit)
+    grams = Grams(capture.shared, limit)
     kept = [tensor for part in parts.values() for tensor in part.factors if tensor is not None]
     positions = max(tensor[0, 0].numel() // tensor.shape[-1] // outputs + 1 for tensor in kept)
     row_bytes = kept[0].element_size() * kept[0].shape[0] * features * positions * (1 + 2 * outputs)

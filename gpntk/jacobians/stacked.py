@@ -217,11 +217,11 @@ def split_parameters(
         >>> split_parameters(network, parts).vjp(torch.randn(1, 5, 3), torch.ones(1, 2, 5)).shape
         torch.Size([1, 2, 49])
     """
-    layers = {name: number for number, (name, _) in enumerate(network.layers)}
+    groups = {name: number for number, (name, _) in enumerate(network.groups)}
     return StackedBackend(
         backends,
         columns=[[network.slices[name] for name in backend.network.names] for backend in backends],
-        numbers=[[layers[name] for name, _ in backend.network.layers] for backend in backends],
+        numbers=[[groups[name] for name, _ in backend.network.groups] for backend in backends],
         memory_budget=memory_budget,
     )
 

@@ -198,7 +198,7 @@ class StructuredBackend(AbstractTangentBackend):
             outputs = self.network(rows, parameters)
             # Weights that are no pattern, and smaller for rows that move the weights more: none hides the others.
             u = torch.arange(1, outputs.numel() + 1, dtype=rows.dtype, device=rows.device).cos().view_as(outputs)
-            sizes = Grams(capture.shared, (), self.memory_budget).diagonal(parts)[0, 0].sqrt()
+            sizes = Grams(capture.shared, self.memory_budget).diagonal(parts)[0, 0].sqrt()
             floor = torch.finfo(rows.dtype).eps * sizes.max()
             u = u / sizes.clamp_min(floor if floor > 0 else 1.0)
             gradients = torch.autograd.grad(
@@ -307,5 +307,5 @@ class StructuredBackend(AbstractTangentBackend):
         return chunks(columns, column_bytes, workspace(example.device, self.memory_budget))
 
     def _grams(self, x: Tensor, per_layer: bool) -> Grams:
-        layers = [name for name, _ in self.network.layers] if per_layer else []
-        return Grams(self._checked(x).shared, layers, self.memory_budget)
+        groups = [name for name, _ in self.network.groups] if per_layer else []
+        return Grams(self._checked(x).shared, self.memory_budget, groups, self.network.group_of)

@@ -12,12 +12,13 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
 from gpntk._checks import check_input, check_keywords, check_memory_budget, check_tensors
-from gpntk._types import Extract, OutputSelection, ParameterSelection
-from gpntk.errors import SelectionError
+from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
+from gpntk.errors import InputError, SelectionError
 from gpntk.inference import AbstractSolver
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
 from gpntk.kernels.prediction_strategy import AbstractNetworkKernel
 from gpntk.network import freeze
+from gpntk.network.selection import select_groups
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
 BackendFactory = Callable[..., AbstractJacobianBackend]
@@ -41,6 +42,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         network: The network, or a `gpntk.FrozenNetwork`.
         parameters: Which parameters have features; of a `gpntk.FrozenNetwork` only ``"readout"`` or None.
         layer_variances: Whether every layer has a learnable prior variance of its own.
+        prior_groups: Groups of parameters with a learnable prior variance each; see `gpntk.NTKKernel`.
         output: What becomes of several outputs; see `gpntk.NTKKernel`.
         input_shape: Shape of one input as the network wants it.
         extract: Turns what the network returns into the tensor `[N]` or `[N, C]` that is meant.
@@ -62,6 +64,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         *,
         parameters: ParameterSelection,
         layer_variances: bool,
+        prior_groups: PriorGroups | None = None,
         output: OutputSelection,
         input_shape: Sequence[int] | None,
         extract: Extract | str | None,
@@ -78,6 +81,10 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         if budget is not None:
             factory = partial(factory, memory_budget=budget)
         _check_output(output)
+        if prior_groups is not None:
+            if layer_variances:
+                raise InputError("layer_variances=True and prior_groups= both say which variances there are: give one.")
+            frozen = frozen.grouped(select_groups(frozen.names, prior_groups))
         self.output, self.solver = output, solver
         if output == "independent":
             self.network = frozen
@@ -85,8 +92,8 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         else:
             self.network = frozen if output == "full" else frozen.select_output(output)
             self.backend = factory(self.network)
-        if layer_variances:
-            shape = (*self.batch_shape, len(frozen.layers), 1)
+        if layer_variances or prior_groups is not None:
+            shape = (*self.batch_shape, len(frozen.groups), 1)
             zeros = torch.zeros(shape, dtype=frozen.dtype, device=frozen.device)
             self.register_parameter("raw_layer_variances", nn.Parameter(zeros))
             self.register_constraint("raw_layer_variances", log_scale_constraint())
@@ -170,7 +177,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         return self.network.device
 
     def __repr__(self) -> str:
-        groups = f", {len(self.network.layers)} layer variances" if "raw_layer_variances" in self._parameters else ""
+        groups = f", variances of {self._group_names}" if "raw_layer_variances" in self._parameters else ""
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
         if isinstance(self.output, int):
             outputs = f"output {self.output}"
@@ -178,6 +185,11 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
             count = self.network.known_outputs if self.output != "sum" else None
             outputs = f'{count or "all"} output{"s" * (count != 1)} "{self.output}"'
         return f"{type(self).__name__}({self.network.summary}, {outputs}{groups}{batch}{self._note})"
+
+    @property
+    def _group_names(self) -> str:
+        names = [name for name, _ in self.network.groups]
+        return f"{len(names)} groups" if len(names) > 4 else ", ".join(name or "the network" for name in names)
 
     def __getitem__(self, index: Any) -> AbstractFeatureKernel:
         """The kernel of one element (or several) of ``batch_shape``; ``active_dims`` are no batch and stay."""

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from torch import nn
 
-from gpntk._types import Extract, OutputSelection, ParameterSelection
+from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
 from gpntk.inference import AbstractSolver
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
 
@@ -25,6 +25,9 @@ class NTKKernel(AbstractFeatureKernel):
         parameters: Which parameters span the tangent space: ``None`` for all, glob(s) over their names,
             ``"readout"``, or a predicate of name and parameter.
         layer_variances: One learnable prior variance per layer, ``layer_variances`` `[..., L, 1]`, all 1 at first.
+        prior_groups: One learnable prior variance for each of these groups of parameters, ``{"body": "encoder.*",
+            "head": "fc.*"}``: glob(s) over their names; the last group that matches a parameter has it. Their order is
+            that of ``layer_variances``.
         output: For C outputs: ``"full"``, the `[N*C, M*C]` kernel of all of them (rows n*C + c, GPyTorch's interleaved
             order); ``"independent"``, one GP per output sharing (1/C) sum_c K_cc; ``"sum"``, the kernel of
             sum_c f_c / sqrt(C); or the number of one output. With C = 1 all coincide.
@@ -59,6 +62,7 @@ class NTKKernel(AbstractFeatureKernel):
         *,
         parameters: ParameterSelection = None,
         layer_variances: bool = False,
+        prior_groups: PriorGroups | None = None,
         output: OutputSelection = "full",
         input_shape: Sequence[int] | None = None,
         extract: Extract | str | None = None,
@@ -71,6 +75,7 @@ class NTKKernel(AbstractFeatureKernel):
             network,
             parameters=parameters,
             layer_variances=layer_variances,
+            prior_groups=prior_groups,
             output=output,
             input_shape=input_shape,
             extract=extract,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -96,6 +97,24 @@ class Needs(NamedTuple):
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
             yield
+
+
+def find_needs(run: Callable[[Needs], object], dtype: torch.dtype, own: torch.dtype) -> Needs | None:
+    """What else a network of dtype ``own`` needs to ``run`` in ``dtype``; None if nothing helps."""
+    other = None if dtype == own else own
+    for needs in dict.fromkeys([Needs(None, True), Needs(other, False), Needs(other, True)]):
+        try:
+            run(needs)
+        except Exception:
+            continue
+        if needs.dtype is not None:
+            warnings.warn(
+                f"the network does not run in {dtype}, because its forward makes tensors of {own}: it is run, and "
+                f"differentiated, in {own}.",
+                stacklevel=5,
+            )
+        return needs
+    return None
 
 
 def cast(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, Self, final
@@ -30,7 +29,7 @@ from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.memory import Lock, frozen, is_out_of_memory
 from gpntk.network.adapters import Adapter
 from gpntk.network.batches import Arguments, head
-from gpntk.network.freezing import Needs, Skeleton, cast, check_module, with_gradient
+from gpntk.network.freezing import Needs, Skeleton, cast, check_module, find_needs, with_gradient
 from gpntk.network.outputs import extracted, selected
 from gpntk.network.primitives import by_primitives, differentiable_operations
 from gpntk.network.probing import check_readout, check_rows, first_run, two_rows
@@ -102,6 +101,7 @@ class FrozenNetwork(nn.Module):
             raise InputError("inputs and input_shape both say what the network takes: give one of them.")
         self.adapter = Adapter.of_shape(input_shape) if inputs is None else Adapter.of(inputs, module)
         self.output = "full"
+        self._group_of: Mapping[str, str] = {}
         self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
         self._entry: list[str] = []  # which entry of what is returned was taken, once that is known
@@ -126,11 +126,11 @@ class FrozenNetwork(nn.Module):
     def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
         try:
-            return self._run(x, parameters)
+            return self._run(x, parameters, self._needs[0])
         except RuntimeError as error:
             if parameters is not None or is_out_of_memory(error) or not self._settle(x):
                 raise
-        return self._run(x, parameters)
+        return self._run(x, parameters, self._needs[0])
 
     def differentiated(self, x: Tensor, all_weights: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """f(x; w) `[N, C]` by the module itself, and its selected parameters, to be differentiated by plain autograd.
@@ -172,10 +172,7 @@ class FrozenNetwork(nn.Module):
 
     def select_output(self, output: OutputSelection) -> FrozenNetwork:
         """The same network with C = 1: output number ``output``, or sum_c f_c / sqrt(C) for ``"sum"``."""
-        view = FrozenNetwork.__new__(FrozenNetwork)
-        # The view shares the dictionaries of tensors, so that it follows when this network is moved or cast.
-        view.__dict__ = {**self.__dict__, "output": output, "_num_outputs": {}}
-        return view
+        return self._view(output=output, _num_outputs={})
 
     def thaw(self) -> nn.Module:
         """A module like the one that was frozen, with its weights as they were; training it changes nothing here."""
@@ -184,15 +181,13 @@ class FrozenNetwork(nn.Module):
 
     def restrict(self, names: Collection[str]) -> FrozenNetwork:
         """The same network with only some of the selected parameters still selected, in the same order."""
-        view = FrozenNetwork.__new__(FrozenNetwork)
-        view.__dict__ = {**self.__dict__}
+        view = self._view()
         view._lay_out([name for name in self.names if name in names], self.shapes)
         return view
 
     def select_readout(self) -> FrozenNetwork:
         """The same network with its readout selected, the last layer with parameters, whatever was selected before."""
-        view = FrozenNetwork.__new__(FrozenNetwork)
-        view.__dict__ = {**self.__dict__, "_num_outputs": {}, "_readout": readout_name(self._skeleton.module)}
+        view = self._view(_num_outputs={}, _readout=readout_name(self._skeleton.module))
         named = dict(self._skeleton.module.named_parameters())
         names = select_parameters(self._skeleton.module, named, "readout")
         view._lay_out(names, {name: parameter.shape for name, parameter in named.items()})
@@ -238,9 +233,26 @@ class FrozenNetwork(nn.Module):
     @property
     def layers(self) -> tuple[tuple[str, slice], ...]:
         """Name and slice of the P-vector of each layer that owns selected parameters, in order."""
-        groups = groupby(self.names, key=layer_name)
-        runs = [(name, [self.slices[parameter] for parameter in run]) for name, run in groups]
+        runs = [(name, [self.slices[one] for one in run]) for name, run in groupby(self.names, key=layer_name)]
         return tuple((name, slice(run[0].start, run[-1].stop)) for name, run in runs)
+
+    @property
+    def groups(self) -> tuple[tuple[str, tuple[slice, ...]], ...]:
+        """Name and columns of J of each group with a prior variance of its own: each layer, or what `grouped` says."""
+        if not self._group_of:
+            return tuple((name, (columns,)) for name, columns in self.layers)
+        members: dict[str, list[slice]] = {name: [] for name in dict.fromkeys(self._group_of.values())}
+        for name in self.names:
+            members[self.group_of(name)].append(self.slices[name])
+        return tuple((name, tuple(columns)) for name, columns in members.items() if columns)
+
+    def group_of(self, name: str) -> str:
+        """The group that a parameter belongs to."""
+        return self._group_of.get(name) or layer_name(name)
+
+    def grouped(self, groups: Mapping[str, Sequence[str]]) -> FrozenNetwork:
+        """The same network with other groups: the names of each one's parameters, by the group's name."""
+        return self._view(_group_of={name: group for group in groups for name in groups[group]})
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Split `[..., P]` into one `[..., *shape]` per selected parameter."""
@@ -311,6 +323,12 @@ class FrozenNetwork(nn.Module):
             name: slice(start, end) for name, start, end in zip(names, [0, *ends][: len(names)], ends, strict=True)
         }
 
+    def _view(self, **changes: Any) -> FrozenNetwork:
+        """This network with other attributes, over the same dictionaries of tensors: it is moved and cast with it."""
+        view = FrozenNetwork.__new__(FrozenNetwork)
+        view.__dict__ = {**self.__dict__, **changes}
+        return view
+
     def _shell(self) -> FrozenNetwork:
         """A new object over the same tensors; moving or casting it leaves the original alone."""
         shell = FrozenNetwork.__new__(FrozenNetwork)
@@ -324,8 +342,8 @@ class FrozenNetwork(nn.Module):
         # A parameter: all that are real share one dtype, and all one device.
         return next(tensor for tensor in self._buffers.values() if tensor is not None and tensor.is_floating_point())
 
-    def _run(self, x: Tensor, parameters: Mapping[str, Tensor] | None) -> Tensor:
-        needs, dtype = self._needs[0], self.compute_dtype(x.dtype)
+    def _run(self, x: Tensor, parameters: Mapping[str, Tensor] | None, needs: Needs) -> Tensor:
+        dtype = needs.dtype or x.dtype
         tensors = self.tensors(dtype, x.device)
         if needs.gradients and parameters is None:
             tensors = {name: with_gradient(tensor) for name, tensor in tensors.items()}
@@ -338,22 +356,10 @@ class FrozenNetwork(nn.Module):
 
     def _settle(self, x: Tensor) -> bool:
         """Find out what else the network needs to run on x; whether that helps."""
-        own = None if x.dtype == self.dtype else self.dtype
-        for needs in dict.fromkeys([Needs(None, True), Needs(own, False), Needs(own, True)]):
-            before, self._needs[0] = self._needs[0], needs
-            try:
-                self._run(frozen(x)[:1], None)
-            except Exception:
-                self._needs[0] = before
-                continue
-            if needs.dtype is not None:
-                warnings.warn(
-                    f"the network does not run in {x.dtype}, because its forward makes tensors of {own}: it is run, "
-                    f"and differentiated, in {own}.",
-                    stacklevel=4,
-                )
-            return True
-        return False
+        row = frozen(x)[:1]
+        needs = find_needs(lambda needs: self._run(row, None, needs), x.dtype, self.dtype)
+        self._needs[0] = needs or self._needs[0]
+        return needs is not None
 
     def _outputs(self, returned: Any, arguments: Arguments, num_rows: int) -> Tensor:
         outputs, entry = extracted(returned, self.extract, arguments)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpntk._types import Extract
 from gpntk.errors import NetworkError
 from gpntk.network.batches import Arguments
+from gpntk.network.frozen import FrozenNetwork
 from gpntk.network.outputs import extracted
 from gpntk.network.selection import readout_name
 
@@ -199,3 +200,11 @@ class Rescaled(nn.Module):
         """Outputs in the units asked for, `[N, C]`."""
         outputs, _ = extracted(self.network(*args, **kwargs), self._extract, Arguments(args, kwargs))
         return outputs * self.inverse
+
+
+def grouped_like(wrapped: FrozenNetwork, source: FrozenNetwork) -> FrozenNetwork:
+    """A network that has ``source`` within it, as ``network``, with its groups of parameters."""
+    groups: dict[str, list[str]] = {}
+    for name in wrapped.names:
+        groups.setdefault(source.group_of(name.removeprefix("network.")), []).append(name)
+    return wrapped.grouped(groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -51,6 +52,34 @@ def select_parameters(
     return tuple(name for name in named if any(fnmatchcase(name, glob) for glob in globs))
 
 
-def _listing(named: Mapping[str, nn.Parameter], most: int = 12) -> str:
+def select_groups(names: Sequence[str], groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    """The parameters of every group, chosen by glob(s) over their names; the last group that matches one has it.
+
+    Raises:
+        SelectionError: A group is empty, or a parameter is in none.
+    """
+    if not isinstance(groups, Mapping) or not groups:
+        raise SelectionError(f"prior_groups={groups!r} must be a mapping, such as {{'body': '*', 'head': 'fc.*'}}.")
+    owner: dict[str, str] = {}
+    for group, given in groups.items():
+        globs = [given] if isinstance(given, str) else list(given)
+        matched = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+        if not matched:
+            raise SelectionError(f"prior_groups[{group!r}]={given!r} matches none of {_listing(dict.fromkeys(names))}.")
+        owner |= dict.fromkeys(matched, str(group))
+    chosen = {str(group): [name for name in names if owner.get(name) == str(group)] for group in groups}
+    left = [name for name in names if name not in owner]
+    if left:
+        raise SelectionError(
+            f"prior_groups has no group for {_listing(dict.fromkeys(left))}: add one, or put a group of '*' first; a "
+            "parameter belongs to the last group that matches it."
+        )
+    for group, members in chosen.items():
+        if not members:
+            raise SelectionError(f"prior_groups[{group!r}] is left empty by the groups after it: put it after them.")
+    return chosen
+
+
+def _listing(named: Mapping[str, Any], most: int = 12) -> str:
     names = list(named)
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

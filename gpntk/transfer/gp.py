@@ -20,12 +20,14 @@ from gpytorch.kernels import Kernel
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from gpntk._types import PriorGroups
 from gpntk.errors import InputError
 from gpntk.inference.hyperposterior import Draws, Treatment, named
 from gpntk.io import Checkpoint, Identity, described
 from gpntk.likelihoods import Link
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
+from gpntk.network.selection import select_groups
 from gpntk.transfer.choices import check_choices
 from gpntk.transfer.classes import DirichletTask, LaplaceTask
 from gpntk.transfer.fitting import Fit, Fitting
@@ -71,6 +73,8 @@ class TransferGP:
             with its priors: a covariance of the residuals in units of their root mean square.
         new_head: Replace the readout by a new one, with as many outputs as y has columns or classes.
         layer_variances: Learn one prior variance per layer instead of one for all.
+        prior_groups: Learn one for each of these groups of parameters: glob(s) over their names, by the group's name;
+            the last group that matches a parameter has it.
         stationary: Form of the stationary kernel.
         stationary_inputs: Whether it compares inputs or the features that enter the readout.
         hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first for
@@ -110,6 +114,7 @@ class TransferGP:
         kernel: KernelChoice | Kernel = "auto",
         new_head: bool = False,
         layer_variances: bool = False,
+        prior_groups: PriorGroups | None = None,
         stationary: StationaryForm = "rbf",
         stationary_inputs: StationaryInputs | None = None,
         hyperparameters: Treatment | Mapping[str, float] = "auto",
@@ -127,7 +132,12 @@ class TransferGP:
             new_head=new_head,
             time_budget=time_budget,
         )
+        if prior_groups is not None:
+            if layer_variances:
+                raise InputError("layer_variances=True and prior_groups= both say which variances there are: give one.")
+            network, layer_variances = network.grouped(select_groups(network.names, prior_groups)), True
         self.network, self.likelihood = network, likelihood
+        self._grouped = prior_groups is not None
         self._kernel: KernelChoice | Kernel = kernel
         self._new_head, self._layer_variances = new_head, layer_variances
         self._form: StationaryForm = stationary
@@ -181,7 +191,7 @@ class TransferGP:
             **{f"data {name}": described(tensor) for name, tensor in self.task.data().items()},
             "network's weights": described(network.tensors(network.dtype, network.device)),
             "mean output": network.forward(x[:_COMPARED]).double().mean().item(),
-            "parameters": " ".join(network.names),
+            "parameters": " ".join(f"{network.group_of(name)}: {name}" for name in network.names),
             "options": str((self.likelihood, self.task.mean, *options, self._treatment, self._fixed)),
             "time budget": self._time_budget,
         }
@@ -353,6 +363,7 @@ class TransferGP:
             num_outputs=self.task.num_outputs,
             new_head=self._new_head,
             layer_variances=self._layer_variances,
+            grouped=self._grouped,
             form=self._form,
             medians=self.task.medians,
             constant=self.task.mean == "constant",

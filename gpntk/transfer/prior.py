@@ -20,7 +20,7 @@ from gpntk.inference.features import draw
 from gpntk.kernels import AbstractFeatureKernel, NTKKernel, log_scale_constraint
 from gpntk.network import FrozenNetwork
 from gpntk.network.batches import Arguments
-from gpntk.network.heads import Body, Rescaled
+from gpntk.network.heads import Body, Rescaled, grouped_like
 from gpntk.transfer.represented import Outputs, Represented
 from gpntk.transfer.terms import AbstractTerm, FeatureTerm, HostTerm, LogStudentTPrior, SumOfTerms
 
@@ -106,7 +106,8 @@ class PriorBuilder:
         x: Inputs of the target task `[N, D]`.
         num_outputs: C of the GP.
         new_head: Whether the readout is replaced by a new one.
-        layer_variances: One variance per layer instead of one.
+        layer_variances: One variance per group of the network's parameters instead of one; grouped: whether these
+            groups are others than its layers.
         form: Of stationary kernels.
         medians: Of the variances' priors.
         constant: Whether a constant per output with a wide prior is a term.
@@ -124,6 +125,7 @@ class PriorBuilder:
         num_outputs: int,
         new_head: bool,
         layer_variances: bool,
+        grouped: bool = False,
         form: StationaryForm,
         medians: Medians,
         constant: bool,
@@ -134,7 +136,7 @@ class PriorBuilder:
     ) -> None:
         self._custom = custom
         self._network, self._x, self.new_head = network, x, new_head
-        self.layered, self._medians = layer_variances, medians
+        self.layered, self._grouped, self._medians = layer_variances, grouped, medians
         self._form: StationaryForm = form
         self._constant, self._units, self._time_budget = constant, units, time_budget
         self._newton_flops = newton_flops
@@ -257,11 +259,11 @@ class PriorBuilder:
     def _tangent(self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0) -> AbstractTerm:
         """One for all priors that it is a term of: its Gram is what costs."""
         if (name, shared) not in self._made:
-            in_units = network if shared or self._units is None else _in_units(network, self._units)
+            in_units = network if shared or self._units is None else self._wrapped(_in_units(network, self._units))
             per_layer = self.layered and name == "ntk"
             kernel = NTKKernel(in_units, layer_variances=per_layer, output="independent" if shared else "full")
-            layers = [layer or "network" for layer, _ in network.layers] if per_layer else [""]
-            names = [f"{name} {layer}".strip() for layer in layers]
+            groups = [group or "network" for group, _ in network.groups] if per_layer else [""]
+            names = [f"{name} {group}".strip() for group in groups]
             prior = LogStudentTPrior(share * self._medians.tangent / len(names), self._medians.spread)
             if per_layer:
                 kernel.register_prior("layer_variances_prior", prior, _layer_variances)
@@ -352,7 +354,10 @@ class PriorBuilder:
         body = Body(self._network.thaw(), _DIRECTIONS, extract=self._network.extract)
         there = {name for name, _ in body.named_parameters()}
         chosen = [f"network.{escape(name)}" for name in self._network.names if f"network.{name}" in there]
-        return FrozenNetwork(body, chosen, inputs=self._network.adapter) if chosen else None
+        return self._wrapped(FrozenNetwork(body, chosen, inputs=self._network.adapter)) if chosen else None
+
+    def _wrapped(self, network: FrozenNetwork) -> FrozenNetwork:
+        return grouped_like(network, self._network) if self._grouped else network
 
 
 def _layer_variances(kernel: Any) -> Tensor:
