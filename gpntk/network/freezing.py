@@ -239,6 +239,16 @@ def check_module(module: nn.Module) -> None:
         _check_mode(name or "network", child)
 
 
+def check_real(selected: Mapping[str, nn.Parameter]) -> None:
+    """Raise `NetworkError` for complex parameters, which have no real J."""
+    for name, parameter in selected.items():
+        if parameter.is_complex():
+            raise NetworkError(
+                f"parameter {name!r} has dtype {parameter.dtype}; only real floating weights have a J: select others, "
+                "by parameters=lambda name, parameter: not parameter.is_complex(), say."
+            )
+
+
 def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
     if all(parameter.is_meta for parameter in parameters.values()):
         raise NetworkError(

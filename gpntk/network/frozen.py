@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
-from gpntk.errors import InputError, NetworkError, SelectionError
+from gpntk.errors import InputError, SelectionError
 from gpntk.memory import Lock, frozen, is_out_of_memory
 from gpntk.network.adapters import Adapter
 from gpntk.network.batches import Arguments, head
-from gpntk.network.freezing import Needs, Skeleton, cast, check_module, find_needs, with_gradient
+from gpntk.network.freezing import Needs, Skeleton, cast, check_module, check_real, find_needs, with_gradient
 from gpntk.network.outputs import extracted, selected
 from gpntk.network.primitives import by_primitives, differentiable_operations
 from gpntk.network.probing import check_readout, check_rows, first_run, two_rows
@@ -90,12 +90,7 @@ class FrozenNetwork(nn.Module):
         check_module(module)
         named = dict(module.named_parameters())
         selected = select_parameters(module, named, parameters)
-        for name in selected:
-            if named[name].is_complex():
-                raise NetworkError(
-                    f"parameter {name!r} has dtype {named[name].dtype}; only real floating weights have a J: select "
-                    "others, by parameters=lambda name, parameter: not parameter.is_complex(), say."
-                )
+        check_real({name: named[name] for name in selected})
         self._lay_out(selected, {name: parameter.shape for name, parameter in named.items()})
         if not (inputs is None or input_shape is None):
             raise InputError("inputs and input_shape both say what the network takes: give one of them.")
@@ -144,12 +139,11 @@ class FrozenNetwork(nn.Module):
         if key not in self._live:
             with torch.inference_mode(False):
                 self._live[key] = by_primitives(self._skeleton.filled(self.tensors(dtype, x.device), shared=True))
-        module = self._live[key]
-        named = dict(module.named_parameters())
+        named = dict(self._live[key].named_parameters())
         for name, parameter in named.items():
             parameter.requires_grad_(parameter.is_floating_point() and (all_weights or name in self.slices))
         arguments = self.adapter.arguments(x.to(dtype))
-        outputs = self._outputs(module(*arguments.args, **arguments.kwargs), arguments, x.shape[0]).to(x.dtype)
+        outputs = self._outputs(self._live[key](*arguments.args, **arguments.kwargs), arguments, x.shape[0]).to(x.dtype)
         return outputs, {name: named[name] for name in self.names}
 
     def selected(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
