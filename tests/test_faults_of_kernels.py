@@ -8,7 +8,7 @@ from linear_operator import to_dense
 from torch import Tensor, nn
 
 import gpntk
-from gpntk.errors import GpntkError, InputError
+from gpntk.errors import InputError
 from tests.cases import CASES, mlp, reference_jacobian
 
 MODULE = mlp(3).double().eval()
@@ -152,13 +152,45 @@ class SingleOutput(gpytorch.models.ExactGP):
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_three_outputs_in_a_model_of_one(scaled: bool) -> None:
-    kernel = gpntk.NTKKernel(MODULE)
-    model = SingleOutput(gpytorch.kernels.ScaleKernel(kernel).double() if scaled else kernel).eval()
-    with pytest.raises(GpntkError, match=r"18 rows for a mean of shape \(6,\).*output=0.*MultitaskMultivariateNormal"):
-        model(torch.rand(2, 5, dtype=torch.float64))
-    assert SingleOutput(gpntk.NTKKernel(MODULE, output=0)).eval()(torch.rand(2, 5).double()).mean.shape == (2,)
+RBF = gpytorch.kernels.RBFKernel
+COMPOUNDS = {
+    "bare": lambda kernel: kernel,
+    "scaled": gpytorch.kernels.ScaleKernel,
+    "in a sum": lambda kernel: kernel + RBF(),
+    "last of a sum": lambda kernel: RBF() + kernel,
+    "in a product": lambda kernel: kernel * RBF(),
+    "last of a product": lambda kernel: RBF() * kernel,
+    "in a scaled sum": lambda kernel: gpytorch.kernels.ScaleKernel(RBF() + kernel),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("compound", COMPOUNDS)
+def test_three_outputs_in_a_model_of_one(compound: str, training: bool) -> None:
+    def evaluate(**options: object) -> Tensor:
+        model = SingleOutput(COMPOUNDS[compound](gpntk.NTKKernel(MODULE, **options)).double()).train(training)
+        if not training:
+            return model(torch.rand(2, 5, dtype=torch.float64)).mean
+        evidence = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+        return evidence(model(*model.train_inputs), model.train_targets)
+
+    told = r"18 rows, but the likelihood's noise is of 6 values.*output=0.*MultitaskMultivariateNormal"
+    if "last" in compound or compound == "in a scaled sum":
+        told = r"differ in their rows per input: RBFKernel 1, NTKKernel 3.*output=0.*num_tasks=3"
+    with pytest.raises(InputError, match=told):
+        evaluate()
+    assert evaluate(output=0).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_three_outputs_beside_one_are_not_broadcast(rows: int) -> None:
+    x = torch.rand(rows, 5, dtype=torch.float64)
+    for kernel in (gpntk.NTKKernel(MODULE) + RBF().double(), RBF().double() * gpntk.NTKKernel(MODULE)):
+        with pytest.raises(InputError, match="differ in their rows per input"):
+            kernel(x).to_dense()
+    tasks = gpytorch.kernels.MultitaskKernel(RBF(), num_tasks=3, rank=1).double()
+    both = to_dense((gpntk.NTKKernel(MODULE) + tasks)(x))
+    torch.testing.assert_close(both, to_dense(gpntk.NTKKernel(MODULE)(x)) + to_dense(tasks(x)))
 
 
 def test_repr() -> None:

@@ -1,5 +1,6 @@
 """GPyTorch kernels: of the Jacobian features of a frozen network, and of infinitely wide networks."""
 
+from gpntk.kernels import compound as compound
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
 from gpntk.kernels.infinite import InfiniteNNGPKernel, InfiniteNTKKernel
 from gpntk.kernels.nngp import NNGPKernel

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 import torch
 from gpytorch import settings
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel
+from gpytorch.kernels import Kernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
@@ -17,7 +17,6 @@ from linear_operator.operators import AddedDiagLinearOperator, DenseLinearOperat
 from linear_operator.utils.memoize import add_to_cache, cached
 from torch import Tensor
 
-from gpntk.errors import InputError
 from gpntk.inference import AbstractSolver, AutoSolver, DenseCovariance, Posterior, WhitenedSystem, largest_dense
 from gpntk.memory import tracks_gradient
 from gpntk.operators import FeatureGramLinearOperator
@@ -34,7 +33,6 @@ class AbstractNetworkKernel(Kernel, ABC):
         self, train_inputs: Any, train_prior_dist: MultivariateNormal, train_labels: Tensor, likelihood: Likelihood
     ) -> PosteriorPredictionStrategy:
         """How an ``ExactGP`` with this kernel predicts."""
-        _check_rows_per_input(train_prior_dist)
         return PosteriorPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
 
@@ -211,17 +209,6 @@ class _NewRows(NamedTuple):
         return numbers, x, columns, noise
 
 
-def _check_rows_per_input(prior: MultivariateNormal) -> None:
-    rows, values = prior.lazy_covariance_matrix.shape[-1], prior.event_shape.numel()
-    if rows != values:
-        raise InputError(
-            f"the kernel has {rows} rows for a mean of shape {tuple(prior.mean.shape)}: a network of C outputs has C "
-            "rows per input. For one output, take output=0 (its number) or output='independent'. For all, return a "
-            "MultitaskMultivariateNormal with a mean [N, C], gpntk.NetworkMean's say, and use a "
-            "MultitaskGaussianLikelihood."
-        )
-
-
 class _KernelFunction(NamedTuple):
     """The kernel of a lazy matrix, as a function of inputs from which its dimensions have been chosen."""
 
@@ -252,23 +239,3 @@ def _test_inputs(test_train_covar: Tensor | LinearOperator) -> Tensor | None:
         return None
     gram = test_train_covar.evaluate_kernel()
     return gram.inputs[0] if isinstance(gram, FeatureGramLinearOperator) else None
-
-
-def _compound_strategy(
-    kernel: Kernel,
-    train_inputs: Any,
-    train_prior_dist: MultivariateNormal,
-    train_labels: Tensor,
-    likelihood: Likelihood,
-) -> DefaultPredictionStrategy:
-    """That of a sum or a product of kernels: ours if it contains one of ours, else the host's."""
-    ours = any(isinstance(part, AbstractNetworkKernel) for part in kernel.modules())
-    strategy = PosteriorPredictionStrategy if ours else DefaultPredictionStrategy
-    return strategy(train_inputs, train_prior_dist, train_labels, likelihood)
-
-
-# The host's sums and products do not ask their parts how to predict, as its ScaleKernel does. They are made by the left
-# part's +, which need not be ours, so that the question can be asked here only.
-for _host in (AdditiveKernel, ProductKernel):
-    if "prediction_strategy" not in vars(_host):
-        setattr(_host, "prediction_strategy", _compound_strategy)  # noqa: B010
