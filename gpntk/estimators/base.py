@@ -24,10 +24,14 @@ from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import Adapter, FrozenNetwork, freeze
 from gpntk.network.batches import is_batch, num_rows
+from gpntk.network.calls import wants_integers
 from gpntk.network.freezing import with_weights
 from gpntk.transfer import TransferGP
 from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs
 from gpntk.transfer.report import Report, report_on
+
+Inputs = ArrayLike | Mapping[str, Any] | Sequence[Any] | Tensor
+"""What a network takes: an array, a dictionary, several tensors, or a list of objects."""
 
 # Inputs at which a network is compared with the one that was saved.
 _COMPARED = 4
@@ -230,10 +234,11 @@ class TransferEstimator(BaseEstimator, ABC):
     def _validate(self, X: Any, y: Any = "no_validation", reset: bool = True, **kwargs: Any) -> Any:
         """X, or X and y, by scikit-learn's checks; of a batch, the adapter checks the tensors."""
         options: dict[str, Any]
-        if reset:
-            self._takes_arrays = not is_batch(X) and not (
-                isinstance(self.network, FrozenNetwork) and not self.network.adapter.is_array
-            )
+        if reset and isinstance(self.network, FrozenNetwork):
+            self._takes_arrays = self.network.adapter.is_array
+        elif reset:
+            whole = not is_batch(X) and self.input_shape is None and wants_integers(self.network, X)
+            self._takes_arrays = not (is_batch(X) or whole)
         if self._takes_arrays:
             options = {"y": y, "allow_nd": True, "dtype": self.dtype, "reset": reset, **kwargs}
             return validate_data(self, X, **options)
@@ -287,7 +292,7 @@ class TransferEstimator(BaseEstimator, ABC):
             return as_tensor(X, self._network.device).flatten(1)
         return self._network.adapter.pack(X, getattr(torch, self.dtype), self._network.device)
 
-    def _new_input(self, X: ArrayLike) -> Tensor:
+    def _new_input(self, X: Inputs) -> Tensor:
         """X `[M, ...]`, to predict at, as a tensor `[M, D]`."""
         check_is_fitted(self)
         checked = self._validate(X, reset=False)

@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from gpntk.errors import InputError
-from gpntk.estimators.base import TransferEstimator
+from gpntk.estimators.base import Inputs, TransferEstimator
 from gpntk.likelihoods import LINKS, Link
 from gpntk.transfer import TransferGP
 from gpntk.transfer.gp import Likelihood
@@ -77,7 +77,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     method: Method = "auto"
     link: Link = "probit"
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    def fit(self, X: Inputs, y: ArrayLike) -> Self:
         """Fit to inputs X `[N, ...]` and classes y `[N]`; returns self.
 
         Raises:
@@ -87,7 +87,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         """
         return self._fit(X, y, None)
 
-    def _fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None) -> Self:
+    def _fit(self, X: Inputs, y: ArrayLike, classes: ArrayLike | None) -> Self:
         self._check_arguments()
         if self.link not in LINKS:
             raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, LINKS))}.")
@@ -105,7 +105,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             print(self.report_)  # noqa: T201
         return self
 
-    def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
+    def partial_fit(self, X: Inputs, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
         Before `fit`, the same as `fit`, with ``classes`` as the classes there are; later they must be the same.
@@ -120,17 +120,17 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         self._finish()
         return self
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
+    def predict_proba(self, X: Inputs) -> NDArray[Any]:
         """Probabilities of the classes at X `[N, ...]`: `[N, K]`, in the order of ``classes_``."""
         x = self._new_input(X)
         return self._model.probabilities(x, self.link).cpu().numpy()
 
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
+    def predict(self, X: Inputs) -> NDArray[Any]:
         """The most probable class at X `[N, ...]`: `[N]`."""
         most_probable = self.predict_proba(X).argmax(-1)
         return self.classes_[most_probable]
 
-    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
+    def decision_function(self, X: Inputs) -> NDArray[Any]:
         """Log probabilities `[N, K]`; for two classes the log odds of the second `[N]`."""
         tiny = np.finfo(self.dtype).tiny
         logs = np.log(np.maximum(self.predict_proba(X), tiny))

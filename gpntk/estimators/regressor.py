@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 from gpntk.errors import InputError
-from gpntk.estimators.base import TransferEstimator, as_tensor
+from gpntk.estimators.base import Inputs, TransferEstimator, as_tensor
 from gpntk.network.adapters import Adapted
 from gpntk.network.batches import num_rows
 from gpntk.transfer import TransferGP
@@ -68,7 +68,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     num_outputs: int | None = None
     noise_network: nn.Module | None = None
 
-    def fit(self, X: ArrayLike, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+    def fit(self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
         """Fit to inputs X `[N, ...]` and targets y `[N]` or `[N, C]`, NaN where missing; returns self.
 
         Args:
@@ -92,7 +92,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             print(self.report_)  # noqa: T201
         return self
 
-    def partial_fit(self, X: ArrayLike, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+    def partial_fit(self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
         Before `fit`, the same as `fit`. Arguments are as there.
@@ -110,7 +110,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def predict(
         self,
-        X: ArrayLike,
+        X: Inputs,
         return_std: bool = False,
         return_cov: bool = False,
         return_quantiles: Sequence[float] | None = None,
@@ -146,7 +146,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def sample(
         self,
-        X: ArrayLike,
+        X: Inputs,
         num_samples: int = 1,
         random_state: int | np.random.RandomState | None = None,
         observation_noise: bool = False,

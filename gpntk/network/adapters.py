@@ -12,19 +12,17 @@ Whole numbers stay exact: what one column of single precision cannot hold is wri
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gpntk.errors import InputError
-from gpntk.network.batches import FLOATING, MASK, WHOLE, Arguments, Leaf, dtype_name, named_tensors, rows_of
-
-Kind = Literal["tensor", "mapping", "tuple", "objects"]
+from gpntk.network.batches import FLOATING, MASK, WHOLE, Arguments, Kind, Leaf, dtype_name, named_tensors, rows_of
+from gpntk.network.calls import binds, padding_of, runs, spreads
 
 _IDS = "input_ids"
 
@@ -89,8 +87,8 @@ class Adapter:
         if not any(leaf.width for leaf in leaves):
             raise InputError("the batch has no columns: give tensors with numbers in their rows.")
         function = forward.forward if isinstance(forward, nn.Module) else forward
-        adapter = Adapter(kind, leaves, _spreads(kind, named, function), _padding_of(forward))
-        if kind == "tuple" and adapter.spread and _binds(function, tuple(named)) and not _runs(forward, named.values()):
+        adapter = Adapter(kind, leaves, spreads(kind, named, function), padding_of(forward))
+        if kind == "tuple" and adapter.spread and binds(function, tuple(named)) and not runs(forward, named.values()):
             adapter.spread = False
         return adapter
 
@@ -323,53 +321,6 @@ class Adapted(nn.Module):
 
 
 # --- private ---------------------------------------------------------------------------------------------------------
-
-
-def _spreads(kind: Kind, named: Mapping[str, Tensor], forward: Any) -> bool:
-    """Whether forward takes the tensors as several arguments."""
-    if kind == "tensor":
-        return False
-    if kind == "tuple":
-        return _binds(forward, *named)
-    if _binds(forward, **named):
-        return True
-    parameters = inspect.signature(forward).parameters.values()
-    known = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    if set(known) & set(named) or not _binds(forward, dict(named)):
-        unknown = [name for name in named if name not in known]
-        needed = [one.name for one in parameters if one.name in known and one.default is one.empty]
-        raise InputError(
-            f"forward takes {', '.join(map(repr, known)) or 'nothing'}, and needs {needed}, but the batch has "
-            f"{', '.join(map(repr, unknown or named))}: rename these entries, or leave them out."
-        )
-    return False
-
-
-def _binds(forward: Any, *args: Any, **kwargs: Any) -> bool:
-    try:
-        inspect.signature(forward).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-@torch.no_grad()
-def _runs(forward: Any, tensors: Any) -> bool:
-    weight = next(iter(forward.parameters()), torch.empty(0)) if isinstance(forward, nn.Module) else torch.empty(0)
-    first = [
-        one[:2].to(weight.device, weight.dtype if one.is_floating_point() else one.dtype, copy=True) for one in tensors
-    ]
-    try:
-        forward(*first)
-    except Exception:
-        return False
-    return True
-
-
-def _padding_of(forward: Any) -> int:
-    """What the network's own configuration says pads ids; masked tokens count for nothing whatever it is."""
-    number = getattr(getattr(forward, "config", None), "pad_token_id", None)
-    return number if isinstance(number, int) else 0
 
 
 def _cast(one: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.in
 _TEXTS = (
     "{name} is text: tokenise it, by tokenizer(texts, padding=True, return_tensors='pt') say, and pass what that gives."
 )
+Kind = Literal["tensor", "mapping", "tuple", "objects"]
+"""What a batch is."""
+
 MASK = "attention_mask"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -173,7 +176,7 @@ def _tensor(name: str, values: Any) -> Tensor:
     except ValueError:
         array = np.array(None)
     if array.dtype.kind in "US" or (array.dtype.kind == "O" and array.size and isinstance(array.flat[0], str)):
-        raise InputError(_TEXTS.format(name=name))
+        raise InputError(_TEXTS.format(name=repr(name)))
     if array.dtype.kind == "O":
         raise InputError(
             f"{name!r} is {type(values).__name__}, which is no tensor: give one row per input, all of one length (a "

@@ -141,6 +141,11 @@ class TransferGP:
         self._kernel: KernelChoice | Kernel = kernel
         self._new_head, self._layer_variances = new_head, layer_variances
         self._form: StationaryForm = stationary
+        if stationary_inputs == "inputs" and not network.adapter.continuous:
+            raise InputError(
+                "stationary_inputs='inputs', but x holds ids, masks or objects, whose distances mean nothing: choose "
+                f"'features'. ({network.adapter})"
+            )
         self._stationary_inputs: StationaryInputs | None = stationary_inputs
         self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
@@ -214,7 +219,8 @@ class TransferGP:
             return self._fit.chosen
         if isinstance(self._kernel, Kernel):
             return Candidate("custom")
-        return Candidate("ntk" if self._kernel == "auto" else self._kernel, self._stationary_inputs or "inputs")
+        default: StationaryInputs = "inputs" if self.network.adapter.continuous else "features"
+        return Candidate("ntk" if self._kernel == "auto" else self._kernel, self._stationary_inputs or default)
 
     @property
     def comparison(self) -> Comparison | None:

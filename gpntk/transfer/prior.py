@@ -146,20 +146,24 @@ class PriorBuilder:
     def candidates(self, stationary_inputs: StationaryInputs | None = None) -> list[Candidate]:
         """What ``kernel="auto"`` compares, stationary kernels of ``stationary_inputs`` alone if these are given.
 
-        Those that ask for features are left out where the network has no linear readout; those with all parameters
-        where their products would take too long; the readout's kernel where the readout is not to move.
+        Those that ask for features are left out where the network has no linear readout, those of inputs where these
+        are ids, masks or objects; those with all parameters where their products would take too long; the readout's
+        kernel where the readout is not to move.
         """
-        features = self.has_readout
+        features, inputs = self.has_readout, self._network.adapter.continuous
         listed = [
             Candidate("ntk"),
-            Candidate("ntk+stationary"),
+            *([Candidate("ntk+stationary")] if inputs else []),
             *([Candidate("ntk+stationary", "features")] if features else []),
         ]
         if not self.affords_tangent:
             listed = [Candidate("stationary", "features")]
         if self._moves_linear_readout:
             listed.append(Candidate("nngp"))
-        listed.append(Candidate("stationary", stationary_inputs or "inputs"))
+        if inputs:
+            listed.append(Candidate("stationary", stationary_inputs or "inputs"))
+        elif features and self.affords_tangent:
+            listed.append(Candidate("stationary", "features"))
         if stationary_inputs is None:
             return listed
         return [c for c in listed if "stationary" not in c.kernel or c.stationary_inputs == stationary_inputs]

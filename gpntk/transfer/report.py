@@ -29,7 +29,7 @@ class Report:
     Attributes:
         kernel: The kernel in use.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
-            Matérn kernel and a constant mean), and ``"readout alone"``.
+            Matérn kernel and a constant mean; not where inputs are ids or objects), and ``"readout alone"``.
         left_out: Mean leave-one-out log density of a label, in nats, by the same priors, on the same labels.
         effective_parameters: tr K (K + D)⁻¹: how many independent numbers the labels have taught. None if unknown.
         alignment: Cosine between the tangent kernel and what the network leaves unexplained, ``rᵀ K r / (|K| |r|²)``:
@@ -42,7 +42,7 @@ class Report:
             class by its mean probability for classification. Empty if unknown.
         advice: A sentence.
         method: How the posterior was solved, and by which features where there are any.
-        notes: What the time budget left out, a line each.
+        notes: What the time budget left out, and which entry of what the network returns is its output, a line each.
 
     References:
         Cristianini et al. (2001), On Kernel-Target Alignment, NIPS 14.
@@ -83,7 +83,7 @@ def report_on(gp: TransferGP) -> Report:
     """The report of a fitted `TransferGP`."""
     task, model = gp.task, gp.fitted.model
     rows = _some_rows(len(gp.x), task.num_outputs if gp.likelihood == "gaussian" else 1).to(gp.x.device)
-    priors = _priors(gp.chosen, task.mean, task.plain_mean, gp.has_readout)
+    priors = _priors(gp.chosen, task.mean, task.plain_mean, gp.has_readout, gp.network.adapter.continuous)
     others = {name: gp.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
     evidence = {name: other.log_evidence for name, other in others.items()}
     densities = {name: other.task.checks(other.fitted.model).log_density for name, other in others.items()}
@@ -94,7 +94,7 @@ def report_on(gp: TransferGP) -> Report:
     return Report(
         kernel=str(gp.chosen),
         method=model.note,
-        notes=gp.fitted.notes,
+        notes=(*gp.fitted.notes, *((f"The network's output is {gp.network.entry}.",) if gp.network.entry else ())),
         log_evidence=evidence,
         left_out={name: density for name, density in densities.items() if density is not None},
         effective_parameters=effective,
@@ -108,13 +108,12 @@ def report_on(gp: TransferGP) -> Report:
 
 
 def _priors(
-    chosen: Candidate, mean: MeanChoice, plain_mean: MeanChoice, has_readout: bool
+    chosen: Candidate, mean: MeanChoice, plain_mean: MeanChoice, has_readout: bool, continuous: bool
 ) -> dict[str, tuple[Candidate, MeanChoice]]:
     """What is compared, by name."""
-    priors: dict[str, tuple[Candidate, MeanChoice]] = {
-        str(chosen): (chosen, mean),
-        "stationary alone": (Candidate("stationary"), plain_mean),
-    }
+    priors: dict[str, tuple[Candidate, MeanChoice]] = {str(chosen): (chosen, mean)}
+    if continuous:
+        priors["stationary alone"] = (Candidate("stationary"), plain_mean)
     if chosen.kernel != "nngp" and has_readout:
         priors["readout alone"] = (Candidate("nngp"), mean)
     return priors
@@ -133,7 +132,7 @@ def _alignment(residual: Tensor, kernel: Tensor) -> tuple[float, float]:
 
 def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float | None) -> str:
     own = evidence[str(chosen)]
-    alone = evidence["stationary alone"]
+    alone = evidence.get("stationary alone", -math.inf)
     readout = evidence.get("readout alone", -math.inf)
     if chosen.kernel == "stationary" and alone <= own + STRONG_EVIDENCE:
         return "The labels are best explained without moves of the network's weights: by its prior mean and the inputs."
@@ -148,7 +147,10 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
         return f"The readout alone explains the labels {readout - own:.1f} nats better: kernel='nngp' is cheaper."
     if alone > own - STRONG_EVIDENCE:
         return "The labels do not yet tell whether the source network helps: compare again with more of them."
-    return f"The source network helps by {own - alone:.1f} nats over a GP on the inputs."
+    gain = "Of ids, masks or objects there is no GP without the network, with which to compare."
+    return (
+        gain if alone == -math.inf else f"The source network helps by {own - alone:.1f} nats over a GP on the inputs."
+    )
 
 
 def _some_rows(rows: int, outputs: int) -> Tensor:
