@@ -9,13 +9,14 @@ import pytest
 import torch
 from gpytorch.priors import GammaPrior, LogNormalPrior
 from scipy.integrate import quad
-from torch import Tensor
+from torch import Tensor, nn
 
 import gpntk
 from gpntk.errors import FileFormatError, InputError, SolveError
+from gpntk.inference import FeatureCovariance, Features, log_evidence
 from gpntk.inference.hyperposterior import Hyperparameter, infer, log_prior, maximize
 from gpntk.io import Checkpoint
-from tests.cases import mlp
+from tests.cases import mlp, reference_jacobian
 
 Point = Any
 
@@ -150,6 +151,68 @@ def test_a_search_that_was_stopped_goes_on_from_its_best_point(tmp_path: Path) -
     torch.testing.assert_close(again.logs, resumed.logs)
     with pytest.raises(FileFormatError, match="another fit: its what: this, but here: that"):
         infer(likelihood, pair, average=True, checkpoint=checkpoint("that"))
+
+
+# --- scale and noise of one kernel -----------------------------------------------------------------------------------
+
+
+def searched(evidence: Any, starts: list[list[float]]) -> tuple[float, float, float]:
+    """Scale, noise and value where the evidence of both logarithms is largest."""
+
+    def evaluate(point: Point) -> tuple[float, Point]:
+        logs = torch.tensor(point).requires_grad_()
+        value = evidence(*logs.exp().split(1))
+        return value.item(), torch.autograd.grad(value, logs)[0].numpy()
+
+    bounds = np.log([[1e-8, 1e6]] * 2)
+    found = maximize(evaluate, [np.array(start) for start in starts], bounds)
+    return *np.exp(found.point), found.value
+
+
+def gaussian(gram: Tensor, y: Tensor, scale: float, noise: float) -> float:
+    covariance = scale * gram + noise * torch.eye(len(y), dtype=torch.float64)
+    return torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y).item()
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e3])
+def test_the_largest_evidence_of_a_scale_and_a_noise(unit: float) -> None:
+    """No value on a grid over 20 powers of ten is larger, nor is one nearby; the unit of y does not matter."""
+    generator = torch.Generator().manual_seed(3)
+    features, e = (torch.randn(12, size, dtype=torch.float64, generator=generator) for size in (4, 1))
+    y = unit * (features.sum(-1) + 0.3 * e[:, 0])
+    gram, log = features @ features.T, 2 * math.log(unit)
+    starts = [[log, log - 2], [log - 4, log]]
+    scale, noise, value = searched(lambda scale, noise: log_evidence(scale * gram, noise, y), starts)
+    assert value == pytest.approx(gaussian(gram, y, scale, noise), rel=1e-9)
+    grid = (unit**2 * torch.logspace(-6, 4, 25)).tolist()
+    others = [(s, v) for s in grid for v in grid]
+    others += [(0.9 * scale, noise), (1.1 * scale, noise), (scale, 0.9 * noise), (scale, 1.1 * noise)]
+    assert max(gaussian(gram, y, *other) for other in others) <= value + 1e-9
+
+
+@pytest.mark.parametrize(("rows", "width"), [(12, 6), (40, 2)])
+def test_features_and_their_matrix_have_the_same_maximum(rows: int, width: int) -> None:
+    """In function space and in weight space."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    features = Features(gpntk.AutoBackend(gpntk.freeze(module)), torch.randn(rows, 2).double())
+    y = torch.randn(rows).double() + 2 * features.x[:, 0]
+    jacobian = reference_jacobian(module, features.x)
+    gram = jacobian @ jacobian.T
+    found = searched(lambda s, v: log_evidence(FeatureCovariance(features, s), v, y), [[0.0, 0.0]])
+    dense = searched(lambda s, v: log_evidence(s * gram, v, y), [[0.0, 0.0]])
+    assert found == pytest.approx(dense, rel=1e-4)
+    assert found[2] == pytest.approx(gaussian(gram, y, *found[:2]), rel=1e-9)
+
+
+def test_a_network_whose_jacobian_is_zero_has_noise_alone() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()
+    nn.init.constant_(module[0].bias, -100.0)
+    for rows in (3, 20):
+        x = torch.randn(rows, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        features, y = Features(gpntk.AutoBackend(gpntk.freeze(module)), x), x.sum(-1)
+        found = searched(lambda s, v, f=features, y=y: log_evidence(FeatureCovariance(f, s), v, y), [[0.0, 0.0]])
+        assert found[1] == pytest.approx(y.square().mean().item(), rel=1e-4)
 
 
 # --- a transfer that was stopped -------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from gpntk.inference import (
     FunctionSpace,
     Nystrom,
     Posterior,
-    SpectralMarginalLikelihood,
     WeightSpace,
     WhitenedSystem,
     log_evidence,
@@ -277,7 +276,8 @@ def test_blocks_of_rows_do_not_push_other_things_out_of_the_cache() -> None:
             return super().jacobian(x)
 
     features = Features(Counting(gpntk.freeze(module), memory_budget=2**21), x)
-    SpectralMarginalLikelihood.from_features(features, x.sin().sum(-1))
+    variance = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    log_evidence(FeatureCovariance(features, variance), torch.ones(1).double(), x.sin().sum(-1).double(), WeightSpace())
     assert len(made) > 20
     assert features.holds(("cast", torch.float64))
     assert features.to(torch.float64).holds(("spectrum", "weight", torch.float64))

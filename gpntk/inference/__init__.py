@@ -12,7 +12,6 @@ from gpntk.inference.posterior import Posterior
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, PivotedCholesky, SampledGram
 from gpntk.inference.sharded import ShardedFeatures
 from gpntk.inference.solver import AbstractSolver, SolverChoice
-from gpntk.inference.spectral import SpectralFit, SpectralMarginalLikelihood
 from gpntk.inference.streamed import StreamedFeatures, targets
 from gpntk.inference.system import WhitenedSystem
 
@@ -35,8 +34,6 @@ __all__ = [
     "ShardedFeatures",
     "SolveResult",
     "SolverChoice",
-    "SpectralFit",
-    "SpectralMarginalLikelihood",
     "StreamedFeatures",
     "WeightSpace",
     "WhitenedSystem",

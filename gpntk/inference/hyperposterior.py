@@ -133,7 +133,7 @@ def infer(
     by importance.
 
     Args:
-        log_likelihood: Of all hyperparameters.
+        log_likelihood: Of all hyperparameters; where it raises `SolveError`, the search turns back.
         hyperparameters: Their names and priors.
         average: Whether to return several draws or the maximum.
         start: Where to start from `[H]`.
@@ -147,6 +147,19 @@ def infer(
         InputError: ``fixed`` names something else, or a value is not positive.
         SolveError: The likelihood is finite at none of the starts.
         FileFormatError: ``checkpoint`` is damaged, or belongs to something else.
+
+    Example:
+        Scale and noise of a kernel matrix; features go the same way, by a `gpntk.inference.FeatureCovariance`.
+
+        >>> import torch
+        >>> from gpntk.inference import log_evidence
+        >>> x = torch.linspace(0, 1, 30, dtype=torch.float64)
+        >>> gram, y = (-8 * (x[:, None] - x) ** 2).exp(), (4 * x).sin()
+        >>> wide = [Hyperparameter("scale", median=1.0, spread=3.0), Hyperparameter("noise", median=0.1, spread=3.0)]
+        >>> best = infer(lambda logs: log_evidence(logs[0].exp() * gram, logs[1:].exp(), y), wide, average=False).best
+        >>> scale, noise = best.exp().tolist()
+        >>> noise < 1e-6 < scale
+        True
     """
     known = _known(hyperparameters, fixed or {})
     free = known.isnan()
@@ -154,7 +167,10 @@ def infer(
     unknown = [hyperparameters[place] for place in places]
 
     def density(logs: Tensor) -> Tensor:
-        return log_likelihood(logs) + log_prior(logs[places], unknown)
+        try:
+            return log_likelihood(logs) + log_prior(logs[places], unknown)
+        except SolveError:
+            return torch.full((), -math.inf, dtype=torch.float64, device="cpu")
 
     if not unknown:
         with torch.no_grad():

@@ -22,7 +22,6 @@ from torch.nn.utils import parameters_to_vector
 from gpntk._checks import check_magnitude
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.hyperposterior import Point, maximize
-from gpntk.inference.spectral import smallest_noise
 from gpntk.io import Checkpoint, Identity, described
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 
@@ -69,7 +68,7 @@ class TangentGP(gpytorch.models.ExactGP):
         size = y.double().square().nanmean().sqrt().item()
         if not (size == 0 or 1 / _LARGEST < size < _LARGEST):
             raise InputError(f"y has a root mean square of {size:.1e}: give y in other units, of order one.")
-        self.min_noise = smallest_noise(y.dtype) * (size**2 or _SMALLEST_SQUARE)
+        self.min_noise = _smallest_noise(y.dtype) * (size**2 or _SMALLEST_SQUARE)
         super().__init__(x, y, _likelihood(outputs, self.min_noise))
         mean = ConstantMean() if constant_mean else ZeroMean()
         self.mean_module = mean if outputs == 1 else MultitaskMean(mean, num_tasks=outputs)
@@ -226,6 +225,11 @@ class TangentGP(gpytorch.models.ExactGP):
         assert inputs is not None
         assert isinstance(targets, Tensor)
         return inputs[0], targets
+
+
+def _smallest_noise(dtype: torch.dtype) -> float:
+    """Noise, relative to the largest prior variance, below which s K + σ² I cannot be factorised in ``dtype``."""
+    return torch.finfo(dtype).eps ** 0.65
 
 
 def _likelihood(outputs: int, min_noise: float) -> GaussianLikelihood | MultitaskGaussianLikelihood:
