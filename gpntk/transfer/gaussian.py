@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
@@ -12,13 +13,16 @@ from torch import Tensor
 from gpntk.cost import Machine
 from gpntk.errors import SolveError
 from gpntk.inference import AbstractSolver, AutoSolver, Posterior, SolverChoice, WhitenedSystem, log_evidence
+from gpntk.inference.auto import sizes_of
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.task import AbstractModel, Prediction, Search
 
-# Posterior samples that variances are taken from where each would cost a solve.
-SAMPLES = 64
+logger = logging.getLogger("gpntk.transfer")
+
+# Posterior samples that variances are taken from where each would cost a solve: so many, or what there is time for.
+SAMPLES, _FEWEST = 64, 8
 # Seconds, as counted, beyond which a factorisation waits until variances are asked for.
 _DIRECT_SECONDS = 15.0
 _LARGEST_NOISE = 1e4
@@ -48,13 +52,16 @@ class GaussianModel(AbstractModel):
         form: K_θ at the inputs.
         labels: The targets.
         noise: Prior of σ², as its median and spread; None if all noise is known.
+        seconds: What variances may take in all where means are iterated.
     """
 
-    def __init__(self, form: AbstractForm, labels: Labels, noise: tuple[float, float] | None) -> None:
+    def __init__(
+        self, form: AbstractForm, labels: Labels, noise: tuple[float, float] | None, seconds: float = 240.0
+    ) -> None:
         bounds = (_SMALLEST_NOISE[labels.y.dtype], _LARGEST_NOISE)
         own = () if noise is None else (Hyperparameter("noise", *noise, bounds),)
         super().__init__(form, (*form.hyperparameters, *own))
-        self.labels, self._noise_prior = labels, noise
+        self.labels, self._noise_prior, self._seconds = labels, noise, seconds
         self._posteriors: list[list[Posterior]] = []
         self._factorised: dict[Posterior, list[Posterior]] = {}
         self._samples: dict[Posterior, Tensor] = {}
@@ -131,7 +138,7 @@ class GaussianModel(AbstractModel):
         together = Labels(
             torch.cat([self.labels.y, labels.y]), *(self._joined(labels, field) for field in ("relative", "known"))
         )
-        grown = GaussianModel(self.form.extended(x), together, self._noise_prior)
+        grown = GaussianModel(self.form.extended(x), together, self._noise_prior, self._seconds)
         grown.drawn = self.drawn
         for logs, posteriors in zip(self.draws.logs, self._posteriors, strict=True):
             problems = self._problems(labels, logs)
@@ -151,13 +158,7 @@ class GaussianModel(AbstractModel):
         posterior = self._posteriors[0][0]
         if posterior.solver.is_direct:
             return f"{posterior.solver}, {self.form.note}"
-        choice, system = _for_variances(posterior), posterior.inverse.exact
-        error = 100 / math.sqrt(2 * SAMPLES)
-        deviations = f"from {SAMPLES} samples, to {error:.0f} %"
-        if choice.solver.is_direct:
-            seconds = _seconds(choice, system)
-            deviations = f"exact, by {choice.solver} when first asked for, which may take {seconds:.0f} s"
-        return f"{type(posterior.solver).__name__}, {self.form.note}; deviations {deviations}"
+        return f"{type(posterior.solver).__name__}, {self.form.note}; {_deviations(posterior, self._seconds)}"
 
     # --- private -----------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ class GaussianModel(AbstractModel):
     def _with_variances(self, logs: Tensor, posteriors: Sequence[Posterior]) -> Sequence[Posterior]:
         """The same posteriors by factorisations, where means were cheaper without and samples are no cheaper."""
         first = posteriors[0]
-        if first.solver.is_direct or not (solver := _for_variances(first).solver).is_direct:
+        if first.solver.is_direct or (solver := _deviations(first, self._seconds).solver) is None:
             return posteriors
         if first not in self._factorised:
             covariance = self.form.covariance(self._of_form(logs))
@@ -235,12 +236,15 @@ class GaussianModel(AbstractModel):
         if posterior.solver.is_direct:
             return posterior.covariance(x) if joint else posterior.variance(x)
         if posterior not in self._samples:
+            how = _deviations(posterior, self._seconds)
+            logger.warning("%s: a factorisation would take about %.3g s.", how, how.seconds)
             generator = torch.Generator(x.device).manual_seed(0)
-            self._samples[posterior] = posterior.sample_weights(SAMPLES, generator).flatten(0, -2)
+            self._samples[posterior] = posterior.sample_weights(how.samples, generator)
         # The exact covariance: iterations may run in single precision, samples are refined in double.
-        deviations = posterior.inverse.exact.covariance.values(x, self._samples[posterior]).to(self.labels.y)
+        samples = self._samples[posterior]
+        values = posterior.inverse.exact.covariance.values(x, samples.flatten(0, -2)).to(self.labels.y)
         mean = posterior.mean(x)
-        deviations = (deviations.unflatten(0, (SAMPLES, -1)) - mean.reshape(-1, mean.shape[-1])).flatten(0, 1)
+        deviations = (values.unflatten(0, (len(samples), -1)) - mean.reshape(-1, mean.shape[-1])).flatten(0, 1)
         return deviations.mT @ deviations / len(deviations) if joint else deviations.square().mean(0)
 
     def _rows(self, parts: Sequence[Tensor], size: int | None = None) -> Tensor:
@@ -276,9 +280,31 @@ def _solvable(system: WhitenedSystem, y: Tensor) -> tuple[WhitenedSystem, Tensor
     return system.to(torch.float32), y, choice.solver
 
 
-def _for_variances(posterior: Posterior) -> SolverChoice:
-    """The solver of as many columns as there would be samples."""
-    return AutoSolver(columns=SAMPLES).select(posterior.inverse.exact)
+class _Deviations(NamedTuple):
+    """How variances come from a posterior whose means are iterated."""
+
+    solver: AbstractSolver | None
+    """What factorises the system when they are first asked for; None for samples."""
+    samples: int
+    seconds: float
+    """What a factorisation takes, as counted."""
+
+    def __str__(self) -> str:
+        if self.solver is None:
+            return f"deviations from {self.samples} samples, to {100 / math.sqrt(2 * self.samples):.0f} %"
+        return f"deviations exact, by {self.solver} when first asked for, which may take {self.seconds:.3g} s"
+
+
+def _deviations(posterior: Posterior, most: float) -> _Deviations:
+    """A factorisation where it is worth the samples that it saves and keeps to ``most`` seconds, or samples that do."""
+    system = posterior.inverse.exact
+    choice = AutoSolver(columns=SAMPLES).select(system)
+    seconds = _seconds(choice, system)
+    if choice.solver.is_direct and seconds <= most:
+        return _Deviations(choice.solver, 0, seconds)
+    solve = posterior.solver.cost(sizes_of(system, columns=1)).product
+    affordable = most * Machine.of(system.covariance.device).attained / solve.flops
+    return _Deviations(None, int(min(SAMPLES, max(_FEWEST, affordable))), seconds)
 
 
 def _seconds(choice: SolverChoice, system: WhitenedSystem) -> float:

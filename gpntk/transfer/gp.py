@@ -83,7 +83,7 @@ class TransferGP:
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
         time_budget: Seconds that a fit may take; a kernel that would take longer is left out, and a line in the log and
-            in the report says so.
+            in the report says so. Standard deviations that need a factorisation of their own may take twice as long.
 
     Raises:
         InputError: The targets do not have the right number of outputs, or a choice does not exist.
@@ -345,7 +345,15 @@ class TransferGP:
                     f"{(x.shape[0], outputs)}: give one column of y per output, or new_head=True."
                 )
         chosen: MeanChoice = ("constant" if self._new_head else "network") if mean == "auto" else mean
-        return RegressionTask(x, y, chosen, Outputs(self.network), known_noise=known_noise, noise_network=noise_network)
+        return RegressionTask(
+            x,
+            y,
+            chosen,
+            Outputs(self.network),
+            known_noise=known_noise,
+            noise_network=noise_network,
+            time_budget=self._time_budget,
+        )
 
     def _classes(self, x: Tensor, labels: Tensor, mean: MeanChoice, num_classes: int | None) -> AbstractTask:
         check_labels(labels, num_classes)

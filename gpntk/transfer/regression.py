@@ -38,6 +38,7 @@ class RegressionTask(AbstractTask):
         offset: The network's outputs `[N, C]` at given inputs.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         noise_network: Maps inputs to the logarithm of the relative noise variance.
+        time_budget: Seconds that a fit may take; variances may take twice as long where means are iterated.
     """
 
     plain_mean = "constant"
@@ -51,6 +52,7 @@ class RegressionTask(AbstractTask):
         *,
         known_noise: Tensor | None = None,
         noise_network: nn.Module | None = None,
+        time_budget: float = 120.0,
     ) -> None:
         if y.isnan().all(0).any():
             raise InputError("y has an output with only missing values (NaN): give each at least one label.")
@@ -61,7 +63,7 @@ class RegressionTask(AbstractTask):
                 "other units."
             )
         self.y, self.known_noise, self._noise_network = y, known_noise, noise_network
-        self._network_outputs = offset
+        self._network_outputs, self._time_budget = offset, time_budget
         outputs = y.shape[1]
         medians = RESIDUAL if mean == "network" else TARGET
         super().__init__(x, outputs, mean, medians)
@@ -82,7 +84,7 @@ class RegressionTask(AbstractTask):
         if rows is not None:
             relative, known = (None if part is None else part[rows] for part in labels[1:])
             labels = Labels(labels.y[rows], relative, known)
-        return GaussianModel(form, labels, (self.medians.noise, self.medians.noise_spread))
+        return GaussianModel(form, labels, (self.medians.noise, self.medians.noise_spread), 2 * self._time_budget)
 
     def _labels(self, x: Tensor, y: Tensor, known_noise: Tensor | None) -> Labels:
         """Targets at x in units, and their noise."""
@@ -196,7 +198,15 @@ class RegressionTask(AbstractTask):
         return None if self._noise_network is None else relative_noise(self._noise_network, x, self.num_outputs)
 
     def _with(self, x: Tensor, y: Tensor, known: Tensor | None, mean: MeanChoice) -> RegressionTask:
-        return RegressionTask(x, y, mean, self._network_outputs, known_noise=known, noise_network=self._noise_network)
+        return RegressionTask(
+            x,
+            y,
+            mean,
+            self._network_outputs,
+            known_noise=known,
+            noise_network=self._noise_network,
+            time_budget=self._time_budget,
+        )
 
 
 def units_of(y: Tensor, residual: Tensor) -> Tensor:
