@@ -173,7 +173,8 @@ class _WeightInverse(AbstractInverse):
             self._factor: AbstractFactor = _scaled(exact, values, vectors)
             return
         if exact.homoscedastic and exact.noise is not None:
-            matrix = weighted.scales * (second_moment(weighted.features) / exact.noise)
+            matrix = second_moment(weighted.features) / exact.noise
+            matrix *= weighted.scales
             matrix *= weighted.scales.unsqueeze(-1) if weighted.scales.shape[0] > 1 else weighted.scales
         else:
             matrix = weighted.features.second_moment(exact.rows)

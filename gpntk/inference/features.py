@@ -25,6 +25,8 @@ from gpntk.memory import chunks, passing
 
 # Columns of a block of the second moment: large enough for a GEMM at full speed.
 _BLOCK = 1024
+# Explicit rows at a time, at most: products with them are no faster for being larger, and copies of them add up.
+_BLOCK_BYTES = 2**28
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -143,10 +145,11 @@ class AbstractFeatures(ABC):
         return self.total(total)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Explicit rows of Φ `[n', F]`, as many at a time as an eighth of the memory budget holds."""
+        """Explicit rows of Φ `[n', F]`, as many at a time as an eighth of the memory budget holds, or 256 MB."""
         for rows, x in self.parts():
             bytes_each = self.num_outputs * self.num_features * x.element_size()
-            for part in chunks(x.shape[0], bytes_each, self.backend.memory_budget // 8):
+            most = min(self.backend.memory_budget // 8, _BLOCK_BYTES)
+            for part in chunks(x.shape[0], bytes_each, most):
                 # What is kept of a piece would push out of the cache what is kept of all.
                 with nullcontext() if part == slice(0, x.shape[0]) else passing(x):
                     block = self.backend.jacobian(x[part].unsqueeze(0)).squeeze(0)
