@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "bare stream": (lambda: Stream(x64()), "wrap it in a DataLoader"),
     "shrinks": (
         lambda: DataLoader(SizedStream(x64(), shrinks=True), batch_size=8),
-        "ended after 47 rows of a pass: 49 were expected",
+        "ended at row 49 of 50 while its rows were counted",
     ),
     "single numbers": (lambda: DataLoader(list(range(5)), batch_size=None), "not batches"),  # pyright: ignore[reportArgumentType]
     "a number": (lambda: 3, "a int cannot be read as data"),
@@ -330,10 +330,82 @@ def test_passes_that_differ_say_how() -> None:
         reordered.jvp(v)
     shrinking = StreamedFeatures(backend(), Shrinking(x64().numpy()), chunk_rows=10)
     shrinking.jvp(v)
-    with pytest.raises(InputError, match="ended after 40 rows of a pass: 50 were expected"):
+    with pytest.raises(InputError, match="ended at row 40 of 50 in pass 2"):
         Posterior(WhitenedSystem(FeatureCovariance(shrinking, torch.ones(1)), torch.ones(1)), y64().flatten())
-    with pytest.raises(InputError, match="ended after 0 rows of a pass, before row 0"):
+    with pytest.raises(InputError, match="ended at row 0 of 1 while chosen rows were read"):
         StreamedFeatures(backend(), DataLoader(OnceStream(x64()), batch_size=8))
+
+
+class EndingStream(SizedStream):
+    """Rows of which the last five are missing from pass ``last`` on; the first counts them, the second reads one."""
+
+    def __init__(self, x: Tensor, last: int) -> None:
+        super().__init__(x)
+        self.last = last
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        return iter(self.x[: len(self.x) - 5 if self.passes >= self.last else None])
+
+
+@pytest.mark.parametrize("solver", [WeightSpace(), ConjugateGradients(Nystrom(5))])
+@pytest.mark.parametrize("good", [1, 2, 3])
+def test_a_stream_that_ends_says_so_and_blames_nothing_else(good: int, solver: Any) -> None:
+    stream = StreamedFeatures(backend(), DataLoader(EndingStream(x64(), good + 3), batch_size=8), chunk_rows=16)
+    system = WhitenedSystem(FeatureCovariance(stream, torch.ones(1)), torch.ones(1))
+    for _ in range(good):
+        stream.jvp(torch.ones(1, stream.num_features, dtype=torch.float64))
+    with pytest.raises(InputError, match=rf"ended at row 45 of 50 in pass {good + 1}: each pass must give all rows"):
+        Posterior(system, y64().flatten(), solver)
+
+
+def test_a_stream_that_is_short_from_the_start_says_so() -> None:
+    with pytest.raises(InputError, match="ended at row 45 of 50 while its rows were counted"):
+        StreamedFeatures(backend(), DataLoader(EndingStream(x64(), 1), batch_size=8))
+    pairs = TensorDataset(x64(), y64())
+
+    class Pairs(EndingStream):
+        def __iter__(self) -> Iterator[Any]:
+            rows = super().__iter__()
+            return ((x, y64()[i]) for i, x in enumerate(rows))
+
+    assert torch.equal(targets(DataLoader(Pairs(x64(), 3), batch_size=8), OUTPUTS), targets(pairs, OUTPUTS))
+    with pytest.raises(InputError, match="ended at row 45 of 50 while y was read"):
+        targets(DataLoader(Pairs(x64(), 2), batch_size=8), OUTPUTS)
+
+
+class EditedStream(SizedStream):
+    """Rows that an edit changes from the second pass of products on."""
+
+    def __init__(self, x: Tensor, edit: Callable[[Tensor], Any]) -> None:
+        super().__init__(x)
+        self.edit = edit
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return iter(self.x if self.passes < 4 else self.edit(self.x))
+
+
+EDITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "one value": (lambda x: torch.cat([x[:33], x[33:34] + 1e-9, x[34:]]), "rows 32 to 47 of the source are not"),
+    "two rows swapped": (lambda x: torch.cat([x[:20], x[21:22], x[20:21], x[22:]]), "rows 16 to 31 of the source"),
+    "the last row": (lambda x: torch.cat([x[:-1], x[:1]]), "rows 48 to 49 of the source"),
+    "chunks swapped": (lambda x: torch.cat([x[:16], x[32:48], x[16:32], x[48:]]), "rows 16 to 31 of the source"),
+    "another dtype": (lambda x: x.float(), "rows 0 to 15 of the source"),
+    "a row too many": (lambda x: torch.cat([x, x[:1]]), "rows 48 to 50 of the source"),
+    "a row too few": (lambda x: x[:-1], "ended at row 49 of 50 in pass 2"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_stream_is_noticed(name: str) -> None:
+    edit, message = EDITS[name]
+    loader = DataLoader(EditedStream(x64(), edit), batch_size=8)
+    stream = StreamedFeatures(backend(), loader, chunk_rows=16)
+    v = torch.ones(1, stream.num_features, dtype=torch.float64)
+    assert stream.jvp(v).shape == (1, ROWS * OUTPUTS)
+    with pytest.raises(InputError, match=message):
+        stream.jvp(v)
 
 
 ARRAYS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import count
 from typing import Any, final
 
 import numpy as np
@@ -85,8 +86,9 @@ class StreamedFeatures(AbstractFeatures):
         self._source, self._progress = source, progress
         # What is kept of the data is found by this name, in all precisions.
         self._name = object()
-        # Those of the pieces of the first pass, in all precisions.
-        self._checksums: list[int] = []
+        # Where the pieces of the first pass end, with their checksums, and the next pass, in all precisions.
+        self._checksums: list[tuple[int, int]] = []
+        self._passes = count(1)
         dtype, device = dtype or backend.dtype, torch.device(device or backend.device)
         samples, outputs = _length(source), 1
         self._first_row = torch.zeros(1, 0)
@@ -102,12 +104,18 @@ class StreamedFeatures(AbstractFeatures):
         self._chunk_rows = max(1, rows) if chunk_rows is None else chunk_rows
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        start = 0
+        start, number_of_pass = 0, next(self._passes)
         with tqdm(
             total=self.num_samples, desc="rows", delay=2, leave=False, disable=not self._progress, unit_scale=True
         ) as bar:
-            for number, raw in enumerate(self._pieces()):
+            pieces = self._pieces()
+            for number, raw in enumerate(pieces):
                 stop = start + raw.shape[0]
+                if number < len(self._checksums) and stop < self._checksums[number][0]:
+                    # Shorter than before: it has ended, unless the rest makes up for it.
+                    rows = stop + sum(map(len, pieces))
+                    if rows < self.num_samples:
+                        raise _ended(rows, self.num_samples, f"in pass {number_of_pass}")
                 x = self._shaped(raw, start)
                 self._check(x, start)
                 self._compare(number, raw, start)
@@ -116,7 +124,7 @@ class StreamedFeatures(AbstractFeatures):
                 bar.update(stop - start)
                 start = stop
         if start < self.num_samples:
-            raise InputError(f"the source ended after {start} rows of a pass: {self.num_samples} were expected.")
+            raise _ended(start, self.num_samples, f"in pass {number_of_pass}")
 
     def take(self, chosen: Tensor) -> Tensor:
         if not chosen.numel():
@@ -157,7 +165,8 @@ class StreamedFeatures(AbstractFeatures):
 
     def _compare(self, number: int, raw: Tensor, start: int) -> None:
         """Refuse a piece that is not what it was in an earlier pass, or what the first row was at the start."""
-        checksum, stop = zlib.crc32(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data), start + raw.shape[0]
+        stop = start + raw.shape[0]
+        checksum = stop, zlib.crc32(raw.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if number == len(self._checksums):
             self._checksums.append(checksum)
         same = checksum == self._checksums[number] and stop <= self.num_samples
@@ -206,14 +215,15 @@ def targets(source: Any, outputs: int = 1) -> Tensor:
         tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
     """
     pieces = [torch.zeros(0, dtype=torch.float64)]
-    start = 0
-    _length(source)
+    start, rows = 0, _length(source)
     for piece in _batches(source, 1, _ITEMS):
         if piece.numel() != piece.shape[0] * outputs:
             each = piece.numel() / max(1, piece.shape[0])
             raise InputError(f"targets from row {start} on have {each:g} values each, but {outputs} are wanted.")
         pieces.append(piece.to(device="cpu", dtype=torch.float64).flatten())
         start += piece.shape[0]
+    if start < rows:
+        raise _ended(start, rows, "while y was read")
     return torch.cat(pieces)
 
 
@@ -261,8 +271,18 @@ def _length_of_loader(loader: DataLoader[Any]) -> int:
             )
     # A length that batches or workers may change is not believed but counted.
     if isinstance(dataset, IterableDataset) or not isinstance(batches, BatchSampler) or batches.drop_last:
-        return sum(map(len, _batches(loader, 0, 1)))
+        rows, promised = sum(map(len, _batches(loader, 0, 1))), len(dataset)  # pyright: ignore[reportArgumentType]
+        if rows < promised and not loader.drop_last:
+            raise _ended(rows, promised, "while its rows were counted")
+        return rows
     return len(dataset)
+
+
+def _ended(row: int, rows: int, when: str) -> InputError:
+    return InputError(
+        f"the source ended at row {row} of {rows} {when}: each pass must give all rows again, so let __iter__ begin "
+        "anew, and give a file that is complete."
+    )
 
 
 def _batches(source: Any, part: int, rows: int) -> Iterator[Tensor]:
@@ -310,7 +330,7 @@ def _rows_of_loader(loader: DataLoader[Any], part: int, places: Tensor) -> Tenso
         start += len(batch)
         if start > places[-1]:
             return torch.cat(found)
-    raise InputError(f"the source ended after {start} rows of a pass, before row {int(places[-1])}.")
+    raise _ended(start, int(places[-1]) + 1, "while chosen rows were read")
 
 
 def _part(item: Any, part: int) -> Any:
