@@ -22,6 +22,7 @@ from benchmarks import (
     infinite_classification,
     infinite_suites,
     laplace_suites,
+    networks,
     no_cliff,
     raster,
     transfer_speed,
@@ -240,6 +241,7 @@ SUITES: dict[str, Suite] = {
     **no_cliff.SUITES,
     **raster.SUITES,
     **laplace_suites.SUITES,
+    **networks.SUITES,
 }
 
 

@@ -38,7 +38,7 @@ def _compound_strategy(
 
 
 def _with_equal_rows(forward: Any) -> Any:
-    """``forward`` of a sum or a product, whose parts must have equally many rows per input: torch broadcasts one row."""
+    """``forward`` of a sum or a product whose parts have equally many rows per input: torch would broadcast one row."""
 
     @wraps(forward)
     def checked(kernel: Any, x1: Tensor, x2: Tensor, *args: Any, **params: Any) -> Any:

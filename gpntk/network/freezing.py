@@ -60,7 +60,7 @@ class Skeleton:
             memo[id(parameter)] = nn.Parameter(tensor if shared else tensor.clone(), parameter.requires_grad)
         for name, buffer in self.module.named_buffers():
             memo[id(buffer)] = tensors[name].detach().clone()
-        return _copied(self.module, memo)
+        return copied(self.module, memo)
 
     def __copy__(self) -> Skeleton:
         return self
@@ -71,7 +71,7 @@ class Skeleton:
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of weights and of empty ones alike are kept; what a run has left on the module is not.
         kept = {id(tensor): tensor for tensor in chain(self.module.parameters(), self.module.buffers())}
-        return {"module": _copied(self.module, kept)}
+        return {"module": copied(self.module, kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
@@ -135,11 +135,12 @@ def _emptied(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return _copied(module, memo)
+    return copied(module, memo)
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy. Tensors computed from weights become `Stale`; what cannot be copied (locks, files) is shared."""
+    memo = {} if memo is None else memo
     attributes = [
         (f"{name}.{attribute}".lstrip("."), value)
         for name, child in module.named_modules()
@@ -153,7 +154,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(module, dict(memo))
     except Exception:
-        memo |= {id(value): value for _, value in attributes if not _can_be_copied(value, memo)}
+        memo |= {id(value): value for _, value in attributes if not _can_becopied(value, memo)}
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
@@ -167,7 +168,7 @@ def _has_history(tensor: Tensor) -> bool:
     return tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor)
 
 
-def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+def _can_becopied(value: Any, memo: dict[int, Any]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, final
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 
 from gpntk._types import Extract
 from gpntk.errors import NetworkError
+from gpntk.memory import is_out_of_memory
 from gpntk.network.batches import Arguments
+from gpntk.network.freezing import copied
 from gpntk.network.frozen import FrozenNetwork
 from gpntk.network.outputs import extracted
 from gpntk.network.selection import readout_name
@@ -68,7 +69,7 @@ class Body(nn.Module):
         # No parametrisation, no forward of its own, no hook.
         self._plain = type(readout) is nn.Linear and not (readout._forward_hooks or readout._forward_pre_hooks)
         self.recorder = _Recorder(readout.out_features)
-        self.network = _replaced(copy.deepcopy(network), name, self.recorder)
+        self.network = _replaced(copied(network), name, self.recorder)
         self.training = network.training
         directions = None
         if num_directions is not None:
@@ -96,6 +97,10 @@ class Body(nn.Module):
                     alike = not isinstance(returned, Tensor) or _close(returned, returned[:1].expand_as(returned))
         except AttributeError as error:
             raise NetworkError(f"the network uses its readout otherwise than by calling it ({error}).") from None
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise NetworkError(f"the network does not run when another head stands for its readout: {error}") from error
         finally:
             self.recorder.calls.clear()
             self.recorder.mixing, self.recorder.sign = None, 1
