@@ -33,8 +33,8 @@ from gpntk.inference.hyperposterior import Hyperparameter, infer
 
 _SUBSET = 5000
 _BATCH = 512
-# Priors of scale and noise, wide enough that the data decide.
-_WIDE = [Hyperparameter("scale", 0.1, 3.0), Hyperparameter("noise", 0.1, 3.0)]
+# Priors of scale and noise, wide enough that the data decide; bounds keep to what float64 can solve.
+_WIDE = [Hyperparameter("scale", 0.1, 3.0, (1e-8, 1e3)), Hyperparameter("noise", 0.1, 3.0)]
 
 
 def protein(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
