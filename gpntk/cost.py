@@ -133,7 +133,7 @@ class RowSizes(NamedTuple):
     Attributes:
         product: q, multiplications in a product with one column, one way; pair: of two rows in the Gram.
         kept: Values of its factors; activations: of its forward pass; largest: of its largest temporary.
-        calls: Calls of torch functions in a forward pass; uses: of parameters by functions with a rule.
+        calls: Calls that make a tensor in a forward pass; uses: of parameters by functions with a rule.
         backward: Whether its factors take backward passes.
     """
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpntk
 from gpntk import cost, jacobians, memory
 from gpntk.errors import InputError
+from gpntk.jacobians.record import row_values
+from gpntk.jacobians.uses import find_uses
 from gpntk.operators.batching import batch_product
 from tests.cases import mlp, reference_jacobian
 
@@ -253,3 +255,14 @@ def test_costs_are_counted() -> None:
     assert not fits["Gram"]
     assert not fits["dense Jacobian"]
     assert fits["autodiff"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_a_pass_are_those_it_makes_and_not_its_weights(dtype: torch.dtype) -> None:
+    """Chunks of rows are as long as these counts let them be: weights counted as well made passes five times slower."""
+    network = gpntk.freeze(nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2)))
+    x = torch.randn(5, 3, dtype=dtype)
+    uses = find_uses(network, x)
+    made = 3 + 50 + 50 + 2  # a copy of x, a linear layer, tanh, a linear layer
+    assert (uses.activations, uses.largest, uses.tensors) == (made, 50, 4)
+    assert row_values(network, x[:1]) == made

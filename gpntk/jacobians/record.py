@@ -53,9 +53,14 @@ class Recorder(TorchFunctionMode):
 
 
 def storages(calls: Iterable[Call]) -> list[int]:
-    """Sizes of the distinct tensors that a run made."""
-    outputs = (out for call in calls for out in call.outputs if out.is_floating_point())
-    return list({_place(out): math.prod(out.shape) for out in outputs}.values())
+    """Sizes of the distinct tensors that a run made; those it was given, such as weights, and their views left out."""
+    given: set[int] = set()
+    made: dict[int, int] = {}
+    for call in calls:
+        given |= {_place(leaf) for leaf in call.leaves if isinstance(leaf, Tensor)} - made.keys()
+        outputs = {_place(out): math.prod(out.shape) for out in call.outputs if out.is_floating_point()}
+        made |= {place: size for place, size in outputs.items() if place not in given}
+    return list(made.values())
 
 
 def _place(tensor: Tensor) -> int:

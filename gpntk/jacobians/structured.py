@@ -228,7 +228,7 @@ class StructuredBackend(AbstractTangentBackend):
             kept=sum(factors.num_values for _, factors in each) // len(rows) + 1,
             activations=capture.uses.activations,
             largest=outputs.shape[1] * capture.uses.largest,
-            calls=len(capture.uses.functions),
+            calls=capture.uses.tensors,
             uses=sum(len(uses.uses) for uses in capture.shared),
             backward=any(factors.g is not None for _, factors in each),
         )

@@ -132,6 +132,7 @@ class Uses:
         constant: Numbers of the calls that compute something from parameters alone.
         functions: The name of every call's function.
         unruled: Parameters used in any other way, each with the reason.
+        tensors: The number of tensors that a forward pass makes, views and what it is given not counted.
         activations: Values that one row's forward pass computes.
         largest: Values in the largest tensor of one row.
     """
@@ -140,6 +141,7 @@ class Uses:
     constant: frozenset[int]
     functions: tuple[str, ...]
     unruled: dict[str, str]
+    tensors: int
     activations: int
     largest: int
 
@@ -173,6 +175,7 @@ def find_uses(network: FrozenNetwork, x: Tensor) -> Uses:
         frozenset(constant),
         tuple(function_name(call.function) for call in two),
         unruled,
+        tensors=len(fresh),
         activations=sum(fresh) // 2,
         largest=max(fresh, default=0) // 2,
     )

@@ -50,7 +50,7 @@ def diagonal(positions: Positions) -> Tensor:
         return gradients(positions).flatten(3).square().sum(-1)
     forward = positions.a @ positions.a.mT
     backward = positions.g @ positions.g.mT
-    return (forward.unsqueeze(2) * backward).sum((-2, -1))
+    return (backward.flatten(-2) @ forward.flatten(-2).unsqueeze(-1)).squeeze(-1)
 
 
 def tile(c: int, t: int, i: int, o: int) -> float:
