@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any
@@ -46,7 +46,7 @@ def check_memory_budget(memory_budget: float | None) -> int | None:
     """The budget in whole bytes, None for the default; raise `InputError` unless it is at least one."""
     if memory_budget is None:
         return None
-    if not _is_number(memory_budget) or not 1 <= memory_budget < math.inf:
+    if not is_number(memory_budget) or not 1 <= memory_budget < math.inf:
         raise InputError(
             f"memory_budget={memory_budget}: must be a positive number of bytes, or None for a quarter of the memory."
         )
@@ -63,12 +63,30 @@ def check_count(least: int = 1, **counts: Any) -> None:
 def check_positive(below: float = math.inf, **numbers: Any) -> None:
     """Raise `InputError` unless every argument, by name, is a number above zero and ``below`` a limit."""
     for name, value in numbers.items():
-        if not _is_number(value) or not 0 < value < below:
+        if not is_number(value) or not 0 < value < below:
             limit = "" if below == math.inf else f" below {below:g}"
             raise InputError(f"{name}={value!r}: give a positive number{limit}.")
 
 
-def _is_number(value: Any) -> bool:
+def check_flags(**flags: Any) -> None:
+    """Raise `InputError` unless every argument, by name, is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise InputError(f"{name}={value!r}: give True or False.")
+
+
+def as_shape(input_shape: Any) -> tuple[int, ...]:
+    """The shape of one input as whole numbers; raise `InputError` unless they are, and at least one."""
+    if isinstance(input_shape, (str, bytes, Mapping)) or not isinstance(input_shape, Iterable):
+        raise InputError(f"input_shape={input_shape!r} must be a sequence: pass (3, 32, 32), say, or (5,).")
+    sizes = tuple(input_shape)
+    if any(isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1 for size in sizes):
+        raise InputError(f"input_shape={sizes}: give whole numbers, at least 1.")
+    return tuple(map(int, sizes))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; to Python, a truth value is one too."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
-from gpntk._checks import check_count
+from gpntk._checks import check_count, check_positive
 from gpntk.cost import Cost, Machine, Work
 from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
 from gpntk.inference.inverse import AbstractInverse
@@ -107,6 +108,7 @@ def largest_dense(
         >>> largest_dense(torch.device("cpu"), memory_budget=2**20)
         295
     """
+    check_positive(factorisations=factorisations, **({} if seconds == math.inf else {"seconds": seconds}))
     budget = budget_on(device, memory_budget)
     by_time = (3 * seconds * Machine.of(device).flops / factorisations) ** (1 / 3)
     return int(min((2 * budget / 24) ** 0.5, by_time))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_count, check_positive
+from gpntk._checks import check_count, check_flags, check_positive
 from gpntk.cost import Work
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import FeatureCovariance
@@ -294,6 +294,7 @@ class SampledGram(AbstractPreconditioner):
 
     def __post_init__(self) -> None:
         check_positive(oversampling=self.oversampling)
+        check_flags(per_layer=self.per_layer)
         check_count(0, seed=self.seed)
 
     def counted(self, sizes: Sizes) -> Counted:

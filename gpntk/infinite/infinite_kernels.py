@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpntk._checks import check_input, check_memory_budget, check_tensors
+from gpntk._checks import check_input, check_memory_budget, check_tensors, is_number
 from gpntk._types import Extract
-from gpntk.errors import InputError, SelectionError
+from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.infinite.gaussian import tracked
 from gpntk.infinite.layers import Parametrization, Weights
 from gpntk.infinite.moments import Block
@@ -239,6 +239,10 @@ def kernels(
     References:
         Jacot, Gabriel and Hongler (2018), Neural Tangent Kernel, https://arxiv.org/abs/1806.07572.
     """
+    if not isinstance(network, nn.Module):
+        raise NetworkError(f"network must be a torch.nn.Module, got {type(network).__name__}.")
+    if not (extract is None or callable(extract)):
+        raise InputError(f"extract={extract!r}: give a function of what the network returns.")
     program = trace(network, input_shape, extract)
     stds = by_layer(weight_std, program.layers, "weight_std"), by_layer(bias_std, program.layers, "bias_std")
     return InfiniteKernels(program, *stds, parametrization, memory_budget)
@@ -251,6 +255,13 @@ def by_layer(value: Std, layers: Sequence[str], argument: str) -> Tensor:
         SelectionError: A layer has no glob or several, or a glob no layer.
         InputError: A number is negative, zero (for σ_w) or not finite, or the tensor has another length.
     """
+    given = [*value.values()] if isinstance(value, Mapping) else [] if isinstance(value, Tensor) else [value]
+    if not all(map(is_number, given)) or (isinstance(value, Tensor) and not value.is_floating_point()):
+        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise InputError(
+            f"{argument} is {kind}: give a number, numbers by globs over names of layers, or a floating tensor with "
+            f"one for each of {layers}."
+        )
     if isinstance(value, Mapping):
         value = torch.tensor(_by_glob(value, layers, argument), dtype=torch.float64, device="cpu")
     values = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64, device="cpu")

@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpntk._checks import as_shape, is_number
 from gpntk._types import Extract
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.modules import Activation, LocallyConnected, TiedAttention
@@ -46,7 +47,7 @@ def trace(module: nn.Module, input_shape: Sequence[int] | int | None = None, ext
 
     Raises:
         UnsupportedLayerError: A call has no limit that is known here; the message names it.
-        InputError: The module does not run on such inputs.
+        InputError: ``input_shape`` is none, or the module does not run on such inputs.
     """
     shape = _input_shape(module, input_shape)
     if not 1 <= len(shape) <= 3:
@@ -79,11 +80,11 @@ def trace(module: nn.Module, input_shape: Sequence[int] | int | None = None, ext
 
 def _input_shape(module: nn.Module, given: Sequence[int] | int | None) -> tuple[int, ...]:
     if given is not None:
-        return (given,) if isinstance(given, int) else tuple(int(size) for size in given)
+        return as_shape((given,) if is_number(given) else given)
     first = next((child for child in module.modules() if list(child.parameters(recurse=False))), None)
-    if isinstance(first, nn.Linear):
-        return (first.in_features,)
-    raise InputError("input_shape is needed: the shape of one input, such as (3, 32, 32).")
+    if not isinstance(first, nn.Linear):
+        raise InputError("input_shape is needed: the shape of one input, such as (3, 32, 32).")
+    return (first.in_features,)
 
 
 def _channels_last(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], shape: tuple[int, ...]) -> bool:
@@ -247,8 +248,7 @@ def _run_forward(module: nn.Module, shape: tuple[int, ...], extract: Extract | N
     """The calls of a module on inputs of one shape.
 
     Raises:
-        UnsupportedLayerError: ``forward`` depends on values, takes several inputs, or changes a tensor that it uses
-            again.
+        UnsupportedLayerError: ``forward`` depends on values, takes several inputs, or changes a tensor used again.
         InputError: It does not run on such inputs.
     """
     if any(map(is_lazy, module.parameters())):

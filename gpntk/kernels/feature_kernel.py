@@ -11,7 +11,7 @@ from gpytorch.constraints import GreaterThan
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from gpntk._checks import check_input, check_keywords, check_memory_budget, check_tensors
+from gpntk._checks import check_flags, check_input, check_keywords, check_memory_budget, check_tensors
 from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
 from gpntk.errors import InputError, SelectionError
 from gpntk.inference import AbstractSolver
@@ -74,6 +74,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self), kwargs, ("batch_shape", "active_dims"))
+        check_flags(layer_variances=layer_variances)
         super().__init__(**kwargs)
         frozen = freeze(network, parameters, input_shape, extract)
         budget = check_memory_budget(memory_budget)

@@ -10,7 +10,7 @@ import torch
 from gpytorch.constraints import GreaterThan
 from torch import Tensor, nn
 
-from gpntk._checks import check_input, check_keywords, check_tensors
+from gpntk._checks import check_flags, check_input, check_keywords, check_tensors
 from gpntk._types import Extract
 from gpntk.errors import InputError
 from gpntk.infinite.infinite_kernels import InfiniteKernels, Kind, Std, by_layer, equal_inputs, kernels
@@ -45,6 +45,7 @@ class _InfiniteKernel(AbstractNetworkKernel):
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self), kwargs, ("active_dims",))
+        check_flags(learn=learn)
         super().__init__(**kwargs)
         given = kernels(
             network,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from gpntk._checks import as_shape
 from gpntk.errors import InputError
 from gpntk.network.batches import FLOATING, MASK, WHOLE, Arguments, Kind, Leaf, dtype_name, named_tensors, rows_of
 from gpntk.network.calls import binds, padding_of, runs, spreads
@@ -66,7 +67,7 @@ class Adapter:
         """The adapter of floating tensors whose rows have this shape; None for rows of any number of columns."""
         if isinstance(shape, int):
             raise InputError(f"input_shape={shape} must be a sequence: pass ({shape},).")
-        return Adapter("tensor", [Leaf("x", None if shape is None else tuple(int(size) for size in shape), None)])
+        return Adapter("tensor", [Leaf("x", None if shape is None else as_shape(shape), None)])
 
     @staticmethod
     def of(batch: Any, forward: Any) -> Adapter:
