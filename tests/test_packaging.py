@@ -95,7 +95,11 @@ SHORT = {
         "NETWORKS = 100": "NETWORKS = 4",
         "{16: 32, 64: 32, 256: 16, 1024: 8}": "{16: 2, 64: 2}",
     },
-    "06_adapt_a_classifier_with_100_labels": {"epochs = 30 if": "epochs = 5 if"},
+    "06_adapt_a_classifier_with_100_labels": {
+        "LABELS = 100": "LABELS = 60",
+        "epochs = 30 if": "epochs = 5 if",
+        "rate, 150, held_out": "rate, 10, held_out",
+    },
     "07_regression_under_domain_shift": {
         "SIZES = (10, 30, 100, 300)": "SIZES = (10, 30)",
         "SEEDS = range(3)": "SEEDS = range(2)",
