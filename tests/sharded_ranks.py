@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from linear_operator.utils import linear_cg
+from linear_operator.utils.lanczos import lanczos_tridiag
 from torch import Tensor, distributed, nn
 
 import gpntk
@@ -85,6 +87,13 @@ def answers(features: AbstractFeatures, rows: slice) -> dict[str, Tensor]:
     rhs = torch.linspace(-1, 1, features.num_features, dtype=torch.float64).unsqueeze(0)
     moment = features.second_moment(lambda rows, block: block * weights[rows].sqrt().unsqueeze(-1))
     result |= {"product": features.vjp(features.jvp(rhs) * weights), "dense": moment}
+
+    # In linear_operator's own algorithms, whose columns are ours transposed.
+    def product(columns: Tensor) -> Tensor:
+        return features.vjp(features.jvp(columns.mT) * weights).mT
+
+    result["cg"] = linear_cg(lambda columns: product(columns) + 10 * columns, rhs.mT, tolerance=1e-4)
+    _, result["lanczos"] = lanczos_tridiag(product, 6, torch.float64, rhs.device, moment.shape, init_vecs=rhs.mT)
     return result
 
 

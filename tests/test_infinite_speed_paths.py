@@ -188,7 +188,10 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, D])
-def test_equal_rows_are_found(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("collide", [False, True])
+def test_equal_rows_are_found(dtype: torch.dtype, collide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if collide:  # where all keys are the same, rows are compared in full
+        monkeypatch.setattr("gpntk.infinite.recursion._keys", lambda rows: torch.zeros(len(rows)))
     x = torch.randint(-1, 2, (60, 3)).to(dtype) * torch.tensor([-0.0, 1.0, 2.0], dtype=dtype)
     z = torch.cat([x[5:9], -x[:20], torch.full((2, 3), torch.inf, dtype=dtype)])
     for one, two in ((x, x), (x, z), (z, x)):
@@ -197,6 +200,13 @@ def test_equal_rows_are_found(dtype: torch.dtype) -> None:
         assert isinstance(equal, tuple)
         found[equal] = True
         assert torch.equal(found, pairs)
+    many = torch.randn(6, 2000).to(dtype)
+    many[4, 1:] = many[1, 1:]  # differ in one column of many
+    many[5] = many[2]
+    wanted = (many.unsqueeze(1) == many).all(-1)
+    found = equal_pairs(*row_numbers(many, many))
+    assert isinstance(found, tuple)
+    assert torch.equal(torch.stack(found), wanted.nonzero().T)
 
 
 @pytest.mark.parametrize("repeated", [False, True])
