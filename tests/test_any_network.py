@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from linear_operator import to_dense
@@ -621,3 +622,22 @@ def test_a_network_of_one_dtype() -> None:
         warnings.simplefilter("error")
         gram = to_dense(gpntk.NTKKernel(module)(X.float()))
     assert (gram.double() - exact @ exact.T).abs().max() < 2e-4 * gram.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["ntk", "nngp"])
+@pytest.mark.parametrize("name", ["tensor hook", "checkpoint, reentrant", "full backward hook", "pruned"])
+def test_estimators(name: str, kernel: str) -> None:
+    """As with the plain network that computes the same; ``nngp`` has no weight below that asks for gradients."""
+    module, _ = made(name)
+    plain, _ = made("features kept as an attribute")
+    if name == "pruned":
+        prune.remove(module.a, "weight")
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y = (module(x.clone()).detach()[:, 0] + 0.3 * x[:, 0].sin()).numpy()
+    y = np.stack([y, np.cos(y)], 1)
+    options = {"kernel": kernel, "mean": "network", "hyperparameters": "maximum"}
+    one, two = (gpntk.TransferRegressor(net, **options).fit(x.numpy(), y) for net in (module, plain))
+    found, wanted = one.predict(x.numpy(), return_std=True), two.predict(x.numpy(), return_std=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert abs(a - b).max() < 1e-6 * abs(b).max()

@@ -175,15 +175,18 @@ class BackwardBackend(AbstractTangentBackend):
             return self.network.differentiated(x if x.requires_grad else x.requires_grad_(), all_weights=True)
         try:
             return self.network.differentiated(x)
-        except UserWarning as warning:
-            if _LOST not in str(warning):
+        except (UserWarning, RuntimeError) as error:
+            if _LOST not in str(error) and (isinstance(error, UserWarning) or is_out_of_memory(error)):
                 raise
-        # A reentrant checkpoint, which has gradients of its weights only if its input requires grad.
-        self._all_weights = True
-        try:
-            return self._run(x)
-        except UserWarning as warning:
-            raise NetworkError(f"a checkpoint loses gradients ({warning}): pass it use_reentrant=False.") from warning
+            # A reentrant checkpoint or a hook, which need an input that requires grad: ask all weights, and x, to.
+            self._all_weights = True
+            try:
+                return self._run(x)
+            except UserWarning as warning:
+                raise NetworkError(f"a checkpoint loses gradients ({warning}): pass it use_reentrant=False.") from error
+            except RuntimeError:
+                self._all_weights = False
+                raise error from None
 
     def _pulled(self, x: Tensor, u: Tensor) -> Tensor:
         """Jᵀ u `[K, P]` for x `[N, D]` and u `[K, N, C]`, with a graph back to x if x has one."""
