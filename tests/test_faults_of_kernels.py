@@ -202,10 +202,28 @@ def test_repr() -> None:
     assert repr(gpntk.NNGPKernel(MODULE, output=1)) == "NNGPKernel(27 of 161 parameters, output 1)"
     several = gpntk.NTKKernel(MODULE, layer_variances=True, output="sum", batch_shape=torch.Size([2]))
     several(x).to_dense()
-    assert repr(several) == 'NTKKernel(161 of 161 parameters, all outputs "sum", 3 layer variances, batch_shape=(2,))'
+    assert repr(several) == 'NTKKernel(161 of 161 parameters, all outputs "sum", variances of 0, 2, 5, batch_shape=(2,))'
     assert "(base_kernel): NTKKernel(161 of" in repr(gpytorch.kernels.ScaleKernel(kernel))
     sketched = gpntk.SketchedNTKKernel(mlp(1).double().eval(), num_features=64)
     sketched(x).to_dense()
     assert repr(sketched) == 'SketchedNTKKernel(143 of 143 parameters, 1 output "full", 64 random features)'
     assert repr(gpntk.NetworkMean(MODULE)) == "NetworkMean(161 of 161 parameters)"
     assert repr(gpntk.freeze(MODULE, "0.*")) == "FrozenNetwork(54 of 161 parameters)"
+
+
+def test_repr_of_what_is_below_the_kernels() -> None:
+    frozen, x = gpntk.freeze(MODULE), torch.randn(4, 5, dtype=torch.float64)
+    backend = gpntk.AutoBackend(frozen)
+    assert repr(backend) == "AutoBackend(161 of 161 parameters)"
+    # Before any data, how many features independent outputs have is not known.
+    average = gpntk.jacobians.AverageBackend(frozen, gpntk.AutoBackend)
+    assert repr(average) == "AverageBackend(161 of 161 parameters)"
+    assert repr(gpntk.jacobians.ExplicitBackend(torch.sin, 5)) == "ExplicitBackend(5 features)"
+    features = gpntk.inference.Features(backend, x)
+    assert repr(features) == "Features[12, 161]"
+    covariance = gpntk.inference.FeatureCovariance(features, torch.ones(1))
+    assert (
+        repr(gpntk.inference.WhitenedSystem(covariance, torch.ones(1))) == "WhitenedSystem(FeatureCovariance[12, 12])"
+    )
+    flow = gpntk.GradientFlow(gpntk.InfiniteNTKKernel(nn.Linear(5, 1)).double(), x, x[:, 0])
+    assert repr(flow) == 'GradientFlow(4 inputs, "mse", single network)'

@@ -197,6 +197,10 @@ class GradientFlow:
         self._rate = learning_rate
         self._filter = GradientFilter(learning_rate / self._mean_over, momentum, discrete)
 
+    def __repr__(self) -> str:
+        kind = "single network" if self._nngp is None else "ensemble"
+        return f'GradientFlow({len(self._x):,} inputs, "{self._loss}", {kind})'
+
     def predict(
         self,
         x: Tensor,

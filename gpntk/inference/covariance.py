@@ -110,6 +110,9 @@ class AbstractCovariance(ABC):
             InputError: There are none.
         """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{[self.num_rows, self.num_rows]}"
+
     @property
     def num_rows(self) -> int:
         """n = N*C, the rows that this process holds."""

@@ -66,6 +66,9 @@ class AbstractFeatures(ABC):
         self.ranks: AbstractRanks = ranks or Alone()
         self._place, self._memory_budget = place or (0, samples), memory_budget
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{[self.num_rows, self.num_features]}"
+
     # --- what differs ------------------------------------------------------------------------------------------
 
     @abstractmethod

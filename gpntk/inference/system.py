@@ -106,6 +106,9 @@ class WhitenedSystem:
         self.homoscedastic = _homoscedastic(covariance, self.noise)
         self.likelihood = RowNoise(self.noise, covariance.num_outputs, covariance.dtype)
 
+    def __repr__(self) -> str:
+        return f"WhitenedSystem({self.covariance!r})"
+
     def to(self, dtype: torch.dtype) -> WhitenedSystem:
         """The same system in another precision."""
         if dtype == self.covariance.dtype:

@@ -50,6 +50,9 @@ class AbstractJacobianBackend(ABC):
         # Tells the entries of backends that share a cache apart; copies and pickles of a backend share theirs.
         self._identity = uuid.uuid4().hex
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_features:,} features)"
+
     # --- what the features are ---------------------------------------------------------------------------------
 
     @property
@@ -150,6 +153,9 @@ class AbstractNetworkBackend(AbstractJacobianBackend, ABC):
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
         super().__init__(network.device, memory_budget)
         self.network = network
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.network.summary})"
 
     @property
     def dtype(self) -> torch.dtype:
