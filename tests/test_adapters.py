@@ -96,6 +96,21 @@ def test_floating_columns_are_differentiable_and_whole_ones_have_zero_derivative
     torch.testing.assert_close(x.grad, torch.cat([2 * batch["a"], torch.zeros(3, 2)], 1))
 
 
+def test_kernels_are_differentiable_in_the_floating_columns_alone() -> None:
+    torch.manual_seed(0)
+    frozen = gpntk.freeze(ByName().double(), inputs=(LEFT, RIGHT))
+    kernel = gpntk.NTKKernel(frozen)
+    x = frozen.adapter.pack((LEFT, RIGHT)).requires_grad_()
+    weights = torch.randn(4, 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((kernel(x).to_dense() * weights).sum(), x)
+    assert not grad[:, 2:].any()
+    step = torch.zeros_like(x).detach()
+    step[:, :2] = torch.randn(4, 2, dtype=torch.float64) * 1e-6
+    plus, minus = (kernel(x.detach() + sign * step).to_dense() for sign in (1, -1))
+    found = ((plus - minus) * weights).sum() / 2e-6
+    torch.testing.assert_close((grad * step).sum() / 1e-6, found, rtol=1e-6, atol=1e-8)
+
+
 def test_copies_and_pickles_of_an_adapter_keep_its_objects() -> None:
     graphs = [Graph(torch.ones(2, 1)), Graph(torch.ones(3, 1))]
     adapter = Adapter.of(graphs, anything)
@@ -287,7 +302,7 @@ def test_the_output_that_was_taken_is_said(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("INFO", "gpntk.network"):
         frozen = gpntk.freeze(Bert(), inputs=BATCH)
     assert [record.getMessage() for record in caplog.records] == [
-        "of the Output that the network returns, its output is 'logits'."
+        "of what the network returns, its output is 'logits'."
     ]
     assert "outputs are 'logits'" in repr(frozen)
     with pytest.raises(
@@ -470,6 +485,31 @@ def test_a_normalised_embedding_takes_new_classes() -> None:
     for last in (lambda h: h / h.norm(dim=1, keepdim=True), lambda h: h.relu() / h.relu().norm(dim=1, keepdim=True)):
         model = gpntk.TransferClassifier(Embedder(last).eval(), new_head=True, hyperparameters="maximum")
         assert model.fit(x, torch.arange(12) % 3).predict_proba(x).shape == (12, 3)
+
+
+def test_an_encoder_without_a_readout_takes_classes(tmp_path: Path) -> None:
+    module = Bert(headless=True).eval()
+    model = gpntk.TransferClassifier(module, extract="mean", **QUICK).fit(BATCH, np.arange(14) % 3)
+    probabilities = model.predict_proba(BATCH)
+    assert "a new head on the mean over the tokens of 'last_hidden_state'" in str(model.report_)
+    # The same by hand: the encoder under a Linear, whose weights do not matter.
+    wrapped = Wrapped(module).eval()
+    by_hand = gpntk.TransferClassifier(wrapped, new_head=True, **QUICK).fit(BATCH, np.arange(14) % 3)
+    np.testing.assert_allclose(by_hand.predict_proba(BATCH), probabilities, rtol=1e-5)
+    model.save(tmp_path / "file")
+    loaded = gpntk.TransferClassifier.load(tmp_path / "file", module, extract="mean")
+    np.testing.assert_allclose(loaded.predict_proba(BATCH), probabilities, rtol=1e-6)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, encoder: Bert) -> None:
+        super().__init__()
+        self.network, self.head = encoder, nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        h, weights = self.network(**batch).last_hidden_state, attention_mask[..., None].float()
+        return self.head((h * weights).sum(1) / weights.sum(1))
 
 
 class LastToken(Bert):

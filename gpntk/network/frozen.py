@@ -15,7 +15,6 @@ The user's module is read once and never changed.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, Self, final
@@ -30,12 +29,10 @@ from gpntk.memory import Lock, frozen, is_out_of_memory
 from gpntk.network.adapters import Adapter
 from gpntk.network.batches import Arguments, head
 from gpntk.network.freezing import Needs, Skeleton, cast, check_module, check_real, find_needs, with_gradient
-from gpntk.network.outputs import extracted, selected
+from gpntk.network.outputs import Entry, extracted, selected
 from gpntk.network.primitives import by_primitives, differentiable_operations
 from gpntk.network.probing import check_readout, check_rows, first_run, two_rows
 from gpntk.network.selection import layer_name, readout_name, select_parameters
-
-logger = logging.getLogger("gpntk.network")
 
 
 @final
@@ -76,6 +73,8 @@ class FrozenNetwork(nn.Module):
     adapter: Adapter
     """Packs what the network takes into x, and unpacks it."""
     extract: Extract | str | None
+    entry: Entry
+    """Which entry of what the network returns is its output."""
     output: OutputSelection
 
     def __init__(
@@ -99,7 +98,7 @@ class FrozenNetwork(nn.Module):
         self._group_of: Mapping[str, str] = {}
         self.extract = extract
         self._readout = readout_name(module) if isinstance(parameters, str) and parameters == "readout" else None
-        self._entry: list[str] = []  # which entry of what is returned was taken, once that is known
+        self.entry = Entry()
         # By the width and dtype of x: other ones are other inputs, to be checked.
         self._num_outputs: dict[tuple[int, torch.dtype], int] = {}
         self._cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -207,7 +206,7 @@ class FrozenNetwork(nn.Module):
     def summary(self) -> str:
         """How many parameters are selected, of how many, and which entry of what is returned is the output."""
         total = sum(parameter.numel() for parameter in self._skeleton.module.parameters())
-        return f"{self.num_params:,} of {total:,} parameters{self.entry and f', outputs are {self.entry}'}"
+        return f"{self.num_params:,} of {total:,} parameters{self.entry.name and f', outputs are {self.entry.name}'}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -298,11 +297,6 @@ class FrozenNetwork(nn.Module):
     def __repr__(self) -> str:
         return f"FrozenNetwork({self.summary})"
 
-    @property
-    def entry(self) -> str:
-        """Which entry of what the network returns is its output, known once it has run; "" if there is no other."""
-        return "".join(self._entry)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
         return self._shell()
 
@@ -357,9 +351,7 @@ class FrozenNetwork(nn.Module):
 
     def _outputs(self, returned: Any, arguments: Arguments, num_rows: int) -> Tensor:
         outputs, entry = extracted(returned, self.extract, arguments)
-        if entry and not self._entry:
-            self._entry.append(entry)
-            logger.info("of the %s that the network returns, its output is %s.", type(returned).__name__, entry)
+        self.entry.say(entry)
         return selected(outputs, self.output, num_rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from typing import Any, final
 
 import torch
@@ -13,7 +14,7 @@ from gpntk.memory import is_out_of_memory
 from gpntk.network.batches import Arguments
 from gpntk.network.freezing import copied
 from gpntk.network.frozen import FrozenNetwork
-from gpntk.network.outputs import extracted
+from gpntk.network.outputs import POOLINGS, extracted
 from gpntk.network.selection import readout_name
 
 
@@ -184,6 +185,48 @@ def _close(one: Any, two: Tensor) -> bool:
 def _replaced(network: nn.Module, name: str, by: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, by)
+    return network
+
+
+@final
+class Headed(nn.Module):
+    """A linear map, of zeros as yet, of what a network returns.
+
+    Args:
+        network: The network.
+        width: How many outputs it has.
+        extract: Which of the things that it returns are these.
+    """
+
+    def __init__(self, network: nn.Module, width: int, extract: Extract | str | None = None) -> None:
+        super().__init__()
+        self.network, self._extract = network, extract
+        like = next(network.parameters())
+        self.head = nn.Linear(width, 2, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.training = network.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The map's outputs `[N, 2]`."""
+        outputs, _ = extracted(self.network(*args, **kwargs), self._extract, Arguments(args, kwargs))
+        return self.head(outputs)
+
+
+def with_readout(network: FrozenNetwork, x: Tensor) -> FrozenNetwork:
+    """The network, or if it ends in a vector per token that ``extract`` pools, the network under a linear readout."""
+    if network.extract not in POOLINGS:
+        return network
+    module = network.thaw()
+    rows = network.adapter.arguments(x[:: max(1, len(x) - 1)][:2].to(network.dtype))
+    try:
+        Body(module, extract=network.extract).check(*rows.args, **rows.kwargs)
+    except NetworkError:
+        headed = Headed(module, network.num_outputs(x), network.extract)
+        names = [f"network.{escape(name)}" for name in network.names]
+        frozen = FrozenNetwork(headed, names, inputs=network.adapter)
+        frozen.entry.say(f"a new head on the {network.entry.name}")
+        return frozen
     return network
 
 

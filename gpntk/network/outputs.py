@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,7 +15,27 @@ from gpntk._types import Extract, OutputSelection
 from gpntk.errors import NetworkError, SelectionError
 from gpntk.network.batches import Arguments
 
+logger = logging.getLogger("gpntk.network")
+
 POOLINGS = ("mean", "cls", "last")
+
+
+@final
+class Entry:
+    """Which entry of what a network returns is its output: said in the log once it is known, and kept for reports.
+
+    Attributes:
+        name: In words; "" where the network returns nothing else, or has not run yet.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def say(self, name: str) -> None:
+        """Take the name, the first time that there is one."""
+        if name and not self.name:
+            self.name = name
+            logger.info("of what the network returns, its output is %s.", name)
 
 
 def extracted(returned: Any, extract: Extract | str | None, arguments: Arguments) -> tuple[Any, str]:

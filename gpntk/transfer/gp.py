@@ -27,6 +27,7 @@ from gpntk.io import Checkpoint, Identity, described
 from gpntk.likelihoods import Link
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
+from gpntk.network.heads import with_readout
 from gpntk.network.selection import select_groups
 from gpntk.transfer.choices import check_choices
 from gpntk.transfer.classes import DirichletTask, LaplaceTask
@@ -136,7 +137,7 @@ class TransferGP:
             if layer_variances:
                 raise InputError("layer_variances=True and prior_groups= both say which variances there are: give one.")
             network, layer_variances = network.grouped(select_groups(network.names, prior_groups)), True
-        self.network, self.likelihood = network, likelihood
+        self.network, self.likelihood = with_readout(network, x) if new_head else network, likelihood
         self._grouped = prior_groups is not None
         self._kernel: KernelChoice | Kernel = kernel
         self._new_head, self._layer_variances = new_head, layer_variances

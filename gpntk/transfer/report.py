@@ -91,10 +91,11 @@ def report_on(gp: TransferGP) -> Report:
     residual = task.residual(rows)
     alignment, chance = _alignment(residual if shared else residual.reshape(-1), kernel)
     checks, effective = task.checks(model), model.effective_parameters()
+    entry = gp.network.entry.name
     return Report(
         kernel=str(gp.chosen),
         method=model.note,
-        notes=(*gp.fitted.notes, *((f"The network's output is {gp.network.entry}.",) if gp.network.entry else ())),
+        notes=(*gp.fitted.notes, *([f"The network's output is {entry}."] if entry else [])),
         log_evidence=evidence,
         left_out={name: density for name, density in densities.items() if density is not None},
         effective_parameters=effective,
