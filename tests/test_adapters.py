@@ -377,6 +377,25 @@ def test_regression_on_several_tensors() -> None:
         gpntk.TransferRegressor(ByName()).fit((left, right), y[:11])
 
 
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout = nn.Linear(2, 1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.readout(torch.stack([a, b], -1))
+
+
+def test_tuples_of_vectors_are_rows_in_numpy_and_arguments_in_torch() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(9), torch.randn(9)
+    model = gpntk.TransferRegressor(OfTwo(), **QUICK).fit((a, b), (a + b).numpy())
+    np.testing.assert_allclose(np.asarray(model.predict((a, b))), (a + b).numpy(), atol=0.1)
+    rows = tuple(torch.stack([a, b], -1).numpy())
+    plain = gpntk.TransferRegressor(nn.Linear(2, 1), **QUICK).fit(rows, (a + b).numpy())
+    np.testing.assert_allclose(np.asarray(plain.predict(rows)), (a + b).numpy(), atol=0.1)
+
+
 def test_token_ids_are_integers_only_where_the_network_wants_them() -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, 9, (10, 4))

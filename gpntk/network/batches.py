@@ -128,7 +128,9 @@ def is_batch(inputs: Any) -> bool:
     if isinstance(first, (str, bytes)):
         raise InputError(_TEXTS.format(name="X"))
     if isinstance(inputs, tuple):
-        return all(isinstance(one, (Tensor, np.ndarray)) for one in inputs) and max(one.ndim for one in inputs) > 1
+        arrays = bool(inputs) and all(isinstance(one, (Tensor, np.ndarray)) for one in inputs)
+        # A tuple of NumPy's vectors is a sequence of rows, as scikit-learn has it.
+        return arrays and any(isinstance(one, Tensor) or one.ndim > 1 for one in inputs)
     # A sparse matrix of SciPy's may be a dictionary, too, of pairs of numbers.
     named = isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs)
     return named or (isinstance(inputs, list) and _objects(inputs))
