@@ -98,7 +98,7 @@ def halving(items: slice, compute: Callable[[slice], Part]) -> list[Part]:
         return [*halving(slice(items.start, middle), compute), *halving(slice(middle, items.stop), compute)]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the system, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

@@ -327,6 +327,9 @@ def hooked(kind: str) -> nn.Module:
         net.a.register_full_backward_hook(lambda module, given, got: tuple(None if g is None else 2 * g for g in given))
     elif kind == "forward":
         net.a.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    elif kind == "several":
+        multi = torch.autograd.graph.register_multi_grad_hook
+        net.a.register_forward_hook(lambda module, inputs, output: multi([output], lambda g: None) and None)  # pyright: ignore
     elif kind == "tensor":
         net.a.register_forward_hook(lambda module, inputs, output: output.register_hook(lambda g: g) and None)
     return net
@@ -378,6 +381,39 @@ def keeps_features_in_a_list() -> nn.Module:
     return net
 
 
+class ForwardMode(Forces):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(self.energy(dual)).tangent  # pyright: ignore
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.l(x)) * x
+
+
+class WithGate(Net):
+    """A part of it in TorchScript."""
+
+    def __init__(self, scripted: bool) -> None:
+        super().__init__()
+        self.gate = torch.jit.script(Gate()) if scripted else torch.jit.trace(Gate(), torch.randn(2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.gate(torch.tanh(self.a(x))))  # pyright: ignore
+
+
+def weight_hook(factor: float) -> nn.Module:
+    net = Net()
+    net.a.weight.register_hook(lambda g: factor * g)
+    return net
+
+
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     x: Tensor = X
@@ -396,6 +432,14 @@ CASES = {
     "library operator": Case(lambda: Net(library_cube)),
     "scripted function": Case(lambda: Net(scripted_triple)),
     "scripted wave": Case(lambda: Net(scripted_wave)),
+    "scripted part": Case(lambda: WithGate(True)),
+    "traced part": Case(lambda: WithGate(False)),
+    "scripted, in Sequential": Case(
+        lambda: nn.Sequential(torch.jit.script(Gate()), nn.Linear(5, 2)), x=X[:, [0, 1, 2, 0, 1]]
+    ),
+    "hook of a weight": Case(lambda: weight_hook(2.0)),
+    "hook of a weight, without effect": Case(lambda: weight_hook(1.0)),
+    "hook of several tensors": Case(lambda: hooked("several")),
     "full backward hook": Case(lambda: hooked("module")),
     "full backward pre-hook": Case(lambda: hooked("pre")),
     # Differentiated twice, the hook scales twice: torch's meaning, not that of finite differences.
@@ -407,6 +451,7 @@ CASES = {
     "forces, gradients not switched on": Case(lambda: Forces(detach=False, switch=False)),
     "energy and forces": Case(EnergyAndForces),
     "residual of a differential equation": Case(Residual),
+    "forward mode": Case(ForwardMode),
     "func.grad": Case(FuncGrad),
     "func.jvp": Case(FuncJvp),
     "func.jacrev": Case(FuncJacrev),

@@ -92,3 +92,9 @@ def test_a_wrong_argument_is_refused_by_name(call: Callable[..., Any], arguments
 
 def test_time_without_end_is_bounded_by_memory() -> None:
     assert largest_dense(torch.device("cpu"), 2**20, math.inf) == largest_dense(torch.device("cpu"), 2**20)
+
+
+@pytest.mark.parametrize("network", [NETWORK, 3, None])
+def test_a_transfer_says_that_it_wants_a_frozen_network(network: Any) -> None:
+    with pytest.raises(GpntkError, match=r"network is a .*gpntk.freeze\(network\)"):
+        gpntk.TransferGP(network, torch.ones(3, 2), torch.ones(3))

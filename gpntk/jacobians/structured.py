@@ -160,6 +160,8 @@ class StructuredBackend(AbstractTangentBackend):
 
     def _checked(self, x: Tensor) -> Capture:
         if self._capture is None:
+            if hooked := self.network.hooked.intersection(self.network.names):
+                raise UnruledError(dict.fromkeys(sorted(hooked), "its gradients go through a hook"))
             self.num_outputs(x)  # which also checks the network's behaviour
             try:
                 with warnings.catch_warnings():

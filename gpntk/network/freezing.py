@@ -47,12 +47,16 @@ class Skeleton:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = _emptied(module)
+        # Of parameters, which copies of parameters do not have.
+        hooks = {name: parameter._backward_hooks for name, parameter in module.named_parameters()}
+        self.hooks = {name: tuple(found.values()) for name, found in hooks.items() if found}
         self.lock = Lock()
 
     def filled(self, tensors: Mapping[str, Tensor], shared: bool = False) -> nn.Module:
         """A copy of the module with copies of ``tensors``, by name, in place of the empty ones; ties are kept.
 
-        With ``shared`` its parameters are views of ``tensors``, not copies. (Buffers, which a pass may change, are.)
+        With ``shared`` its parameters are views of ``tensors``, not copies, with the hooks that the frozen ones had.
+        (Buffers, which a pass may change, are copies.)
         """
         memo: dict[int, Any] = {}
         for name, parameter in self.module.named_parameters():
@@ -60,7 +64,17 @@ class Skeleton:
             memo[id(parameter)] = nn.Parameter(tensor if shared else tensor.clone(), parameter.requires_grad)
         for name, buffer in self.module.named_buffers():
             memo[id(buffer)] = tensors[name].detach().clone()
-        return copied(self.module, memo)
+        filled = copied(self.module, memo)
+        for place, child in filled.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):  # whose copies know no memo
+                own = self.module.get_submodule(place)
+                for name, tensor in chain(own.named_parameters(recurse=False), own.named_buffers(recurse=False)):
+                    setattr(child, name, memo[id(tensor)])
+        if shared:
+            for name, parameter in filled.named_parameters():
+                for hook in self.hooks.get(name, ()):
+                    parameter.requires_grad_().register_hook(hook)
+        return filled
 
     def __copy__(self) -> Skeleton:
         return self
@@ -71,10 +85,10 @@ class Skeleton:
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of weights and of empty ones alike are kept; what a run has left on the module is not.
         kept = {id(tensor): tensor for tensor in chain(self.module.parameters(), self.module.buffers())}
-        return {"module": copied(self.module, kept)}
+        return {"module": copied(self.module, kept), "hooks": self.hooks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
+        self.module, self.hooks = state["module"], state["hooks"]
         self.lock = Lock()
 
 
@@ -219,7 +233,10 @@ def check_module(module: nn.Module) -> None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise NetworkError(f"network is wrapped in {type(module).__name__}: pass module.module.")
     if isinstance(module, torch.jit.ScriptModule):
-        raise NetworkError("network is a TorchScript module, whose weights cannot be replaced: pass the nn.Module.")
+        raise NetworkError(
+            "network is a TorchScript module, whose weights cannot be replaced: pass the nn.Module that it was "
+            "made from, or torch.nn.Sequential(network)."
+        )
     parameters = dict(module.named_parameters())
     if not parameters:
         raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")

@@ -107,6 +107,7 @@ class FrozenNetwork(nn.Module):
         self._identity = [object()]
         # No nn.Module, hence not registered: GPyTorch's .to(), .train(), requires_grad_() and state_dict() stay away.
         self._skeleton = Skeleton(module)
+        self.hooked = frozenset(self._skeleton.hooks)  # parameters whose gradients go through hooks of their own
         self._tensor_names = tuple(chain(named, dict(module.named_buffers())))
         with torch.inference_mode(False):
             for index, tensor in enumerate(chain(named.values(), module.buffers())):
@@ -121,8 +122,8 @@ class FrozenNetwork(nn.Module):
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
         try:
             return self._run(x, parameters, self._needs[0])
-        except RuntimeError as error:
-            if parameters is not None or is_out_of_memory(error) or not self._settle(x):
+        except Exception as error:
+            if isinstance(error, InputError) or is_out_of_memory(error) or parameters or not self._settle(x):
                 raise
         return self._run(x, parameters, self._needs[0])
 
@@ -169,8 +170,7 @@ class FrozenNetwork(nn.Module):
 
     def thaw(self) -> nn.Module:
         """A module like the one that was frozen, with its weights as they were; training it changes nothing here."""
-        weights = self.tensors(self.dtype, self.device)
-        return self._skeleton.filled(weights)
+        return self._skeleton.filled(self.tensors(self.dtype, self.device))
 
     def restrict(self, names: Collection[str]) -> FrozenNetwork:
         """The same network with only some of the selected parameters still selected, in the same order."""
@@ -182,8 +182,8 @@ class FrozenNetwork(nn.Module):
         """The same network with its readout selected, the last layer with parameters, whatever was selected before."""
         view = self._view(_num_outputs={}, _readout=readout_name(self._skeleton.module))
         named = dict(self._skeleton.module.named_parameters())
-        names = select_parameters(self._skeleton.module, named, "readout")
-        view._lay_out(names, {name: parameter.shape for name, parameter in named.items()})
+        shapes = {name: parameter.shape for name, parameter in named.items()}
+        view._lay_out(select_parameters(self._skeleton.module, named, "readout"), shapes)
         return view
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -205,7 +205,7 @@ class FrozenNetwork(nn.Module):
     @property
     def summary(self) -> str:
         """How many parameters are selected, of how many, and which entry of what is returned is the output."""
-        total = sum(parameter.numel() for parameter in self._skeleton.module.parameters())
+        total = sum(map(torch.numel, self._skeleton.module.parameters()))
         return f"{self.num_params:,} of {total:,} parameters{self.entry.name and f', outputs are {self.entry.name}'}"
 
     @property

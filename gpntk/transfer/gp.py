@@ -123,6 +123,8 @@ class TransferGP:
         noise_network: nn.Module | None = None,
         time_budget: float = 120.0,
     ) -> None:
+        if not isinstance(network, FrozenNetwork):
+            raise InputError(f"network is a {type(network).__name__}: freeze it first, with gpntk.freeze(network).")
         check_choices(
             likelihood=likelihood,
             kernel=kernel,
