@@ -23,7 +23,7 @@ BUDGETS = ["a", 0, -1, NAN, True, math.inf]
 SHAPES: list[Any] = ["a", -1, 2.5, (2, "a"), (0,), (2.0,), (True,), NAN, [[2]], {2: 3}]
 STDS: list[Any] = [
     *("a", -1, NAN, None, True, 1j, math.inf, [1.0, 2.0], {}, {"0": "a", "2": 1.0}, {"0": -1.0, "2": 1.0}, {"0": 1.0}),
-    *(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(1), torch.tensor(1j), torch.tensor(NAN), object()),
+    *(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(1), torch.tensor(1j), torch.tensor(NAN), ...),
 ]
 INFINITE = {
     "network": [3, None, "a", nn.Linear],

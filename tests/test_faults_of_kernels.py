@@ -202,7 +202,8 @@ def test_repr() -> None:
     assert repr(gpntk.NNGPKernel(MODULE, output=1)) == "NNGPKernel(27 of 161 parameters, output 1)"
     several = gpntk.NTKKernel(MODULE, layer_variances=True, output="sum", batch_shape=torch.Size([2]))
     several(x).to_dense()
-    assert repr(several) == 'NTKKernel(161 of 161 parameters, all outputs "sum", variances of 0, 2, 5, batch_shape=(2,))'
+    what = 'NTKKernel(161 of 161 parameters, all outputs "sum", variances of 0, 2, 5, batch_shape=(2,))'
+    assert repr(several) == what
     assert "(base_kernel): NTKKernel(161 of" in repr(gpytorch.kernels.ScaleKernel(kernel))
     sketched = gpntk.SketchedNTKKernel(mlp(1).double().eval(), num_features=64)
     sketched(x).to_dense()
