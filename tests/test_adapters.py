@@ -520,6 +520,16 @@ def test_an_encoder_without_a_readout_takes_classes(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded.predict_proba(BATCH), probabilities, rtol=1e-6)
 
 
+def test_groups_of_an_encoder_under_a_new_head_are_those_of_its_own_names() -> None:
+    frozen = gpntk.freeze(Bert(headless=True).eval(), extract="mean", inputs=BATCH)
+    x, labels = frozen.adapter.pack(BATCH, torch.float64), torch.arange(14) % 3
+    groups = {"rest": "*", "words": "words.*"}
+    options: dict[str, Any] = {"likelihood": "dirichlet", "new_head": True, "prior_groups": groups, **QUICK}
+    gp = gpntk.TransferGP(frozen, x, labels, **options)
+    gp.fit()
+    assert {"ntk words", "ntk rest", "readout"} <= set(gp.hyperparameters())
+
+
 class Wrapped(nn.Module):
     def __init__(self, encoder: Bert) -> None:
         super().__init__()

@@ -224,7 +224,7 @@ def with_readout(network: FrozenNetwork, x: Tensor) -> FrozenNetwork:
     except NetworkError:
         headed = Headed(module, network.num_outputs(x), network.extract)
         names = [f"network.{escape(name)}" for name in network.names]
-        frozen = FrozenNetwork(headed, names, inputs=network.adapter)
+        frozen = grouped_like(FrozenNetwork(headed, names, inputs=network.adapter), network)
         frozen.entry.say(f"a new head on the {network.entry.name}")
         return frozen
     return network
