@@ -19,7 +19,6 @@ from gpntk.inference import (
     Features,
     FunctionSpace,
     Nystrom,
-    PivotedCholesky,
     SampledGram,
     WeightSpace,
     WhitenedSystem,
@@ -29,7 +28,6 @@ DIRECT: dict[str, AbstractSolver] = {"function": FunctionSpace(), "weight": Weig
 ITERATIVE: dict[str, ConjugateGradients] = {
     "nystrom": ConjugateGradients(Nystrom(max_rank=40)),
     "nystrom-weight": ConjugateGradients(Nystrom(max_rank=40, space="weight")),
-    "pivoted": ConjugateGradients(PivotedCholesky(max_rank=40)),
     "sampled": ConjugateGradients(SampledGram()),
     "sampled-per-layer": ConjugateGradients(SampledGram(per_layer=True)),
 }

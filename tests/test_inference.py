@@ -168,7 +168,6 @@ PRECISE: dict[str, AbstractSolver] = {
     **DIRECT,
     "nystrom": ConjugateGradients(Nystrom()),
     "nystrom-weight": ConjugateGradients(Nystrom(space="weight")),
-    "pivoted": ITERATIVE["pivoted"],
     "sampled": ITERATIVE["sampled"],
     "sampled-per-layer": ITERATIVE["sampled-per-layer"],
 }

@@ -9,7 +9,7 @@ from gpntk.inference.features import AbstractFeatures, Features
 from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.posterior import Posterior
-from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, PivotedCholesky, SampledGram
+from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
 from gpntk.inference.sharded import ShardedFeatures
 from gpntk.inference.solver import AbstractSolver, SolverChoice
 from gpntk.inference.streamed import StreamedFeatures, targets
@@ -28,7 +28,6 @@ __all__ = [
     "FunctionSpace",
     "Nystrom",
     "Outcome",
-    "PivotedCholesky",
     "Posterior",
     "SampledGram",
     "ShardedFeatures",

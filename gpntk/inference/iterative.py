@@ -64,7 +64,7 @@ class ConjugateGradients(AbstractSolver):
     """Preconditioned conjugate gradients, in the space of the preconditioner.
 
     Attributes:
-        preconditioner: `Nystrom` or `PivotedCholesky` (function space), `SampledGram` or ``Nystrom(space="weight")``
+        preconditioner: `Nystrom` (function space), `SampledGram` or ``Nystrom(space="weight")``
             (weight space).
         tolerance: Of means: in function space the residual's norm over that of the right-hand side, in weight space
             the error over the solution, in the norm of A.

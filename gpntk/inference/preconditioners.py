@@ -3,9 +3,8 @@
 A preconditioner is a recipe; `AbstractPreconditioner.prepare` makes from it a factor M = R Rᵀ that gives solves and the
 exact log|M|. It is good where R⁻¹ A R⁻ᵀ has few different eigenvalues.
 
-    Nystrom           function or weight space   rank r from r products, chosen by an error estimate     memory n r
-    PivotedCholesky   function space             r rows of K, in blocks                                  memory n r
-    SampledGram       weight space               ΦᵀΦ of a sample of the rows; whole, or layer by layer   memory F²
+    Nystrom       function or weight space   rank r from r products, chosen by an error estimate     memory n r
+    SampledGram   weight space               ΦᵀΦ of a sample of the rows; whole, or layer by layer   memory F²
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final, get_args
+from typing import NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ _TYPICAL_ITERATIONS, _TYPICAL_RANK = 30, 400
 # Products with a fresh vector that estimate the norm of what a low-rank approximation leaves out.
 _POWER_STEPS = 4
 _FIRST_RANK = 32
-# Pivots taken at once; a block of rows costs little more than one.
-_PIVOTS = 32
 # Trace of a Gram matrix, times ε, from which on the one that is added to it is mostly lost.
 _ROUNDING = 0.5
 
@@ -113,12 +110,20 @@ class Nystrom(AbstractPreconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rank(self.max_rank, self.error, self.seed)
+        check_count(max_rank=self.max_rank)
+        check_count(0, seed=self.seed)
+        if self.error != 0:
+            check_positive(error=self.error)
         if self.space not in get_args(Space):
             raise InputError(f"space={self.space!r}: choose 'function' or 'weight'.")
 
     def counted(self, sizes: Sizes) -> Counted:
-        return _of_rank(sizes, self.space)
+        size = sizes.rows if self.space == "function" else sizes.features
+        rank, item = min(_TYPICAL_RANK, size), sizes.itemsize
+        once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
+        each = Work(4 * size * rank, 2 * item * size * rank, 4)
+        iterations = _TYPICAL_ITERATIONS if self.space == "function" else _TYPICAL_ITERATIONS // 2
+        return Counted(once, each, 5.0 * item * size * rank, iterations)
 
     def build(self, system: WhitenedSystem) -> SpectralFactor:
         covariance = system.covariance
@@ -126,23 +131,6 @@ class Nystrom(AbstractPreconditioner):
         values, vectors = nystrom(system.product(self.space), like, self.max_rank, self.error, self.seed)
         # Beyond the rank, eigenvalues are at most about the smallest found.
         return SpectralFactor(1 + values, vectors, 1 + (float(values[-1]) if values.numel() else 0.0))
-
-
-def _check_rank(max_rank: int, error: float, seed: int) -> None:
-    check_count(max_rank=max_rank)
-    check_count(0, seed=seed)
-    if error != 0:
-        check_positive(error=error)
-
-
-def _of_rank(sizes: Sizes, space: Space) -> Counted:
-    """Costs of a low-rank factor of a typical rank."""
-    size = sizes.rows if space == "function" else sizes.features
-    rank, item = min(_TYPICAL_RANK, size), sizes.itemsize
-    once = sizes.product.times(rank) + Work(8 * size * rank**2, 0, 100)
-    each = Work(4 * size * rank, 2 * item * size * rank, 4)
-    iterations = _TYPICAL_ITERATIONS if space == "function" else _TYPICAL_ITERATIONS // 2
-    return Counted(once, each, 5.0 * item * size * rank, iterations)
 
 
 def nystrom(
@@ -185,16 +173,12 @@ def _low_rank(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     kept = values > torch.finfo(basis.dtype).eps * values[-1].clamp_min(0)
     root = (vectors[:, kept] * values[kept].rsqrt()).mT.to(basis.dtype) @ shifted
-    squares, u = _spectrum_of_root(root)
-    kept = squares > shift
-    return squares[kept] - shift, u[:, kept]
-
-
-def _spectrum_of_root(root: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, the largest first, and vectors of RᵀR for R `[r, n]`."""
+    # The spectrum of RᵀR for the root R `[r, n]`.
     q, upper = torch.linalg.qr(root.mT)
     u, singular, _ = torch.linalg.svd(upper)
-    return singular.square(), q @ u
+    squares = singular.square()
+    kept = squares > shift
+    return squares[kept] - shift, (q @ u)[:, kept]
 
 
 def _without(basis: Tensor, vectors: Tensor) -> Tensor:
@@ -214,59 +198,6 @@ def _norm(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
             break
         vector = image / norm
     return norm
-
-
-@final
-@dataclass(frozen=True)
-class PivotedCholesky(AbstractPreconditioner):
-    """Partial Cholesky factor H ≈ LᵀL, L `[r, n]`, of H = Ψ Ψᵀ from r of its rows, at randomly chosen pivots.
-
-    Pivots are drawn in blocks with probability proportional to the diagonal of what is left, which needs no ordering of
-    the data and finds outliers; it stops when the largest entry left is below ``error`` or at ``max_rank`` rows.
-
-    Attributes:
-        max_rank: Largest r; memory is 2 r vectors.
-        error: Largest diagonal entry that may be left out, in units of the noise.
-        seed: Of the draws.
-
-    References:
-        Chen, Epperly, Tropp and Webber (2024), Randomly Pivoted Cholesky, algorithm 2.2.
-        Harbrecht, Peters and Schneider (2012), On the Low-Rank Approximation by the Pivoted Cholesky Decomposition.
-    """
-
-    max_rank: int = 400
-    error: float = 0.1
-    seed: int = 0
-    space: Space = field(default="function", init=False)
-
-    def __post_init__(self) -> None:
-        _check_rank(self.max_rank, self.error, self.seed)
-
-    def counted(self, sizes: Sizes) -> Counted:
-        return _of_rank(sizes, self.space)
-
-    def build(self, system: WhitenedSystem) -> SpectralFactor:
-        covariance, rows = system.covariance, system.size("function")
-        options: Any = {"dtype": covariance.dtype, "device": covariance.device}
-        left = system.diagonal().clone()
-        generator = torch.Generator(left.device).manual_seed(self.seed)
-        product = system.product("function")
-        root = torch.zeros(0, rows, **options)
-        while root.shape[0] < self.max_rank and float(left.max()) > self.error:
-            count = min(_PIVOTS, self.max_rank - root.shape[0], int((left > 0).sum()))
-            pivots = torch.multinomial(left, count, generator=generator)
-            unit = torch.zeros(count, rows, **options)
-            unit[torch.arange(count, device=left.device), pivots] = 1
-            found = product(unit) - root[:, pivots].mT @ root
-            core = found[:, pivots].to(left.dtype)
-            values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-            kept = values > torch.finfo(covariance.dtype).eps * count * values[-1].clamp_min(self.error)
-            new = (vectors[:, kept] * values[kept].rsqrt()).mT.to(covariance.dtype) @ found
-            root = torch.cat([root, new])
-            left = (left - new.to(left.dtype).square().sum(0)).clamp_min(0)
-            left[pivots] = 0
-        squares, u = _spectrum_of_root(root)
-        return SpectralFactor(1 + squares, u)
 
 
 @final
