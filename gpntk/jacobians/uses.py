@@ -161,10 +161,11 @@ def find_uses(network: FrozenNetwork, x: Tensor) -> Uses:
     """
     rows = sample_rows(x, 4)
     parameters = {name: t.detach().requires_grad_() for name, t in network.selected(x.dtype, x.device).items()}
-    two, other, three = (_record(network, rows[list(chosen)], parameters) for chosen in ((0, 1), (3, 1), (0, 1, 2)))
+    pair, others, triple = rows[[0, 1]], rows[[3, 1]], rows[[0, 1, 2]]
+    two, other, three = (_record(network, some, parameters) for some in (pair, others, triple))
     if not [c.function for c in two] == [c.function for c in other] == [c.function for c in three]:
         raise NetworkError("the network runs other operations for other rows of x, or another number of them.")
-    if any(_reorders_rows(call, depends) for call, depends in zip(two, _dependent(two), strict=True)):
+    if any(_reorders_rows(call, depends) for call, depends in zip(two, _dependent(two, pair), strict=True)):
         raise NetworkError("the network reorders the rows of x by their values.")
     calls, constant, unruled = _find(parameters, two, other, three)
     _drop_unruled(calls, unruled)
@@ -248,9 +249,9 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.equal(one, two)
 
 
-def _dependent(calls: list[Call]) -> list[set[int]]:
+def _dependent(calls: list[Call], x: Tensor) -> list[set[int]]:
     """For every call, the arguments that depend on x, by their ids."""
-    dependent = {id(leaf) for leaf in calls[0].leaves if isinstance(leaf, Tensor)} if calls else set()
+    dependent = {id(x)}
     found = []
     for call in calls:
         arguments = {id(leaf) for leaf in call.leaves if isinstance(leaf, Tensor)} & dependent

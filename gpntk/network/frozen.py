@@ -335,7 +335,9 @@ class FrozenNetwork(nn.Module):
         tensors = self.tensors(dtype, x.device)
         if needs.gradients and parameters is None:
             tensors = {name: with_gradient(tensor) for name, tensor in tensors.items()}
-        given = {name: tensor.to(cast(tensor.dtype, dtype)) for name, tensor in (parameters or {}).items()}
+        given = dict(parameters or {})
+        if needs.dtype is not None:
+            given = {name: tensor.to(cast(tensor.dtype, dtype)) for name, tensor in given.items()}
         with self.lock, differentiable_operations(), needs.mode():
             arguments = self.adapter.arguments((frozen(x) if x.is_inference() and needs.gradients else x).to(dtype))
             returned = functional_call(self._skeleton.module, {**tensors, **given}, *arguments)
