@@ -165,9 +165,8 @@ class StructuredBackend(AbstractTangentBackend):
             self.num_outputs(x)  # which also checks the network's behaviour
             try:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings(
-                        "error", "None of the inputs have requires_grad"
-                    )  # of checkpoints: J is lost
+                    # A warning of checkpoints, which then lose derivatives.
+                    warnings.filterwarnings("error", "None of the inputs have requires_grad")
                     self._capture = self._find(x)
             except GpntkError:
                 raise

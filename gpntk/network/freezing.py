@@ -168,7 +168,7 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     try:
         return copy.deepcopy(module, dict(memo))
     except Exception:
-        memo |= {id(value): value for _, value in attributes if not _can_becopied(value, memo)}
+        memo |= {id(value): value for _, value in attributes if not _can_be_copied(value, memo)}
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
@@ -182,7 +182,7 @@ def _has_history(tensor: Tensor) -> bool:
     return tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor)
 
 
-def _can_becopied(value: Any, memo: dict[int, Any]) -> bool:
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:

@@ -25,7 +25,7 @@ def two_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def first_run(network: Callable[[Tensor], Tensor], rows: Tensor, adapter: Adapter) -> Tensor:
-    """f `[2, C]`.
+    """What the network returns for a few rows of x, `[N, C]`; an error that says what it was given if it does not run.
 
     Raises:
         InputError: The network does not run; the message says which rows it was given.
