@@ -636,7 +636,6 @@ def test_complex_weights_outside_of_the_selection() -> None:
         ("checkpoint", "checkpoint"),
         ("forces", "requires_grad_()"),
         ("full backward hook", "BackwardHookFunction.apply"),
-        ("scripted function", "second derivatives"),
     ],
 )
 def test_the_choice_names_the_operation(name: str, words: str) -> None:
