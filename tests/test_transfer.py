@@ -163,8 +163,8 @@ def test_nystrom_features_are_a_projection_that_explains_what_it_says() -> None:
         return 2 * (-4 * torch.cdist(one, two).square()).exp()
 
     found = nystrom_features(kernel, lambda rows: rows.new_full((len(rows),), 2.0), x, 1e-4, 300)
-    phi, points = found.features(x), found.features.points
-    torch.testing.assert_close(found.features(points) @ phi.mT, kernel(points, x), rtol=1e-6, atol=1e-8)
+    phi, points = found(x), found.points
+    torch.testing.assert_close(found(points) @ phi.mT, kernel(points, x), rtol=1e-6, atol=1e-8)
     missed = (2 - phi.square().sum(-1)).mean() / 2
     assert found.unexplained == pytest.approx(missed.item(), rel=0.2)
     assert missed <= 1e-4

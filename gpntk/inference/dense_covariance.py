@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, final
+from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class DenseCovariance(AbstractCovariance):
     def of_matrix(cls, matrix: Tensor, num_outputs: int = 1) -> DenseCovariance:
         """A covariance that is known at the data alone, K `[N*C, N*C]`; the inputs are their numbers `[N, 1]`."""
         x = torch.arange(matrix.shape[0] // num_outputs, dtype=matrix.dtype, device=matrix.device).unsqueeze(-1)
-        return cls(_Rows(matrix.detach(), num_outputs), x, num_outputs, matrix)
+        return cls(partial(_entries, matrix=matrix.detach(), outputs=num_outputs), x, num_outputs, matrix)
 
     @property
     def weighted(self) -> FeatureCovariance:
@@ -130,13 +131,8 @@ class DenseCovariance(AbstractCovariance):
         return other
 
 
-class _Rows(NamedTuple):
+def _entries(one: Tensor, two: Tensor, matrix: Tensor, outputs: int) -> Tensor:
     """A kernel of the numbers of inputs: what a matrix has for them."""
-
-    matrix: Tensor
-    outputs: int
-
-    def __call__(self, one: Tensor, two: Tensor) -> Tensor:
-        offsets = torch.arange(self.outputs, device=self.matrix.device)
-        rows, columns = ((self.outputs * x.long() + offsets).flatten(-2) for x in (one, two))
-        return self.matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]
+    offsets = torch.arange(outputs, device=matrix.device)
+    rows, columns = ((outputs * x.long() + offsets).flatten(-2) for x in (one, two))
+    return matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]

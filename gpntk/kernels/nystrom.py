@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpntk.inference.dense_covariance import Kernel
 from gpntk.inference.features import draw
 from gpntk.jacobians import AbstractJacobianBackend, ExplicitBackend, StackedBackend
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel
-
-KernelFunction = Callable[[Tensor, Tensor], Tensor]
-"""From x1 `[N, D]` and x2 `[M, D]` to `[N, M]`."""
 
 # Candidates for a point, at most; rows on which what is left unexplained is measured.
 _CANDIDATES = 8_000
@@ -22,36 +20,34 @@ _MEASURED = 1_000
 _LEAST, _MOST = 1e-9, 1e-2
 
 
-@final
-class NystromMap:
+class NystromFeatures(NamedTuple):
     """φ(x) = L⁻¹ k(Z, x) `[N, M]` for points Z with k(Z, Z) = L Lᵀ: φ(x)·φ(x') is k's orthogonal projection onto Z.
 
-    Args:
+    Attributes:
         kernel: k.
         points: Z `[M, D]`.
         lower: L `[M, M]`.
+        unexplained: Share of the prior variance that the features miss, on rows that did not choose the points.
     """
 
-    def __init__(self, kernel: KernelFunction, points: Tensor, lower: Tensor) -> None:
-        self._kernel, self.points, self._lower = kernel, points, lower
+    kernel: Kernel
+    points: Tensor
+    lower: Tensor
+    unexplained: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        cross = self._kernel(self.points, x)
-        return torch.linalg.solve_triangular(self._lower, cross.to(self._lower), upper=False).mT
+        cross = self.kernel(self.points, x)
+        return torch.linalg.solve_triangular(self.lower, cross.to(self.lower), upper=False).mT
 
-
-class NystromFeatures(NamedTuple):
-    """Features of a kernel, and how good they are."""
-
-    features: NystromMap
-    size: int
-    unexplained: float
-    """Share of the prior variance that the features miss, on rows that did not choose the points."""
+    @property
+    def size(self) -> int:
+        """M, the number of features."""
+        return len(self.points)
 
 
 @torch.no_grad()
 def nystrom_features(
-    kernel: KernelFunction, variance: Callable[[Tensor], Tensor], x: Tensor, missed: float, most: int
+    kernel: Kernel, variance: Callable[[Tensor], Tensor], x: Tensor, missed: float, most: int
 ) -> NystromFeatures:
     """Features of k at greedily chosen rows of x: each where the variance that those before it leave is largest.
 
@@ -96,11 +92,11 @@ def nystrom_features(
         pivots.append(pivot)
     where = torch.tensor(pivots, dtype=torch.long, device=x.device)
     # Rows of the factor at the pivots are the factor of k(Z, Z).
-    features = NystromMap(kernel, candidates[where], rows[: len(pivots), where].mT.tril().contiguous())
+    found = NystromFeatures(kernel, candidates[where], rows[: len(pivots), where].mT.tril().contiguous())
     others = x[draw(len(x), min(len(x), _MEASURED), seed=1).to(x.device)]
     own = variance(others)
-    gaps = (own - features(others).square().sum(-1)).clamp_min(0)
-    return NystromFeatures(features, len(pivots), float(gaps.sum() / own.sum()) if total > 0 else 0.0)
+    gaps = (own - found(others).square().sum(-1)).clamp_min(0)
+    return found._replace(unexplained=float(gaps.sum() / own.sum()) if total > 0 else 0.0)
 
 
 def stacked(
@@ -133,5 +129,4 @@ def _of_outputs(backend: AbstractJacobianBackend, outputs: int, x: Tensor) -> Ab
 
 
 def _explicit(found: NystromFeatures, outputs: int) -> ExplicitBackend:
-    points = found.features.points
-    return ExplicitBackend(found.features, found.size, outputs, dtype=points.dtype, device=points.device)
+    return ExplicitBackend(found, found.size, outputs, dtype=found.points.dtype, device=found.points.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -160,7 +161,8 @@ class PosteriorPredictionStrategy(DefaultPredictionStrategy):
             inner: Any = noisy._linear_op  # the host annotates it as a pair of operators
             gram, noise = inner.to_dense(), noise_of(noisy._diag_tensor)
         outputs = gram.shape[-1] // prior.x1.shape[-2]
-        covariance = DenseCovariance(_KernelFunction(prior.kernel, prior.params), prior.x1, outputs, gram)
+        kernel = partial(_matrix, kernel=prior.kernel, params=prior.params)
+        covariance = DenseCovariance(kernel, prior.x1, outputs, gram)
         return [(WhitenedSystem(covariance, noise), AutoSolver())]
 
     def _new_part(self, full: Any) -> Any:
@@ -209,14 +211,9 @@ class _NewRows(NamedTuple):
         return numbers, x, columns, noise
 
 
-class _KernelFunction(NamedTuple):
-    """The kernel of a lazy matrix, as a function of inputs from which its dimensions have been chosen."""
-
-    kernel: Kernel
-    params: dict[str, Any]
-
-    def __call__(self, one: Tensor, two: Tensor) -> Tensor:
-        return LazyEvaluatedKernelTensor(one, two, kernel=self.kernel, **self.params).to_dense()
+def _matrix(one: Tensor, two: Tensor, kernel: Kernel, params: dict[str, Any]) -> Tensor:
+    """The matrix of a kernel at inputs from which its dimensions have been chosen."""
+    return LazyEvaluatedKernelTensor(one, two, kernel=kernel, **params).to_dense()
 
 
 def _from_matrices(

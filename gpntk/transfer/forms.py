@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -76,7 +77,7 @@ class DenseForm(AbstractForm):
         with torch.no_grad():
             gram = self.prior.matrix(logs, self.x, self.x)
         rows = 1 if self.shared else self.num_outputs
-        return DenseCovariance(_KernelAt(self.prior, logs), self.x, rows, gram)
+        return DenseCovariance(partial(self.prior.matrix, logs), self.x, rows, gram)
 
     def differentiable(self, logs: Tensor) -> Tensor:
         return self.prior.matrix(logs, self.x, self.x).to(exact_dtype(self.x.device))
@@ -158,7 +159,7 @@ class FeatureForm(AbstractForm):
         rows = x.new_zeros(len(x), dtype=exact_dtype(x.device))
         for term, source, then, ratio in self._parts(logs):
             if isinstance(source, NystromFeatures):
-                left = term.diagonal(then, x) - source.features(x).square().sum(-1)
+                left = term.diagonal(then, x) - source(x).square().sum(-1)
                 rows = rows + ratio * left.clamp_min(0)
         return rows if self.shared else rows.repeat_interleave(self.num_outputs)
 
@@ -210,16 +211,5 @@ def _free(term: AbstractTerm) -> list[bool]:
 
 
 def _features_of(term: AbstractTerm, logs: Tensor, x: Tensor, recipe: Recipe) -> NystromFeatures:
-    kernel = _KernelAt(SumOfTerms([term], 1), logs)
+    kernel = partial(SumOfTerms([term], 1).matrix, logs)
     return nystrom_features(kernel, lambda rows: term.diagonal(logs, rows), x, recipe.missed, recipe.most)
-
-
-@final
-class _KernelAt:
-    """A prior covariance at fixed hyperparameters, as a function of inputs."""
-
-    def __init__(self, prior: SumOfTerms, logs: Tensor) -> None:
-        self._prior, self._logs = prior, logs
-
-    def __call__(self, x1: Tensor, x2: Tensor) -> Tensor:
-        return self._prior.matrix(self._logs, x1, x2)
