@@ -103,19 +103,6 @@ class Posterior:
         self._updates: tuple[_Update, ...] = ()
         self._directions: tuple[int, Tensor] | None = None
 
-    @classmethod
-    def at_mode(cls, inverse: AbstractInverse, choice: SolverChoice, dual: Tensor) -> Posterior:
-        """The Gaussian of mean K a and of the covariance of a prepared system, for a = ``dual`` `[n]`.
-
-        It has no targets: `log_evidence`, `leave_one_out` and `condition_on` are for whoever knows the likelihood.
-        """
-        posterior = cls.__new__(cls)
-        posterior.choice, posterior.inverse, posterior.system = choice, inverse, inverse.system
-        posterior._single, posterior._updates, posterior._directions = True, (), None
-        posterior._functions, posterior._dual = inverse.exact.covariance, dual.unsqueeze(0)
-        posterior._coefficients = posterior._functions.coefficients(posterior._dual)
-        return posterior
-
     @property
     def solver(self) -> AbstractSolver:
         """The solver in charge: what an automatic choice chose."""

@@ -11,17 +11,27 @@ step whatever Λ is, so that one factorisation serves several steps, as long as 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, final
+from collections.abc import Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpntk._checks import check_input
 from gpntk.errors import InputError, SolveError
-from gpntk.inference import AbstractCovariance, AbstractSolver, AutoSolver, DenseCovariance
+from gpntk.inference import (
+    AbstractCovariance,
+    AbstractSolver,
+    AutoSolver,
+    DenseCovariance,
+    FunctionSpace,
+    SolverChoice,
+    WhitenedSystem,
+)
 from gpntk.inference.features import exact_dtype
 from gpntk.likelihoods import AbstractLikelihood, Categorical, Latent
-from gpntk.models.newton import AbstractNewtonSystem, IndependentNewtonSystem, Maker, WhitenedNewtonSystem, product
+from gpntk.models.newton import AbstractNewtonSystem, IndependentNewtonSystem, WhitenedNewtonSystem
 
 _MAX_STEPS = 200
 # Halvings of one step.
@@ -105,10 +115,13 @@ class LaplacePosterior:
         self._exact = exact = given.to(exact_dtype(given.device))
         self._mean = mean.detach().to(exact.dtype)
         with torch.no_grad():
-            state = _find_mode(self._mean, self.labels, self.likelihood, start, exact, self._maker())
-            self._determinant = state.system.logdet()
-        self._state = state
-        self.mode, self.dual, self.choice = state.mode, state.dual, state.system.choice
+            if exact.num_rows == self._mean.numel():
+                self.choice: SolverChoice = self._solver.select(self._whitened(self._mean))
+            else:
+                self.choice = SolverChoice(FunctionSpace(), "outputs share a dense kernel: each is factorised.")
+            self.mode, self.dual = self._find_mode(start)
+            self._at_mode = self._system(self.mode)
+            self._determinant = self._at_mode.logdet()
         self.log_evidence_error = 0.5 * self._determinant.standard_error
         self.log_evidence = _LogEvidence.apply(mean, hyperparameters, self)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -116,7 +129,9 @@ class LaplacePosterior:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of f(x) - m(x), K(x, X) α `[T*C]` for x `[T, D]`; add the prior mean."""
-        return self._state.system.mean(x, self.dual).flatten()
+        check_input(x, self._exact.device)
+        columns = self._exact.values(x, self._exact.coefficients(self._columns(self.dual)))
+        return columns.mT.flatten()
 
     def variance(self, x: Tensor) -> Tensor:
         """Posterior variances of f(x) `[T*C]` for x `[T, D]`."""
@@ -124,16 +139,15 @@ class LaplacePosterior:
 
     def covariance(self, x: Tensor) -> Tensor:
         """Posterior covariance of f(x) `[..., T*C, T*C]` for x `[..., T, D]`."""
-        batched = self._state.system.covariance(x.reshape(-1, *x.shape[-2:]))
+        batched = self._at_mode.covariance(x.reshape(-1, *x.shape[-2:]))
         return batched.reshape(*x.shape[:-2], *batched.shape[-2:])
 
     def latent(self, x: Tensor, prior_mean: Tensor | None = None) -> Latent:
         """Outputs f(x) at each of x `[T, D]`: mean `[T, C]` and covariance `[T, C, C]`; prior mean m(x) `[T, C]`."""
-        mean = self._state.system.mean(x, self.dual)
+        mean = self.mean(x).unflatten(0, (len(x), -1))
         if prior_mean is not None and prior_mean.shape != mean.shape:
             raise InputError(f"prior_mean must be [T, C], here {tuple(mean.shape)}, got {tuple(prior_mean.shape)}.")
-        blocks = [self._state.system.covariance(part.unsqueeze(1)) for part in x.split(_ROWS)]
-        return Latent(mean if prior_mean is None else mean + prior_mean, torch.cat(blocks))
+        return Latent(mean if prior_mean is None else mean + prior_mean, self._blocks(x.split(_ROWS)))
 
     def predict(self, x: Tensor, prior_mean: Tensor | None = None) -> Tensor:
         """E[y] at x `[T, D]`: probabilities of classes `[T, K]`, or means `[T, C]`."""
@@ -160,7 +174,7 @@ class LaplacePosterior:
             models, https://arxiv.org/abs/1412.7461 (there LA-LOO).
         """
         with torch.no_grad():
-            posterior, root = self._state.system.blocks(), self.likelihood.root(self.mode, self.labels)
+            posterior, root = self._blocks(self._exact.inputs(_ROWS)), self.likelihood.root(self.mode, self.labels)
             # (V⁻¹ - Λ)⁻¹ = V + V R (I - Rᵀ V R)⁻¹ Rᵀ V
             right = posterior @ root
             inner = -root.mT @ right
@@ -171,7 +185,7 @@ class LaplacePosterior:
     def effective_parameters(self) -> float:
         """tr K (K + Λ⁻¹)⁻¹, how many independent numbers the labels have taught."""
         with torch.no_grad():
-            return float(self._state.system.shares().sum())
+            return float(self._at_mode.shares().sum())
 
     # --- more data ---------------------------------------------------------------------------------------------
 
@@ -190,30 +204,72 @@ class LaplacePosterior:
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _maker(self) -> Maker:
-        """What makes the system at f `[N, C]`."""
-        covariance, likelihood, labels = self._exact, self.likelihood, self.labels
-        if covariance.num_rows == self._mean.numel():
-            # All steps by one solver: the first's.
-            solvers = [self._solver]
+    def _system(self, f: Tensor) -> AbstractNewtonSystem:
+        """What is to be solved at f `[N, C]`; all steps by one solver."""
+        if self._exact.num_rows != f.numel():
+            return IndependentNewtonSystem(self._exact, self.likelihood, self.labels, f)
+        inverse = self.choice.solver.prepare(self._whitened(f))
+        return WhitenedNewtonSystem(inverse, self.likelihood, self.labels, f)
 
-            def whitened(f: Tensor) -> AbstractNewtonSystem:
-                system = WhitenedNewtonSystem(covariance, likelihood, labels, f, solvers[-1])
-                solvers.append(system.choice.solver)
-                return system
+    def _whitened(self, f: Tensor) -> WhitenedSystem:
+        return WhitenedSystem(self._exact, root=self.likelihood.root(f, self.labels))
 
-            return whitened
-        return lambda f: IndependentNewtonSystem(covariance, likelihood, labels, f)
+    def _columns(self, v: Tensor) -> Tensor:
+        """v `[N, C]` as columns for K: one of all rows, `[1, N*C]`, or one for each output that shares it, `[C, N]`."""
+        return v.reshape(1, -1) if self._exact.num_rows == v.numel() else v.mT
 
+    def _product(self, v: Tensor) -> Tensor:
+        """K v `[N, C]`."""
+        return self._exact.product(self._columns(v)).mT.reshape(v.shape)
 
-class _State(NamedTuple):
-    """What holds at the mode."""
+    def _blocks(self, parts: Iterable[Tensor]) -> Tensor:
+        """Posterior covariance of f at single inputs, given in parts: `[T, C, C]`."""
+        return torch.cat([self._at_mode.covariance(x.unsqueeze(1)) for x in parts])
 
-    mode: Tensor
-    dual: Tensor
-    log_posterior: Tensor
-    """log p(y | f) - ½ αᵀ K α `[]`."""
-    system: AbstractNewtonSystem
+    def _log_posterior(self, f: Tensor, dual: Tensor) -> Tensor:
+        """log p(y | f) - ½ αᵀ K α `[]`."""
+        return self.likelihood.log_prob(f, self.labels) - 0.5 * (dual * (f - self._mean)).sum()
+
+    def _find_mode(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """f̂ and α at the mode, by Newton's method with the Λ of the last steps as long as that serves."""
+
+        def ascend(gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """A step of α, that of f with it, and twice the rise that they promise."""
+            step = gap - system.solve(self._product(gap))
+            move = self._product(step)
+            return step, move, (gap * move).sum()
+
+        dual, f = torch.zeros_like(self._mean), self._mean
+        value = self._log_posterior(f, dual)
+        if start is not None:
+            warm_dual = start.to(dual)
+            warm = f + self._product(warm_dual)
+            if self._log_posterior(warm, warm_dual) > value:
+                dual, f, value = warm_dual, warm, self._log_posterior(warm, warm_dual)
+        system, renewed, last_gain = self._system(f), False, torch.inf
+        epsilon = torch.finfo(f.dtype).eps
+        for _ in range(_MAX_STEPS):
+            # 1. What a step with the present Λ promises; more than rounding can show has a mode to rise to.
+            gap, unit = self.likelihood.gradient(f, self.labels) - dual, 1 + value.abs()
+            step, move, gain = ascend(gap)
+            stalled = bool(gain > _GOOD_REDUCTION * last_gain)
+            if gain <= epsilon**1.25 * unit or (stalled and renewed and gain <= epsilon**0.75 * unit):
+                return f, dual
+            # 2. A new Λ where the old one serves no longer.
+            renewed = stalled
+            if renewed:
+                system = self._system(f)
+                step, move, gain = ascend(gap)
+            # 3. The longest of the steps 1, ½, ¼, ... along which the log posterior does not fall, but for rounding.
+            for _ in range(_MAX_HALVINGS):
+                risen = self._log_posterior(f + move, dual + step)
+                if risen >= value - epsilon**0.75 * unit:
+                    break
+                step, move = step / 2, move / 2
+            else:
+                raise SolveError(f"Newton's method found no way up from a log posterior of {value:.6g}: {_ADVICE}")
+            dual, f, value, last_gain = dual + step, f + move, risen, gain.item()
+        raise SolveError(f"Newton's method did not find the mode in {_MAX_STEPS} steps: {_ADVICE}")
 
 
 class _LogEvidence(torch.autograd.Function):
@@ -228,73 +284,20 @@ class _LogEvidence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prior_mean: Tensor, hyperparameters: Tensor, posterior: LaplacePosterior) -> Tensor:
         ctx.posterior, ctx.dtypes = posterior, (prior_mean.dtype, hyperparameters.dtype)
-        state = posterior._state
-        return state.log_posterior - 0.5 * posterior._determinant.value
+        return posterior._log_posterior(posterior.mode, posterior.dual) - 0.5 * posterior._determinant.value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         posterior: LaplacePosterior = ctx.posterior
-        state, system = posterior._state, posterior._state.system
-        q = -0.5 * posterior.likelihood.slope(state.mode, posterior.labels, system.shares())
-        u = q - system.solve(product(posterior._exact, q))
-        by_mean = gradients[0] * (state.dual + u)
+        system, dual = posterior._at_mode, posterior.dual
+        q = -0.5 * posterior.likelihood.slope(posterior.mode, posterior.labels, system.shares())
+        u = q - system.solve(posterior._product(q))
+        by_mean = gradients[0] * (dual + u)
         by_hyperparameters = None
         if ctx.needs_input_grad[1]:
-            by_hyperparameters = (gradients[0] * system.slope(state.dual, u)).to(ctx.dtypes[1])
+            by_hyperparameters = (gradients[0] * system.slope(dual, u)).to(ctx.dtypes[1])
         return by_mean.to(ctx.dtypes[0]), by_hyperparameters, None
-
-
-def _find_mode(  # noqa: PLR0917
-    prior_mean: Tensor,
-    labels: Tensor,
-    likelihood: AbstractLikelihood,
-    start: Tensor | None,
-    covariance: AbstractCovariance,
-    make: Maker,
-) -> _State:
-    """The mode, by Newton's method with the Λ of the last steps as long as that serves."""
-
-    def log_posterior(f: Tensor, dual: Tensor) -> Tensor:
-        return likelihood.log_prob(f, labels) - 0.5 * (dual * (f - prior_mean)).sum()
-
-    def ascend(gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A step of α, that of f with it, and twice the rise that they promise."""
-        step = gap - system.solve(product(covariance, gap))
-        move = product(covariance, step)
-        return step, move, (gap * move).sum()
-
-    dual, f = torch.zeros_like(prior_mean), prior_mean
-    value = log_posterior(f, dual)
-    if start is not None:
-        warm_dual = start.to(prior_mean)
-        warm = prior_mean + product(covariance, warm_dual)
-        if log_posterior(warm, warm_dual) > value:
-            dual, f, value = warm_dual, warm, log_posterior(warm, warm_dual)
-    system, renewed, last_gain = make(f), False, torch.inf
-    epsilon = torch.finfo(f.dtype).eps
-    for _ in range(_MAX_STEPS):
-        # 1. What a step with the present Λ promises; more than rounding can show has a mode to rise to.
-        gap, unit = likelihood.gradient(f, labels) - dual, 1 + value.abs()
-        step, move, gain = ascend(gap)
-        stalled = bool(gain > _GOOD_REDUCTION * last_gain)
-        if gain <= epsilon**1.25 * unit or (stalled and renewed and gain <= epsilon**0.75 * unit):
-            return _State(f, dual, value, make(f))
-        # 2. A new Λ where the old one serves no longer.
-        renewed = stalled
-        if renewed:
-            system = make(f)
-            step, move, gain = ascend(gap)
-        # 3. The longest of the steps 1, ½, ¼, ... along which the log posterior does not fall, but for rounding.
-        for _ in range(_MAX_HALVINGS):
-            risen = log_posterior(f + move, dual + step)
-            if risen >= value - epsilon**0.75 * unit:
-                break
-            step, move = step / 2, move / 2
-        else:
-            raise SolveError(f"Newton's method found no way up from a log posterior of {value:.6g}: {_ADVICE}")
-        dual, f, value, last_gain = dual + step, f + move, risen, gain.item()
-    raise SolveError(f"Newton's method did not find the mode in {_MAX_STEPS} steps: {_ADVICE}")
 
 
 def _as_covariance(

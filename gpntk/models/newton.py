@@ -6,28 +6,16 @@ P = (K + Λ⁻¹)⁻¹ is needed alone; Λ is block-diagonal over the inputs, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gpntk.inference import (
-    AbstractCovariance,
-    AbstractSolver,
-    FunctionSpace,
-    Outcome,
-    Posterior,
-    SolverChoice,
-    WhitenedSystem,
-)
+from gpntk.inference import AbstractCovariance, Outcome
 from gpntk.inference.direct import cholesky, not_factorised
 from gpntk.inference.factors import CholeskyFactor
-from gpntk.inference.inverse import LogDet
+from gpntk.inference.inverse import AbstractInverse, LogDet
 from gpntk.likelihoods import AbstractLikelihood
-
-# Test points predicted at once.
-_ROWS = 256
 
 
 class AbstractNewtonSystem(ABC):
@@ -50,24 +38,8 @@ class AbstractNewtonSystem(ABC):
         """½ ααᵀ + ½ (uαᵀ + αuᵀ) - ½ P as it acts on what K is made of: `[n, n]`, or on the prior variances."""
 
     @abstractmethod
-    def blocks(self) -> Tensor:
-        """Posterior covariance of f at every input `[N, C, C]`."""
-
-    @abstractmethod
-    def mean(self, x: Tensor, dual: Tensor) -> Tensor:
-        """Posterior mean less the prior's, k(x, X) α `[T, C]` for x `[T, D]`."""
-
-    @abstractmethod
     def covariance(self, x: Tensor) -> Tensor:
         """Posterior covariance `[B, T*C, T*C]` for x `[B, T, D]`."""
-
-    @property
-    @abstractmethod
-    def choice(self) -> SolverChoice:
-        """The solver in charge."""
-
-
-Maker = Callable[[Tensor], AbstractNewtonSystem]
 
 
 @final
@@ -75,64 +47,38 @@ class WhitenedNewtonSystem(AbstractNewtonSystem):
     """Any covariance with C rows for each input, by any solver: function space, weight space, conjugate gradients.
 
     Args:
-        covariance: K, in float64.
+        inverse: The system of K and of the likelihood's root at f, prepared.
         likelihood: That of the labels.
         labels: y.
         f: `[N, C]`.
-        solver: What solves it.
     """
 
-    def __init__(
-        self,
-        covariance: AbstractCovariance,
-        likelihood: AbstractLikelihood,
-        labels: Tensor,
-        f: Tensor,
-        solver: AbstractSolver,
-    ) -> None:
-        self._covariance, self._likelihood, self._labels, self._f = covariance, likelihood, labels, f
-        system = WhitenedSystem(covariance, root=likelihood.root(f, labels))
-        self._choice = solver.select(system)
-        self.inverse = self._choice.solver.prepare(system)
-
-    @property
-    def choice(self) -> SolverChoice:
-        return self._choice
+    def __init__(self, inverse: AbstractInverse, likelihood: AbstractLikelihood, labels: Tensor, f: Tensor) -> None:
+        self._inverse, self._likelihood, self._labels, self._f = inverse, likelihood, labels, f
 
     def solve(self, v: Tensor) -> Tensor:
-        return self.inverse.solve(v.reshape(1, -1)).checked().view_as(v)
+        return self._inverse.solve(v.reshape(1, -1)).checked().view_as(v)
 
     def logdet(self) -> LogDet:
-        return self.inverse.logdet(derivatives=False)
+        return self._inverse.logdet(derivatives=False)
 
     def shares(self) -> Tensor:
         # Rᵀ V R = I - B⁻¹ holds block by block.
-        explained = -self.inverse.inverse_blocks()
+        explained = -self._inverse.inverse_blocks()
         explained.diagonal(dim1=-2, dim2=-1).add_(1)
         return self._likelihood.shares(self._f, self._labels, explained)
 
     def slope(self, dual: Tensor, u: Tensor) -> Tensor:
-        if self._covariance.features is None:
-            return outer_slope(self.inverse.precision(), dual.reshape(-1, 1), u.reshape(-1, 1))
-        weighted = self._covariance.weighted
-        columns = torch.stack([dual.flatten(), u.flatten()])
-        alpha, moved = weighted.features.vjp(columns)
-        determinant = self.inverse.logdet(by_row=False)
-        by_variance = determinant.by_variance / weighted.variances
+        covariance = self._inverse.exact.covariance
+        if covariance.features is None:
+            return outer_slope(self._inverse.precision(), dual.reshape(-1, 1), u.reshape(-1, 1))
+        weighted = covariance.weighted
+        alpha, moved = weighted.features.vjp(torch.stack([dual.flatten(), u.flatten()]))
+        by_variance = self._inverse.logdet(by_row=False).by_variance / weighted.variances
         return weighted.by_group(0.5 * alpha.square() + alpha * moved) - 0.5 * by_variance
 
-    def blocks(self) -> Tensor:
-        return torch.cat([self.covariance(x.unsqueeze(1)) for x in self._covariance.inputs(_ROWS)])
-
-    def mean(self, x: Tensor, dual: Tensor) -> Tensor:
-        return self.posterior(dual).mean(x).unflatten(0, (x.shape[0], -1))
-
     def covariance(self, x: Tensor) -> Tensor:
-        return self.inverse.covariance(x)
-
-    def posterior(self, dual: Tensor) -> Posterior:
-        """The Gaussian of mean K α and covariance K - K P K."""
-        return Posterior.at_mode(self.inverse, self._choice, dual.flatten())
+        return self._inverse.covariance(x)
 
 
 @final
@@ -158,7 +104,7 @@ class IndependentNewtonSystem(AbstractNewtonSystem):
     def __init__(
         self, covariance: AbstractCovariance, likelihood: AbstractLikelihood, labels: Tensor, f: Tensor
     ) -> None:
-        self._covariance, self._likelihood = covariance, likelihood
+        self._covariance = covariance
         self._curvature = likelihood.curvature(f, labels)
         self._scales = self._curvature.sqrt()
         gram = covariance.gram()
@@ -182,10 +128,6 @@ class IndependentNewtonSystem(AbstractNewtonSystem):
                 raise not_factorised(points, Outcome.NOT_POSITIVE)
             self._coupling = lower
             self._logdet = self._logdet + CholeskyFactor(lower).logdet()
-
-    @property
-    def choice(self) -> SolverChoice:
-        return SolverChoice(FunctionSpace(), "outputs share a dense kernel: each is factorised.")
 
     def solve(self, v: Tensor) -> Tensor:
         apart = self._apart(v)
@@ -216,12 +158,6 @@ class IndependentNewtonSystem(AbstractNewtonSystem):
             total += precision * s
         return outer_slope(total, dual, u)
 
-    def blocks(self) -> Tensor:
-        return torch.cat([self.covariance(x.unsqueeze(1)) for x in self._covariance.inputs(_ROWS)])
-
-    def mean(self, x: Tensor, dual: Tensor) -> Tensor:
-        return self._covariance.values(x, dual.mT).mT
-
     def covariance(self, x: Tensor) -> Tensor:
         cross, prior = self._covariance.cross(x), self._covariance.prior(x)
         batch, tests, outputs = *cross.shape[:2], self._scales.shape[1]
@@ -243,13 +179,6 @@ class IndependentNewtonSystem(AbstractNewtonSystem):
     def _apart(self, v: Tensor) -> Tensor:
         """E_c v_c `[N, C]`, each output by itself."""
         return self._scales * (self._inverses @ (self._scales * v).mT.unsqueeze(-1)).squeeze(-1).mT
-
-
-def product(covariance: AbstractCovariance, v: Tensor) -> Tensor:
-    """K v `[N, C]` for v `[N, C]` and a K of N*C rows, or of N rows that C outputs share."""
-    columns = v.reshape(1, -1) if covariance.num_rows == v.numel() else v.mT
-    image = covariance.product(columns)
-    return image.view_as(v) if covariance.num_rows == v.numel() else image.mT
 
 
 def outer_slope(precision: Tensor, dual: Tensor, u: Tensor) -> Tensor:
