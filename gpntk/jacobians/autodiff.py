@@ -64,8 +64,15 @@ class AutodiffBackend(AbstractTangentBackend):
         """
         if self._refusal is None:
             self.num_outputs(x)
-            with torch.inference_mode(False):
-                self._refusal = self._find_refusal(frozen(x).flatten(0, 1)[None, :1])
+            if self.network.scripted:
+                # TorchScript optimises a function after its first runs: what is right now may be wrong later on.
+                called = ", ".join(sorted(self.network.scripted))
+                self._refusal = (
+                    f"torch.func gives wrong derivatives of TorchScript, of which the network calls {called}"
+                )
+            else:
+                with torch.inference_mode(False):
+                    self._refusal = self._find_refusal(frozen(x).flatten(0, 1)[None, :1])
         return self._refusal
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:

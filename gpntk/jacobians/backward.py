@@ -221,18 +221,19 @@ class BackwardBackend(AbstractTangentBackend):
         return chunks(x.shape[1], 3 * (1 + columns) * self._row_values * x.element_size(), self.memory_budget)
 
     def _find(self, x: Tensor) -> _Found:
-        """What goes, tried once on a row against one backward pass per output."""
+        """What goes, tried once on a row against two backward passes."""
         if self._found is None:
-            self.num_outputs(x)
             row, dtype = frozen(x).flatten(0, 1)[:1], self.network.compute_dtype(x.dtype)
-            unit = torch.eye(self.num_outputs(x), dtype=x.dtype, device=x.device).unsqueeze(1)
+            u = no_pattern(2 * self.num_outputs(x), x).view(2, 1, -1)
+            v = no_pattern(self.num_features, x).unsqueeze(0)
             with self._running():
-                exact = self._pulled(row, unit)
-                self._found = _Found(batched=True, pushes=False)
-                batched = _agrees(lambda: self._pulled(row, unit), exact, dtype)
+                exact = self._pulled(row, u)
+                # TorchScript, once it has optimised a function, may differentiate it one column at a time only.
+                batched = not self.network.scripted
                 self._found = _Found(batched, pushes=False)
-                v = no_pattern(self.num_features, x).unsqueeze(0)
-                pushes = _agrees(lambda: self._pushed(row, v), v @ exact.mT, dtype)
+                batched = batched and _agrees(lambda: self._pulled(row, u), exact, dtype)
+                self._found = _Found(batched, pushes=False)
+                pushes = _agrees(lambda: self._pushed(row, v) @ u[:, 0].mT, v @ exact.mT, dtype)
                 self._found = _Found(batched, pushes)
         return self._found
 

@@ -70,7 +70,7 @@ class Capture:
             taps = mode.taps
             last = [self._is_output(tap, outputs) for tap in taps]
             wanted = [tap for tap, identity in zip(taps, last, strict=True) if not identity]
-            cotangents = _output_backwards(outputs, wanted, graph)
+            cotangents = _output_backwards(outputs, wanted, graph, batched=not self._network.scripted)
         factors: dict[int, list[Factors]] = {shared.key: [] for shared in self.shared}
         derived: dict[int, dict[str, Derived]] = {shared.key: {} for shared in self.shared}
         cotangents.reverse()
@@ -226,7 +226,7 @@ def _another_path() -> NetworkError:
     )
 
 
-def _output_backwards(outputs: Tensor, taps: list[Tap], graph: bool) -> list[Tensor]:
+def _output_backwards(outputs: Tensor, taps: list[Tap], graph: bool, batched: bool) -> list[Tensor]:
     """df_c/ds at every tap s, for every output c: `[C, *shape]`."""
     if not taps:
         return []
@@ -235,31 +235,33 @@ def _output_backwards(outputs: Tensor, taps: list[Tap], graph: bool) -> list[Ten
         grads = torch.autograd.grad(outputs.sum(), edges, create_graph=graph, allow_unused=True)
         grads = [None if grad is None else grad.unsqueeze(0) for grad in grads]
     else:
-        grads = _batched_grads(outputs, edges, graph)
+        grads = _each_grads(outputs, edges, graph, batched)
     return [
         outputs.new_zeros(outputs.shape[1], *tap.shape) if grad is None else grad
         for tap, grad in zip(taps, grads, strict=True)
     ]
 
 
-def _batched_grads(outputs: Tensor, edges: list[GradientEdge], graph: bool) -> tuple[Tensor | None, ...]:
+def _each_grads(outputs: Tensor, edges: list[GradientEdge], graph: bool, batched: bool) -> tuple[Tensor | None, ...]:
     rows, count = outputs.shape
     unit = torch.eye(count, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(count, rows, count)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            return torch.autograd.grad(
-                outputs, edges, unit, is_grads_batched=True, create_graph=graph, retain_graph=True, allow_unused=True
-            )
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        # A backward pass that cannot be batched: one by one, which raises again what is really wrong.
-        each = [
-            torch.autograd.grad(outputs, edges, part, create_graph=graph, retain_graph=True, allow_unused=True)
-            for part in unit
-        ]
-        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+
+    def grads(part: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            outputs, edges, part, is_grads_batched=batched, create_graph=graph, retain_graph=True, allow_unused=True
+        )
+
+    if batched:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                return grads(unit, batched=True)
+        except RuntimeError as error:
+            # Else a backward pass that cannot be batched: one by one, which raises again what is really wrong.
+            if is_out_of_memory(error):
+                raise
+    each = [grads(part, batched=False) for part in unit]
+    return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 def _factors(tap: Tap, cotangents: Tensor | None, batch: tuple[int, int]) -> Factors:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpntk.errors import NetworkError
 from gpntk.memory import Lock
+from gpntk.network.batches import Arguments
 
 
 def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -65,9 +67,10 @@ class Skeleton:
         for name, buffer in self.module.named_buffers():
             memo[id(buffer)] = tensors[name].detach().clone()
         filled = copied(self.module, memo)
+        places = dict(self.module.named_modules())
         for place, child in filled.named_modules():
             if isinstance(child, torch.jit.ScriptModule):  # whose copies know no memo
-                own = self.module.get_submodule(place)
+                own = places[place]
                 for name, tensor in chain(own.named_parameters(recurse=False), own.named_buffers(recurse=False)):
                     setattr(child, name, memo[id(tensor)])
         if shared:
@@ -75,6 +78,13 @@ class Skeleton:
                 for hook in self.hooks.get(name, ()):
                     parameter.requires_grad_().register_hook(hook)
         return filled
+
+    def run(self, tensors: Mapping[str, Tensor], arguments: Arguments) -> Any:
+        """What the module returns with ``tensors``, by name, in place of the empty ones."""
+        if not isinstance(self.module, torch.jit.ScriptModule):
+            return functional_call(self.module, dict(tensors), *arguments)
+        # Takes other weights only as a part of a module.
+        return functional_call(_Whole(self.module), {f"part.{name}": tensors[name] for name in tensors}, *arguments)
 
     def __copy__(self) -> Skeleton:
         return self
@@ -141,6 +151,17 @@ def cast(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 def with_gradient(tensor: Tensor) -> Tensor:
     """The tensor as a leaf that requires grad, if it is real."""
     return tensor.detach().requires_grad_() if tensor.is_floating_point() and tensor.layout == torch.strided else tensor
+
+
+class _Whole(nn.Module):
+    """A module that is another one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(*args, **kwargs)
 
 
 def _emptied(module: nn.Module) -> nn.Module:
@@ -232,11 +253,6 @@ def check_module(module: nn.Module) -> None:
         raise NetworkError(f"network must be a torch.nn.Module, got {type(module).__name__}.")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise NetworkError(f"network is wrapped in {type(module).__name__}: pass module.module.")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise NetworkError(
-            "network is a TorchScript module, whose weights cannot be replaced: pass the nn.Module that it was "
-            "made from, or torch.nn.Sequential(network)."
-        )
     parameters = dict(module.named_parameters())
     if not parameters:
         raise NetworkError("network has no parameters, so it has no Jacobian: pass a network with weights.")

@@ -21,7 +21,6 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, SelectionError
@@ -31,7 +30,7 @@ from gpntk.network.batches import Arguments, head
 from gpntk.network.freezing import Needs, Skeleton, cast, check_module, check_real, find_needs, with_gradient
 from gpntk.network.outputs import Entry, extracted, selected
 from gpntk.network.primitives import by_primitives, differentiable_operations
-from gpntk.network.probing import check_readout, check_rows, first_run, two_rows
+from gpntk.network.probing import check_readout, check_rows, first_run, scripted_calls, two_rows
 from gpntk.network.selection import layer_name, readout_name, select_parameters
 
 
@@ -108,6 +107,7 @@ class FrozenNetwork(nn.Module):
         # No nn.Module, hence not registered: GPyTorch's .to(), .train(), requires_grad_() and state_dict() stay away.
         self._skeleton = Skeleton(module)
         self.hooked = frozenset(self._skeleton.hooks)  # parameters whose gradients go through hooks of their own
+        self.scripted: set[str] = set()  # what `num_outputs` has seen it call of TorchScript
         self._tensor_names = tuple(chain(named, dict(module.named_buffers())))
         with torch.inference_mode(False):
             for index, tensor in enumerate(chain(named.values(), module.buffers())):
@@ -275,7 +275,8 @@ class FrozenNetwork(nn.Module):
             if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:
                 raise InputError(f"x is empty, shape {tuple(x.shape)}: the network is probed on at least one row.")
             pair = two_rows(x.detach().flatten(0, -2))
-            both = first_run(self, pair, self.adapter)
+            with self.lock, scripted_calls(self.scripted):
+                both = first_run(self, pair, self.adapter)
             self._num_outputs[seen] = check_rows(self, both, pair, self.compute_dtype(pair.dtype))
             if self._readout is not None:
                 with self.lock:
@@ -340,7 +341,7 @@ class FrozenNetwork(nn.Module):
             given = {name: tensor.to(cast(tensor.dtype, dtype)) for name, tensor in given.items()}
         with self.lock, differentiable_operations(), needs.mode():
             arguments = self.adapter.arguments((frozen(x) if x.is_inference() and needs.gradients else x).to(dtype))
-            returned = functional_call(self._skeleton.module, {**tensors, **given}, *arguments)
+            returned = self._skeleton.run({**tensors, **given}, arguments)
         outputs = self._outputs(returned, arguments, x.shape[0]).to(x.dtype)
         return outputs.detach() if needs.gradients and not torch.is_grad_enabled() else outputs
 

@@ -59,7 +59,7 @@ class Body(nn.Module):
         name = readout_name(network)
         if not name:
             raise NetworkError("the network is a single layer: nothing is left of it without its readout.")
-        readout = network.get_submodule(name)
+        readout = dict(network.named_modules())[name]
         if not isinstance(readout, nn.Linear):
             raise NetworkError(
                 f"the last layer, {name or 'the network itself'!r}, is a {type(readout).__name__}: a new head replaces "

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gpntk.errors import GpntkError, InputError, NetworkError, SelectionError
+from gpntk.memory import Lock
 from gpntk.network.adapters import Adapter
 from gpntk.network.selection import layer_name
+
+# The types whose calls run TorchScript, with the name of what is called; and the lock under which they are watched,
+# because they are those of all threads.
+_SCRIPTED: dict[type, Callable[[Any], str]] = {
+    torch.jit.ScriptFunction: lambda function: function.name,
+    torch._C.ScriptMethod: lambda method: method.owner._type().name(),
+}
+_WATCHING = Lock()
 
 
 def two_rows(rows: Tensor) -> Tensor:
@@ -79,13 +90,34 @@ def check_rows(network: Callable[[Tensor], Tensor], both: Tensor, pair: Tensor, 
     return both.shape[-1]
 
 
+@contextmanager
+def scripted_calls(names: set[str]) -> Iterator[None]:
+    """Add to ``names`` what this thread calls of TorchScript meanwhile, which no mode of torch's shows."""
+    thread = threading.get_ident()
+
+    def watched(call: Callable[..., Any], name: Callable[[Any], str]) -> Callable[..., Any]:
+        def wrapped(scripted: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                names.add(name(scripted))
+            return call(scripted, *args, **kwargs)
+
+        return wrapped
+
+    with _WATCHING, ExitStack() as stack:
+        for kind, name in _SCRIPTED.items():
+            stack.callback(setattr, kind, "__call__", kind.__call__)
+            kind.__call__ = watched(kind.__call__, name)
+        yield
+
+
 @torch.no_grad()
 def check_readout(network: Callable[[Tensor], Tensor], module: nn.Module, readout: str, rows: Tensor) -> None:
     """Raise `SelectionError` unless ``readout`` is the last layer with parameters to start running in ``module``."""
     started: list[str] = []
+    modules = dict(module.named_modules())
     layers = {layer_name(name) for name, _ in module.named_parameters()}
     hooks = {name: lambda *_, n=name: started.append(n) for name in layers}
-    with _removing([module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]):
+    with _removing([modules[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]):
         network(rows)
     if started and started[-1] != readout:
         raise SelectionError(
