@@ -11,10 +11,9 @@ import torch
 from gpntk._checks import check_count, check_positive
 from gpntk.cost import Cost, Machine, Work
 from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
-from gpntk.inference.inverse import AbstractInverse
 from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.preconditioners import Nystrom, SampledGram
-from gpntk.inference.solver import AbstractSolver, SolverChoice
+from gpntk.inference.solver import AbstractInverse, AbstractSolver, SolverChoice
 from gpntk.inference.system import Sizes, WhitenedSystem
 from gpntk.memory import budget_on
 

@@ -65,9 +65,19 @@ class SolveCheckpoint:
             raise error
         if failed:
             raise FileFormatError(f"checkpoint={os.fspath(self._path)!r} cannot be used: rank 0 says why.")
-        return ranks.first(tensors["value"].to(self._features.device)), iterations
+        self._last = ranks.first(tensors["value"].to(self._features.device)), iterations
+        return self._last
+
+    def add(self, columns: Tensor, iterations: int, step: Tensor) -> None:
+        """Write the solution last loaded or saved, some columns of which have moved on since."""
+        value, before = self._last
+        self._write(value.index_add(0, columns, step), before + iterations)
 
     def save(self, value: Tensor, iterations: int) -> None:
         """Replace what the file holds, whole or not at all."""
+        self._last = value, iterations
+        self._write(value, iterations)
+
+    def _write(self, value: Tensor, iterations: int) -> None:
         if self._file is not None:
             self._file.save({"value": value.double()}, {"iterations": iterations})

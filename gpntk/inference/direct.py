@@ -17,9 +17,8 @@ from gpntk.errors import InputError, SolveError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.inference.factors import AbstractFactor, CholeskyFactor, SpectralFactor
 from gpntk.inference.features import AbstractFeatures, exact_dtype
-from gpntk.inference.inverse import AbstractInverse, LogDet, Solution
 from gpntk.inference.outcome import Outcome
-from gpntk.inference.solver import AbstractSolver, SolverChoice, refuse_sharded
+from gpntk.inference.solver import AbstractInverse, AbstractSolver, LogDet, Solution, SolverChoice, refuse_sharded
 from gpntk.inference.system import Sizes, Space, WhitenedSystem
 
 # Error of the smallest eigenvalue, one, at which a factorisation is refused.

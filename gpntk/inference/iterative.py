@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -26,14 +27,19 @@ from gpntk._checks import check_count, check_positive
 from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.inference.checkpoint import SolveCheckpoint
-from gpntk.inference.conjugate_gradients import conjugate_gradients, logdet_by_quadrature, smallest_ritz_value
+from gpntk.inference.conjugate_gradients import (
+    conjugate_gradients,
+    function_derivatives,
+    logdet_by_quadrature,
+    row_norms,
+    signs,
+    smallest_ritz_value,
+)
 from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import not_in_function_space
-from gpntk.inference.inverse import AbstractInverse, LogDet, Solution, in_batches
 from gpntk.inference.outcome import Outcome, SolveResult
 from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom
-from gpntk.inference.probes import function_derivatives, row_norms, signs
-from gpntk.inference.solver import AbstractSolver, SolverChoice, refuse_sharded
+from gpntk.inference.solver import AbstractInverse, AbstractSolver, LogDet, Solution, SolverChoice, refuse_sharded
 from gpntk.inference.system import Sizes, Space, WhitenedSystem
 from gpntk.memory import chunks
 
@@ -215,7 +221,7 @@ class _IterativeInverse(AbstractInverse):
                 break
             reduction = torch.where(factor > 0, 0.5 * factor, _FIRST)[open_columns]
             reduction = reduction.clamp(_REDUCTION[self.system.covariance.dtype], _LEAST)
-            keep = self._keeper(checkpoint, value, open_columns, iterations)
+            keep = None if checkpoint is None else partial(checkpoint.add, open_columns)
             most = self._solver.max_iterations - iterations
             step, made, failures = self._run(residual[open_columns], reduction, most, keep)
             value = value.index_add(0, open_columns, step)
@@ -247,21 +253,10 @@ class _IterativeInverse(AbstractInverse):
                 outcomes[column] = Outcome.STAGNATED
         return torch.tensor(remaining, dtype=torch.long, device=columns.device)
 
-    def _keeper(
-        self, checkpoint: SolveCheckpoint | None, value: Tensor, columns: Tensor, before: int
-    ) -> Callable[[int, Callable[[], Tensor]], None]:
-        """What `_run` shows each iteration to: it keeps some."""
-
-        def keep(iteration: int, step: Callable[[], Tensor]) -> None:
-            if checkpoint is not None and iteration % self._solver.checkpoint_iterations == 0:
-                checkpoint.save(value.index_add(0, columns, step()), before + iteration)
-
-        return keep
-
     def _run(
-        self, residual: Tensor, reduction: Tensor, most: int, keep: Callable[[int, Callable[[], Tensor]], None]
+        self, residual: Tensor, reduction: Tensor, most: int, keep: Callable[[int, Tensor], None] | None
     ) -> tuple[Tensor, int, list[Outcome]]:
-        """About A⁻¹ r, in the precision of the data, for columns scaled to norm one."""
+        """About A⁻¹ r, in the precision of the data, for columns scaled to norm one; ``keep`` is shown some steps."""
         scales = row_norms(residual)
         rhs = self._factor.half((residual / scales.unsqueeze(-1)).to(self.system.covariance.dtype))
 
@@ -269,7 +264,8 @@ class _IterativeInverse(AbstractInverse):
             return self._factor.half_transposed(v).to(self.dtype) * scales.unsqueeze(-1)
 
         def observe(iteration: int, v: Tensor) -> None:
-            keep(iteration, lambda: solution(v))
+            if keep is not None and iteration % self._solver.checkpoint_iterations == 0:
+                keep(iteration, solution(v))
 
         run = conjugate_gradients(self._split, rhs, reduction * row_norms(rhs), most, observe)
         self._floor = min(self._floor, smallest_ritz_value(run))
@@ -306,13 +302,10 @@ class _IterativeInverse(AbstractInverse):
             return by_variance, self.exact.observed - (1 - diagonal).sum(0, keepdim=True)
         if not by_row:
             return by_variance, torch.zeros(self.exact.size("function"), dtype=self.dtype, device=diagonal.device)
-        return by_variance, self._row_diagonal((1 - diagonal).sum())
-
-    def _row_diagonal(self, trace: Tensor) -> Tensor:
-        """diag B⁻¹ `[m]`, estimated by probes of function space; tr (I - B⁻¹) is known better."""
+        # diag B⁻¹ `[m]`, estimated by probes of function space; tr (I - B⁻¹) is known better.
         reductions = 1 - self.inverse_blocks().diagonal(dim1=-2, dim2=-1).flatten().clamp(0, 1)
         total = self.exact.covariance.total(reductions.sum())
-        return 1 - reductions * trace / torch.where(total > 0, total, 1.0)
+        return by_variance, 1 - reductions * (1 - diagonal).sum() / torch.where(total > 0, total, 1.0)
 
     def precision(self) -> Tensor:
         covariance = self.exact.covariance
@@ -336,7 +329,7 @@ class _IterativeInverse(AbstractInverse):
         if self._space == "weight":
             psi = self.exact.weighted.rows(x)
             found = self._columns(psi.detach().flatten(0, 1), self._allowed(close))
-            columns, residual = (in_batches(rows, x.shape[0]) for rows in found)
+            columns, residual = (rows.unflatten(0, (x.shape[0], -1)) for rows in found)
             # ψ A⁻¹ ψᵀ = X ψᵀ + ψ Xᵀ - X A Xᵀ + R A⁻¹ Rᵀ with A Xᵀ = ψᵀ - Rᵀ.
             quadratic = columns @ (psi.detach() - residual).mT
             return columns @ psi.mT + psi @ columns.mT - (quadratic + quadratic.mT) / 2
@@ -348,7 +341,7 @@ class _IterativeInverse(AbstractInverse):
         cross, batch = self.exact.likelihood.whiten(cross), cross.shape[0]
         variances = prior.detach().diagonal(dim1=-2, dim2=-1).flatten()
         found = self._duals(cross.detach().flatten(0, 1), variances, self._allowed(close))
-        columns, residual = (in_batches(rows, batch) for rows in found)
+        columns, residual = (rows.unflatten(0, (batch, -1)) for rows in found)
         quadratic = columns @ (cross.detach() - residual).mT
         return prior - columns @ cross.mT - cross @ columns.mT + (quadratic + quadratic.mT) / 2
 

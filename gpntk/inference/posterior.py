@@ -16,9 +16,8 @@ from gpntk.inference.auto import AutoSolver
 from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import cholesky
 from gpntk.inference.factors import CholeskyFactor
-from gpntk.inference.inverse import AbstractInverse, LogDet
 from gpntk.inference.outcome import SolveResult
-from gpntk.inference.solver import AbstractSolver, SolverChoice
+from gpntk.inference.solver import AbstractInverse, AbstractSolver, LogDet, SolverChoice
 from gpntk.inference.system import WhitenedSystem
 from gpntk.memory import chunks
 

@@ -91,13 +91,7 @@ _FUNCTIONS: dict[str, Make] = {
     "tanhshrink": lambda: Quadrature(functional.tanhshrink),
 }
 
-_SYNONYMS = {
-    "absolute": "abs",
-    "clip": "clamp",
-    "negative": "neg",
-    "sgn": "sign",
-    "special_expit": "sigmoid",
-}
+_SYNONYMS = {"absolute": "abs", "clip": "clamp", "negative": "neg", "sgn": "sign", "special_expit": "sigmoid"}
 
 
 def _callables() -> dict[Any, Make]:

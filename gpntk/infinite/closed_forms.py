@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpntk.errors import InputError
-from gpntk.infinite.gaussian import (
-    AbstractClosedForm,
-    arc_moments,
-    determinant,
-    divide,
-    root,
-    with_derivatives,
-)
+from gpntk.infinite.gaussian import AbstractClosedForm, arc_moments, determinant, divide, root, with_derivatives
 
 
 @final

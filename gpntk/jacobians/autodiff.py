@@ -16,12 +16,7 @@ from torch.func import jvp, vjp, vmap
 
 from gpntk.cost import Cost
 from gpntk.errors import NetworkError
-from gpntk.jacobians.backend import (
-    AbstractTangentBackend,
-    contracted_diagonal,
-    contracted_gram,
-    jacobian_by_rows,
-)
+from gpntk.jacobians.backend import AbstractTangentBackend, contracted_diagonal, contracted_gram, jacobian_by_rows
 from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.record import no_pattern, row_values
 from gpntk.memory import Lock, attached, chunks, frozen, is_out_of_memory, tracks_gradient

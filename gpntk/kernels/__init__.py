@@ -2,10 +2,8 @@
 
 from gpntk.kernels import compound as compound
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
+from gpntk.kernels.finite import NNGPKernel, NTKKernel, SketchedNTKKernel
 from gpntk.kernels.infinite import InfiniteNNGPKernel, InfiniteNTKKernel
-from gpntk.kernels.nngp import NNGPKernel
-from gpntk.kernels.ntk import NTKKernel
-from gpntk.kernels.sketched import SketchedNTKKernel
 
 __all__ = [
     "AbstractFeatureKernel",

@@ -109,8 +109,7 @@ class PosteriorPredictionStrategy(DefaultPredictionStrategy):
         full_inputs = [full.expand(*batch, *full.shape[-2:]) for full in full_inputs]
         covariance = full_output.lazy_covariance_matrix
         prior = type(full_output)(
-            full_output.mean.expand(*batch, *full_output.event_shape),
-            covariance.expand(*batch, *covariance.shape[-2:]),
+            full_output.mean.expand(*batch, *full_output.event_shape), covariance.expand(*batch, *covariance.shape[-2:])
         )
         strategy = PosteriorPredictionStrategy(full_inputs, prior, full_targets, likelihood)
         # What `_posteriors` would compute from all data; one element of the batch after the other.

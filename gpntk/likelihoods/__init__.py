@@ -1,8 +1,6 @@
 """What a label says: log p(y | f), its gradient and curvature, and the probabilities of a Gaussian f."""
 
-from gpntk.likelihoods.categorical import Categorical
-from gpntk.likelihoods.independent import Bernoulli, Gaussian, Poisson
-from gpntk.likelihoods.likelihood import AbstractLikelihood
+from gpntk.likelihoods.likelihood import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Poisson
 from gpntk.likelihoods.links import LINKS, Latent, Link, probabilities
 from gpntk.likelihoods.targets import DirichletTargets, dirichlet_targets, one_hot_targets
 

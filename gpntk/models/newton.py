@@ -14,7 +14,7 @@ from torch import Tensor
 from gpntk.inference import AbstractCovariance, Outcome
 from gpntk.inference.direct import cholesky, not_factorised
 from gpntk.inference.factors import CholeskyFactor
-from gpntk.inference.inverse import AbstractInverse, LogDet
+from gpntk.inference.solver import AbstractInverse, LogDet
 from gpntk.likelihoods import AbstractLikelihood
 
 

@@ -48,11 +48,7 @@ class Body(nn.Module):
     directions: Tensor | None
 
     def __init__(
-        self,
-        network: nn.Module,
-        num_directions: int | None = None,
-        seed: int = 0,
-        extract: Extract | str | None = None,
+        self, network: nn.Module, num_directions: int | None = None, seed: int = 0, extract: Extract | str | None = None
     ) -> None:
         super().__init__()
         self._extract = extract

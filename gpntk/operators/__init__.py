@@ -4,8 +4,4 @@ from gpntk.operators.feature_gram import FeatureGramLinearOperator
 from gpntk.operators.jacobian import JacobianLinearOperator
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator
 
-__all__ = [
-    "FeatureGramLinearOperator",
-    "JacobianLinearOperator",
-    "NoisyGramLinearOperator",
-]
+__all__ = ["FeatureGramLinearOperator", "JacobianLinearOperator", "NoisyGramLinearOperator"]

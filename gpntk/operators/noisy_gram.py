@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpntk.inference import AbstractSolver, FeatureCovariance, WhitenedSystem
 from gpntk.inference.evidence import inv_quad_logdet
-from gpntk.inference.inverse import AbstractInverse
+from gpntk.inference.solver import AbstractInverse
 
 # Elements of a batch that are solved one after the other; more are left to the host's batched algorithms.
 _MOST = 16

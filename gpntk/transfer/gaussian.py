@@ -68,13 +68,7 @@ class GaussianModel(AbstractModel):
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
-    def fit(
-        self,
-        average: bool,
-        fixed: Mapping[str, float] | None,
-        start: Tensor | None,
-        search: Search,
-    ) -> Draws:
+    def fit(self, average: bool, fixed: Mapping[str, float] | None, start: Tensor | None, search: Search) -> Draws:
         if start is not None and not all(self.form.free):
             held = [*(not free for free in self.form.free), *([False] * (self._noise_prior is not None))]
             values = named(self.hyperparameters, start)

@@ -41,13 +41,7 @@ class LaplaceModel(AbstractModel):
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
-    def fit(
-        self,
-        average: bool,
-        fixed: Mapping[str, float] | None,
-        start: Tensor | None,
-        search: Search,
-    ) -> Draws:
+    def fit(self, average: bool, fixed: Mapping[str, float] | None, start: Tensor | None, search: Search) -> Draws:
         """Those of largest evidence; and to average, their variances times common factors.
 
         The evidence tells terms and lengthscales apart, but tends to too large variances in all: a network that gets

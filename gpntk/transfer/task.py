@@ -60,13 +60,7 @@ class AbstractModel(ABC):
         return self.drawn
 
     @abstractmethod
-    def fit(
-        self,
-        average: bool,
-        fixed: Mapping[str, float] | None,
-        start: Tensor | None,
-        search: Search,
-    ) -> Draws:
+    def fit(self, average: bool, fixed: Mapping[str, float] | None, start: Tensor | None, search: Search) -> Draws:
         """Infer the hyperparameters; see `gpntk.inference.hyperposterior.infer`."""
 
     @abstractmethod

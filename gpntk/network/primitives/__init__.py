@@ -18,13 +18,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gpntk.network.primitives import activations, attention, distances, lookups, norms, recurrent
+from gpntk.network.primitives import attention, lookups, norms, recurrent
 
 __all__ = ["by_primitives", "differentiable_operations"]
 
 _PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
-    **activations.PRIMITIVES,
-    **distances.PRIMITIVES,
     **lookups.PRIMITIVES,
     **norms.PRIMITIVES,
     **recurrent.PRIMITIVES,

@@ -1,7 +1,8 @@
-"""Embeddings as plain lookups.
+"""Embeddings as plain lookups; distances between rows and activations with parameters, which torch gets wrong.
 
-torch's own leave the row of ``padding_idx`` out of reverse-mode derivatives but not of forward-mode ones, and rescale
-derivatives where ``scale_grad_by_freq`` is set. Here the padding row is constant in both, and nothing is rescaled.
+torch's own embeddings leave the row of ``padding_idx`` out of reverse-mode derivatives but not of forward-mode ones,
+and rescale derivatives where ``scale_grad_by_freq`` is set. Here the padding row is constant in both, and nothing is
+rescaled.
 """
 
 from __future__ import annotations
@@ -54,7 +55,21 @@ def _embedding_bag(
     return found.mean(-2) if mode == "mean" else found.sum(-2)
 
 
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    # Under two nested vmaps of one size, torch 2.13 gets the derivative of the fused function wrong without a word.
+    slope = weight if weight.numel() == 1 else weight.view(-1, *[1] * (input.dim() - 2))
+    return torch.where(input > 0, input, input * slope)
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:  # noqa: ARG001
+    """``torch.cdist``, whose backward pass torch 2.13 gets wrong under vmap, and which has no forward mode."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
 PRIMITIVES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.embedding: _embedding,
     functional.embedding_bag: _embedding_bag,
+    functional.prelu: _prelu,
+    torch.prelu: _prelu,
+    torch.cdist: _cdist,
 }
