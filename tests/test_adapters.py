@@ -335,7 +335,7 @@ def test_other_classes_of_outputs() -> None:
 
 
 def test_texts_go_into_a_classifier_as_they_are(tmp_path: Path) -> None:
-    model = gpntk.TransferClassifier(Bert().eval(), **QUICK).fit(BATCH, LABELS)
+    model = gpntk.TransferClassifier(Bert().eval(), classes=["no", "yes"], **QUICK).fit(BATCH, LABELS)
     assert set(model.predict(BATCH)) <= {"no", "yes"}
     probabilities = model.predict_proba(BATCH)
     # By hand, on what the adapter makes of them.
@@ -418,13 +418,13 @@ def test_texts_are_refused_with_a_hint() -> None:
 
 
 def test_ids_have_no_stationary_kernel() -> None:
-    model = gpntk.TransferClassifier(Bert().eval(), hyperparameters="maximum").fit(BATCH, LABELS)
+    model = gpntk.TransferClassifier(Bert().eval(), hyperparameters="maximum").fit(BATCH, LABELS == "yes")
     comparison = model._model.comparison
     assert comparison is not None
     assert set(comparison.log_evidence) == {"ntk", "ntk+stationary of features", "nngp", "stationary of features"}
     assert "stationary alone" not in model.report_.log_evidence
     with pytest.raises(InputError, match="whose distances mean nothing"):
-        gpntk.TransferClassifier(Bert().eval(), stationary_inputs="inputs").fit(BATCH, LABELS)
+        gpntk.TransferClassifier(Bert().eval(), stationary_inputs="inputs").fit(BATCH, LABELS == "yes")
 
 
 @dataclass
@@ -508,7 +508,7 @@ def test_a_normalised_embedding_takes_new_classes() -> None:
 
 def test_an_encoder_without_a_readout_takes_classes(tmp_path: Path) -> None:
     module = Bert(headless=True).eval()
-    model = gpntk.TransferClassifier(module, extract="mean", **QUICK).fit(BATCH, np.arange(14) % 3)
+    model = gpntk.TransferClassifier(module, extract="mean", new_head=True, **QUICK).fit(BATCH, np.arange(14) % 3)
     probabilities = model.predict_proba(BATCH)
     assert "a new head on the mean over the tokens of 'last_hidden_state'" in str(model.report_)
     # The same by hand: the encoder under a Linear, whose weights do not matter.
@@ -561,5 +561,5 @@ def test_a_readout_of_every_token_takes_new_classes() -> None:
     body.check(**BATCH)
     w, b = module.head.weight, module.head.bias
     torch.testing.assert_close(body(**BATCH) @ w.T + b, module(**BATCH))
-    model = gpntk.TransferClassifier(LastToken().eval(), **QUICK).fit(BATCH, np.arange(14) % 3)
+    model = gpntk.TransferClassifier(LastToken().eval(), new_head=True, **QUICK).fit(BATCH, np.arange(14) % 3)
     assert model.predict_proba(BATCH).shape == (14, 3)

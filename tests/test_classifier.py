@@ -68,7 +68,7 @@ def test_deterministic_and_the_network_is_not_changed() -> None:
 def test_labels_of_any_kind(kind: type) -> None:
     x, y = blobs(40, classes=2)
     labels = np.where(y == 1, kind(1), kind(0))
-    model = gpntk.TransferClassifier(NETWORK, **QUICK).fit(x, labels)
+    model = gpntk.TransferClassifier(NETWORK, new_head=True, **QUICK).fit(x, labels)
     assert set(model.predict(x)) <= set(labels)
     assert model.score(x, labels) > 0.8
     odds = model.decision_function(x)
@@ -151,7 +151,9 @@ def test_within_scikit_learn() -> None:
 def test_save_and_load(tmp_path: Path, method: str, new_head: bool) -> None:
     x, y = blobs(30)
     names = np.array(["ant", "bee", "cow"])[y]
-    model = gpntk.TransferClassifier(NETWORK, method=method, new_head=new_head, kernel="ntk").fit(x[:20], names[:20])
+    classes = None if new_head else ["cow", "ant", "bee"]
+    model = gpntk.TransferClassifier(NETWORK, classes=classes, method=method, new_head=new_head, kernel="ntk")
+    model.fit(x[:20], names[:20])
     model.partial_fit(x[20:], names[20:])  # units stay those of the first rows
     model.save(tmp_path / "model")
     loaded = gpntk.TransferClassifier.load(tmp_path / "model", mlp(3).double().eval())
@@ -192,7 +194,7 @@ class Train(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "change", "error", "message"),
     [
-        ({}, lambda x, y: (x, 0 * y), InputError, "y has one class only, 0"),
+        ({"new_head": True}, lambda x, y: (x, 0 * y), InputError, "y has one class only, 0"),
         ({}, lambda x, y: (x[:0], y[:0]), ValueError, r"0 sample\(s\)"),
         ({}, lambda x, y: (x * np.nan, y), ValueError, "X contains NaN"),
         ({}, lambda x, y: (x, y * np.nan), ValueError, "y contains NaN"),
@@ -224,8 +226,8 @@ def test_more_refusals() -> None:
     with pytest.raises(NetworkError, match=r"Dropout.*train mode"):
         gpntk.TransferClassifier(Train()).fit(x, y)
     model = gpntk.TransferClassifier(NETWORK, **QUICK).fit(x, y)
-    with pytest.raises(InputError, match=r"classes=\[0, 1\] are not those of fit"):
-        model.partial_fit(x, y, classes=[0, 1])
+    with pytest.raises(InputError, match=r"classes=\[0, 7\] are not those of fit"):
+        model.partial_fit(x, y, classes=[0, 7])
     with pytest.raises(InputError, match=r"y has classes \[7\], which fit has not seen"):
         model.partial_fit(x[:1], [7])
     with pytest.raises(ValueError, match="expecting 5 features"):

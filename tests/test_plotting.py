@@ -137,7 +137,7 @@ def test_the_reports_of_the_estimators_are_drawn() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     x = torch.rand(12, 2, dtype=torch.float64).numpy()
-    regressor = TransferRegressor(network, mean="constant", num_outputs=1).fit(x, x[:, 0])
+    regressor = TransferRegressor(network, new_head=True).fit(x, x[:, 0])
     classifier = TransferClassifier(network, kernel="nngp").fit(x, x[:, 0] > x[:, 1])
     for drawn in (regressor.report_, classifier.report_):
         figure = plot_report(drawn)

@@ -105,6 +105,7 @@ def test_estimators_take_what_a_tokenizer_gives(name: str, classes: int) -> None
     torch.manual_seed(0)
     make, inputs, extract, parameters = CASES[name]
     options: dict[str, Any] = {"extract": extract, "parameters": parameters, "kernel": "ntk"}
+    options["new_head"] = classes == 3 or extract is not None
     model = gpntk.TransferClassifier(make().eval(), hyperparameters="maximum", **options)
     model.fit(inputs(), np.arange(ROWS) % classes)
     assert model.predict_proba(inputs()).shape == (ROWS, classes)

@@ -400,12 +400,12 @@ for method in ("laplace", "dirichlet"):
 #
 # The classes themselves can be new. A network that knows the digits 0 to 4 is to tell
 # 5, 6, 7, 8 and 9 apart, from 10 labels each. Its five outputs mean something else now,
-# which no program can know: ``new_head=True`` says so. (When the number of classes is
-# another than the number of outputs, a new head is taken without asking.) The last
-# layer is then replaced by a new linear map with a prior of its own, and the layers
-# below it move as before. There is no network "as it is" to compare with, but logistic
-# regression on its features remains. Without trained logits as a prior mean the methods
-# differ more, above all in how sure they are: compare their NLL.
+# which no program can know: ``new_head=True`` says so. (Without it, labels that are not
+# the numbers of outputs are refused.) The last layer is then replaced by a new linear
+# map with a prior of its own, and the layers below it move as before. There is no
+# network "as it is" to compare with, but logistic regression on its features remains.
+# Without trained logits as a prior mean the methods differ more, above all in how sure
+# they are: compare their NLL.
 
 known, unknown = source_labels < 5, target_labels >= 5
 narrow = train(source[known], source_labels[known], epochs)

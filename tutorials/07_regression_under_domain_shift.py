@@ -368,9 +368,9 @@ for name, noise_network in (
 # changes both. Labels that are missing are NaN. Below, three quarters of those of the
 # second output are.
 #
-# Where the outputs of the target are others than those of the network, ``num_outputs``
-# asks for a new head: the last layer is replaced by a new linear map, with a prior of
-# its own. Here the network with one output serves two targets.
+# Where the outputs of the target are others than those of the network, say
+# ``new_head=True``: the last layer is replaced by a new linear map, with a prior of its
+# own. Here the network with one output serves two targets.
 
 pair = train(x_source, y_source)
 missing = both.copy()
@@ -383,7 +383,7 @@ fits = {
     "adapted to 100 and 100 labels": TransferRegressor(pair)
     .fit(x, both)
     .predict(x_test),
-    "new head, 100 and 25 labels": TransferRegressor(network, num_outputs=2)
+    "new head, 100 and 25 labels": TransferRegressor(network, new_head=True)
     .fit(x, missing)
     .predict(x_test),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal, Self, final
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from gpntk.errors import InputError
 from gpntk.estimators.base import Inputs, TransferEstimator
+from gpntk.estimators.labels import check_vector, class_names, positions
 from gpntk.likelihoods import LINKS, Link
 from gpntk.transfer import TransferGP
 from gpntk.transfer.gp import Likelihood
@@ -34,8 +34,11 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     are inferred from their posterior. `report_` says whether the source network helps.
 
     Args:
-        num_classes: K, if there are more classes than y shows; y then holds integers from 0 to K - 1. A network with
-            another number of outputs gets a new head. Default: as many as y has values.
+        classes: The labels in the order of the network's outputs, ``["cat", "dog"]``: one for each keeps its readout,
+            another number replaces it. Default: integers from 0 stand for the outputs, present in y or not; any other
+            labels are refused, unless ``new_head=True`` or ``num_classes=`` says what they are.
+        num_classes: K, where y holds integers from 0 to K - 1, not all of them perhaps. If the network does not have K
+            outputs, its readout is replaced.
         method: ``"laplace"``, Newton's method to the mode and a Gaussian there: for a network whose outputs are the
             classes, so that labels correct it. ``"dirichlet"``, regression on transformed labels, in closed form: for a
             new head, where Laplace's method is underconfident, and for quick looks. ``"auto"`` is the first or the
@@ -46,7 +49,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             `gpntk.estimators.base.TransferEstimator`. The network's outputs are logits.
 
     Attributes:
-        classes_: The classes `[K]`.
+        classes_: The classes `[K]`, sorted as scikit-learn's scorers take for granted.
         log_marginal_likelihood_: Log evidence of the labels of `fit` at the best hyperparameters, in nats; that of the
             method.
         hyperparameters_: Best hyperparameters by name.
@@ -61,7 +64,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         <torch...>
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 5))
         >>> x = torch.rand(40, 2).numpy()
-        >>> model = gpntk.TransferClassifier(network).fit(x, x[:, 0] > x[:, 1])
+        >>> model = gpntk.TransferClassifier(network, new_head=True).fit(x, x[:, 0] > x[:, 1])
         >>> model.predict_proba(x[:3]).shape, model.score(x, x[:, 0] > x[:, 1]) > 0.9
         ((3, 2), True)
 
@@ -73,6 +76,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         https://arxiv.org/abs/1805.10915.
     """
 
+    classes: ArrayLike | None = None
     num_classes: int | None = None
     method: Method = "auto"
     link: Link = "probit"
@@ -81,25 +85,32 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         """Fit to inputs X `[N, ...]` and classes y `[N]`; returns self.
 
         Raises:
-            InputError: An argument is none of its choices, y has a single class, or a class out of range.
+            InputError: An argument is none of its choices, or y does not say which class is which output: the message
+                names the ways to say so.
             NetworkError, SelectionError: See `gpntk.FrozenNetwork`.
             ValueError: NaN, infinite or empty X or y, or different numbers of rows (scikit-learn's checks).
         """
         return self._fit(X, y, None)
 
-    def _fit(self, X: Inputs, y: ArrayLike, classes: ArrayLike | None) -> Self:
+    def _fit(self, X: Inputs, y: ArrayLike, there: ArrayLike | None) -> Self:
         self._check_arguments()
         if self.link not in LINKS:
             raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, LINKS))}.")
         if self.method not in ("auto", "laplace", "dirichlet"):
             raise InputError(f"method={self.method!r}: choose 'auto', 'laplace' or 'dirichlet'.")
-        if not (self.num_classes is None or isinstance(self.num_classes, Integral)):
-            raise InputError(f"num_classes={self.num_classes!r}: give an integer.")
         with self._whole_or_not_at_all():
-            inputs, labels = self._validate(X, y=y)
-            check_classification_targets(labels)
-            self.classes_ = self._classes(labels) if classes is None else np.unique(classes)
+            inputs, labels = self._checked(X, y)
+            if there is not None:
+                positions(labels, np.unique(there), "classes= does not have")
             x = self._prepare(inputs)
+            names = class_names(
+                labels if there is None else np.unique(there),
+                self._network.num_outputs(x),
+                classes=self.classes,
+                num_classes=self.num_classes,
+                new_head=self.new_head,
+            )
+            self._set_names(names)
             self._fit_model(self._transfer(x, self._labels(labels)))
         if self.verbose:
             print(self.report_)  # noqa: T201
@@ -108,13 +119,13 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def partial_fit(self, X: Inputs, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
-        Before `fit`, the same as `fit`, with ``classes`` as the classes there are; later they must be the same.
+        Before `fit`, the same as `fit`, with ``classes`` as all labels that there will be, in any order.
         """
         if not hasattr(self, "_model"):
             return self._fit(X, y, classes)
-        inputs, labels = self._validate(X, y=y, reset=False)
+        inputs, labels = self._checked(X, y, reset=False)
         self._check_shape(inputs)
-        if classes is not None and not np.array_equal(np.asarray(classes), self.classes_):
+        if classes is not None and len(np.setdiff1d(classes, self.classes_)):
             raise InputError(f"classes={classes} are not those of fit, {self.classes_}.")
         self._model = self._model.condition_on(self._packed(inputs), self._labels(labels))
         self._finish()
@@ -123,7 +134,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def predict_proba(self, X: Inputs) -> NDArray[Any]:
         """Probabilities of the classes at X `[N, ...]`: `[N, K]`, in the order of ``classes_``."""
         x = self._new_input(X)
-        return self._model.probabilities(x, self.link).cpu().numpy()
+        return self._model.probabilities(x, self.link).cpu().numpy()[:, self._order]
 
     def predict(self, X: Inputs) -> NDArray[Any]:
         """The most probable class at X `[N, ...]`: `[N]`."""
@@ -138,36 +149,23 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
 
     # --- private -----------------------------------------------------------------------------------------------
 
-    def _classes(self, y: NDArray[Any]) -> NDArray[Any]:
-        seen = np.unique(y)
-        if self.num_classes is None or len(seen) == self.num_classes:
-            if len(seen) < 2:
-                raise InputError(f"y has one class only, {seen[0]}: give labels of at least two, or num_classes.")
-            return seen
-        if len(seen) > self.num_classes:
-            raise InputError(f"y has {len(seen)} classes, more than num_classes={self.num_classes}.")
-        if self.num_classes < 2:
-            raise InputError(f"num_classes={self.num_classes}: a classification needs at least 2 classes.")
-        numbers = np.arange(self.num_classes)
-        if y.dtype.kind not in "iu" or not np.isin(seen, numbers).all():
-            raise InputError(
-                f"y has {len(seen)} classes, {seen.tolist()[:10]}, but num_classes={self.num_classes}: with classes "
-                f"missing from y, give labels as integers from 0 to {self.num_classes - 1}."
-            )
-        return numbers
+    def _checked(self, X: Any, y: Any, reset: bool = True) -> tuple[Any, NDArray[Any]]:
+        check_vector(y)
+        inputs, labels = self._validate(X, y=y, reset=reset)
+        check_classification_targets(labels)
+        return inputs, labels
+
+    def _set_names(self, names: NDArray[Any]) -> None:
+        """The classes in the order of the model's outputs."""
+        self._names, self.classes_ = names, np.sort(names)
+        self._order = np.argsort(names)
 
     def _labels(self, y: NDArray[Any]) -> Tensor:
-        unknown = np.setdiff1d(y, self.classes_)
-        if len(unknown):
-            raise InputError(
-                f"y has classes {unknown.tolist()[:10]}, which fit has not seen: {self.classes_.tolist()}."
-            )
-        return torch.tensor(np.searchsorted(self.classes_, y), device=self._network.device)
+        return torch.tensor(self._order[positions(y, self.classes_, "fit has not seen")], device=self._network.device)
 
     def _transfer(self, x: Tensor, labels: Tensor) -> TransferGP:
-        classes, outputs = len(self.classes_), self._network.num_outputs(x)
-        matching = outputs == classes or (outputs == 1 and classes == 2)
-        new_head = self.new_head or not matching
+        classes = len(self._names)
+        new_head = self.new_head or classes != max(2, self._network.num_outputs(x))
         self.method_ = ("dirichlet" if new_head else "laplace") if self.method == "auto" else self.method
         likelihood: Likelihood = "dirichlet" if self.method_ == "dirichlet" else "categorical"
         return TransferGP(
@@ -185,9 +183,9 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         return ("num_classes", "method", "link")
 
     def _facts(self) -> dict[str, Any]:
-        kind = self.classes_.dtype
-        return {"classes": self.classes_.tolist(), "kind": kind.str}
+        return {"names": self._names.tolist(), "kind": self._names.dtype.str, "named": self.classes is not None}
 
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.classes_ = np.array(facts["classes"], dtype=facts["kind"])
+        self._set_names(np.array(facts["names"], dtype=facts["kind"]))
+        self.classes = self._names if facts["named"] else None
         self._model = self._transfer(data["x"], data["labels"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, final
@@ -33,7 +34,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     Args:
         num_outputs: C, the number of columns of y. If it is not that of the network's outputs, the readout is replaced
-            by a new linear map; its weights, and what they make of those below, have priors of their own.
+            by a new linear map; its weights, and what they make of those below, have priors of their own. Unless this
+            or ``new_head=True`` says so, another number of columns is refused.
         noise_network: Maps inputs, shaped as the network wants them, to the logarithm of the noise variance `[N]` or
             `[N, C]`, up to a factor that is learned; for noise that differs between inputs.
         network, mean, kernel, ...: The options that all transfer estimators share: see
@@ -87,7 +89,9 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             X, y = self._validated(X, y)
             self._y_ndim = y.ndim
             variances = None if yvar is None else _variances(yvar, y)
-            self._fit_model(self._transfer(*self._tensors(self._prepare(X), y, variances)))
+            x, targets, known = self._tensors(self._prepare(X), y, variances)
+            self._check_width(targets.shape[1], self._network.num_outputs(x))
+            self._fit_model(self._transfer(x, targets, known))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
@@ -188,16 +192,31 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), x.device).to(x)
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
-        outputs = y.shape[1] if self.num_outputs is None else self.num_outputs
-        other = self._network.num_outputs(x) != outputs and self.num_outputs is not None
         return TransferGP(
             self._network,
             x,
             y,
-            new_head=self.new_head or other,
+            new_head=self.new_head or y.shape[1] != self._network.num_outputs(x),
             known_noise=yvar,
             noise_network=self._noise(),
             **self._model_arguments(),
+        )
+
+    def _check_width(self, columns: int, outputs: int) -> None:
+        """Raise or warn where y does not have a column for each of the network's outputs."""
+        if self.num_outputs is not None and self.num_outputs != columns:
+            raise InputError(f"num_outputs={self.num_outputs!r}, but y has {columns} column(s): give their number.")
+        if self.new_head or columns == outputs:
+            return
+        if self.num_outputs is None:
+            raise InputError(
+                f"y has {columns} column(s), but the network has {outputs} output(s): give a column for each, extract= "
+                f"for the outputs that are meant, or new_head=True or num_outputs={columns} for a new readout."
+            )
+        warnings.warn(
+            f"num_outputs={columns}, but the network has {outputs} output(s): its readout is replaced by a new one of "
+            f"{columns} output(s). new_head=True says so without this warning.",
+            stacklevel=3,
         )
 
     def _noise(self) -> nn.Module | None:

@@ -66,7 +66,7 @@ class TransferGP:
         y: Targets `[N, C]`, NaN where missing; or classes `[N]`, integers from 0.
         likelihood: What labels say: targets with ``"gaussian"`` noise; classes by ``"categorical"`` (softmax of logits,
             by Laplace's approximation) or ``"dirichlet"`` (regression on transformed labels, in closed form).
-        num_classes: K, if there are more classes than y shows.
+        num_classes: K. Default: that of the network's outputs, or under a new head one more than the largest label.
         mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's, or a
             constant (for classes zero) under a new head.
         kernel: The tangent kernel ``"ntk"``, that of the readout ``"nngp"``, a stationary one, the sum
@@ -359,10 +359,12 @@ class TransferGP:
         )
 
     def _classes(self, x: Tensor, labels: Tensor, mean: MeanChoice, num_classes: int | None) -> AbstractTask:
+        outputs = self.network.num_outputs(x)
+        if num_classes is None and not self._new_head:
+            num_classes = max(2, outputs)
         check_labels(labels, num_classes)
         classes = max(2, int(labels.max()) + 1) if num_classes is None else num_classes
-        outputs = self.network.num_outputs(x)
-        if not self._new_head and not (outputs == classes or (outputs == 1 and classes == 2)):
+        if not self._new_head and classes != max(2, outputs):
             raise InputError(
                 f"num_classes={classes}, but the network has {outputs} output(s): give new_head=True for a new head."
             )
