@@ -69,6 +69,27 @@ def test_the_estimator_is_asked_for_the_noise_free_function() -> None:
     assert found.kernel == model.kernel_
 
 
+class Known(nn.Module):
+    """The source's function itself, with two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 0.5], dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.sin(self.weight[0] * x[:, 0]) + self.weight[1] * x[:, 1] * x[:, 2]).unsqueeze(-1)
+
+
+def test_a_bump_is_not_taken_for_noise_because_fewer_labels_did() -> None:
+    """300 of these labels show the sine alone; all show the bump, whose lengthscales are short in every column."""
+    data = no_cliff.task(1000, 2)
+    model = gpntk.TransferRegressor(Known(), kernel="ntk+stationary").fit(data.x, data.y)
+    lengths = [value for name, value in model.hyperparameters_.items() if "lengthscale" in name]
+    assert max(lengths) < 0.6
+    ours, baseline = model.predict(data.points), no_cliff.dense(Known(), data).mean
+    assert np.square(ours - data.truth).mean() < 1.1 * np.square(baseline - data.truth).mean()
+
+
 def test_the_network_learns_its_function() -> None:
     x = torch.rand(500, 3) * 4 - 2
     error = no_cliff.network(steps=200)(x).squeeze(-1).detach().numpy() - no_cliff.source(x.numpy())

@@ -26,7 +26,7 @@ from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.prior import FACTORISATIONS, Candidate, Comparison, PriorBuilder, preferred
 from gpntk.transfer.task import AbstractModel, AbstractTask, Search
-from gpntk.transfer.terms import FeatureTerm
+from gpntk.transfer.terms import FeatureTerm, HostTerm
 
 logger = logging.getLogger("gpntk.transfer")
 
@@ -44,6 +44,8 @@ _ROUGH = 0.1
 # Variances where labels are mostly signal: of other kernels, of the tangent kernel, which few directions may need much
 # of, and of the noise.
 _SIGNAL, _TANGENTS, _NOISES = 0.5, (0.5, 30.0, 2000.0), (0.05, 0.5)
+# Lengthscales, as a share of their medians, and the noise where labels are all signal.
+_SHORT, _LITTLE_NOISE = 0.5, 0.01
 # The matrix of all labels is taken where its factorisation costs so much of what features do.
 PREFER_MATRIX = 1.0
 # Share of a kernel's variance from which on it is said that features miss it.
@@ -172,22 +174,26 @@ class Fitting:
         return self._maximum(model, start, _ROUGH).best
 
     def _maximum(self, model: AbstractModel, start: Tensor | None, tolerance: float | None) -> Draws:
-        """The best hyperparameters from a start on; of few labels also from where labels are mostly signal.
+        """The best hyperparameters from a start on; of few labels also from where they are all signal.
 
-        What fewer labels took for noise may be signal: another maximum, which the start would never leave.
+        What fewer labels took for noise, or for a function of fewer inputs, may be more: another maximum, which the
+        start would never leave. Maxima a few nats apart are told from each other, so each is found closely.
         """
+        few = start is not None and len(model.form.x) * self._outputs <= _SUBSET
+        tolerance = _TOLERANCE if few else tolerance
         draws = self._searched(model, start, False, tolerance)
-        few = len(model.form.x) * self._outputs <= _SUBSET
-        return self._better(model, draws, False, tolerance) if start is not None and few else draws
+        return self._better(model, draws, False, tolerance, _wiggly(model) or _signals(model)) if few else draws
 
     def _from_prior(self, model: AbstractModel, curvature: bool, tolerance: float | None) -> Draws:
         """The best hyperparameters without a start; layers' variances also from where labels are mostly signal."""
         draws = self._searched(model, None, curvature, tolerance)
-        return self._better(model, draws, curvature, tolerance) if self._builder.layered else draws
+        return self._better(model, draws, curvature, tolerance, _signals(model)) if self._builder.layered else draws
 
-    def _better(self, model: AbstractModel, draws: Draws, curvature: bool, tolerance: float | None) -> Draws:
-        """These draws, or those found from where labels are mostly signal: the best of a few such places."""
-        start = max(_signals(model), key=lambda logs: self._density(model, logs))
+    def _better(
+        self, model: AbstractModel, draws: Draws, curvature: bool, tolerance: float | None, starts: list[Tensor]
+    ) -> Draws:
+        """These draws, or those found from the likeliest of other starts."""
+        start = max(starts, key=lambda logs: self._density(model, logs))
         other = self._searched(model, start, curvature, tolerance)
         return max((draws, other), key=lambda found: self._density(model, found.best))
 
@@ -281,6 +287,25 @@ class Fitting:
             self._some[count] = rows, self.task.x[rows]
         rows, x = self._some[count]
         return self.task.model(DenseForm(prior, x), rows)
+
+
+def _wiggly(model: AbstractModel) -> list[Tensor]:
+    """Hyperparameters where labels are all signal, of a function that varies quickly; [] without lengthscales.
+
+    From short lengthscales and little noise a search lets go of what labels do not show. From long ones it may take the
+    rest for noise, and stop.
+    """
+    if all(h.variance for h in model.hyperparameters):
+        return []
+    values: list[float] = []
+    for term in model.form.prior.terms:
+        own = term.hyperparameters
+        if isinstance(term, HostTerm):
+            values += [1.0 if h.variance else _SHORT * h.median for h in own]
+        else:
+            values += [h.median for h in own]
+    values += [_LITTLE_NOISE] * (len(model.hyperparameters) - len(values))
+    return [torch.tensor(values, dtype=torch.float64, device="cpu").log()]
 
 
 def _signals(model: AbstractModel) -> list[Tensor]:
