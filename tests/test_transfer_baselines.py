@@ -122,3 +122,13 @@ def test_a_source_is_trained_once(tmp_path: object, monkeypatch: pytest.MonkeyPa
     assert asked == [3]
     assert not first.training
     assert torch.equal(first[0].weight, second[0].weight)  # pyright: ignore[reportIndexIssue]
+
+
+def test_the_temperature_is_where_the_likelihood_is_largest() -> None:
+    drawn = task([0, 1, 2, 3] * 3)
+    with torch.no_grad():
+        logits, at_test = (drawn.network(torch.tensor(x)).double() for x in (drawn.x, drawn.x_test))
+        factors = torch.linspace(-5, 3, 80_001, dtype=torch.float64).exp()
+        losses = [functional.cross_entropy(factor * logits, torch.tensor(drawn.y)).item() for factor in factors[::40]]
+        expected = (factors[::40][int(np.argmin(losses))] * at_test).softmax(1)
+    np.testing.assert_allclose(baselines(True)["temperature"](drawn), expected, atol=2e-3)

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from benchmarks.transfer import metrics, regression_baselines, report
+from benchmarks.transfer import metrics, pitch, regression_baselines, report, verdict
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.cstr import COUNTED, KNOWN, Simulation
 from benchmarks.transfer.experiment import Array, Experiment, Gaussian, Task
@@ -189,3 +189,45 @@ def test_the_simulation_is_the_lstm_fed_with_known_outputs_and_then_left_alone()
         changed = x.clone()
         changed[:, KNOWN:, 2:] = 7.0  # outputs to be predicted are never looked at
         torch.testing.assert_close(simulation(changed), simulation(x), rtol=0, atol=0)
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gains", "word"), [([2, 3, 4], "best"), ([-1, 0, 1.2], "tied"), ([-4, -3, -2], "worse")])
+def test_the_default_is_compared_with_the_simple_method_of_best_mean(gains: list[float], word: str) -> None:
+    """Errors are 5 for the better of two simple methods; the rest of the methods does not count."""
+    errors = {"unadapted network": [5.0] * 3, "fine-tuned": [6.0] * 3, "Bayesian linear regression": [0.0] * 3}
+    errors[verdict.OURS] = [5.0 - gain for gain in gains]
+    records = [
+        {"size": 10, "seed": seed, "method": name, "RMSE": value}
+        for name, own in errors.items()
+        for seed, value in enumerate(own)
+    ]
+    (found,) = verdict.verdicts("known", records)
+    assert (found.word, found.rival, found.metric) == (word, "unadapted network", "RMSE")
+    assert found.gain == pytest.approx(np.mean(gains))
+    assert found.error == pytest.approx(np.std(gains, ddof=1) / math.sqrt(3))
+
+
+# --- pitch ---------------------------------------------------------------------------------------------------------
+
+
+def test_octaves_are_read_around_the_largest_bin() -> None:
+    """Bins of 20 cents from 1,997.4 cents above 10 Hz on: 440 Hz lies between bins 227 and 228."""
+    cents = 1200 * math.log2(44)
+    below = int((cents - 1997.3794084376191) // 20)
+    logits = torch.full((1, 360), -30.0)
+    share = (cents - 1997.3794084376191) / 20 - below
+    logits[0, below], logits[0, below + 1] = math.log(1 - share) - 5, math.log(share) - 5
+    logits[0, 10] = -6.0  # far from the largest: it does not count
+    assert pitch.Octaves()(logits).item() == pytest.approx(math.log2(44), abs=1e-4)
+
+
+def test_frames_are_standardised_and_of_the_pitch_that_is_said() -> None:
+    frames, octaves = pitch.tones(20, np.random.default_rng(0), np.random.default_rng(3))
+    np.testing.assert_allclose(frames.mean(1), 0, atol=1e-6)
+    np.testing.assert_allclose(frames.std(1), 1, atol=1e-5)
+    again, _ = pitch.tones(20, np.random.default_rng(0), np.random.default_rng(3))
+    np.testing.assert_array_equal(frames, again)
+    assert ((octaves > 3) & (octaves < math.log2(100))).all()

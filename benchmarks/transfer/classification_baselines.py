@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,12 +27,14 @@ def baselines(same_classes: bool) -> dict[str, Method]:
     methods: dict[str, Callable[..., Array]] = {
         "readout": readout,
         "fine-tuning": fine_tuning,
+        "LP-FT": probed_then_tuned,
         "ABLR": ablr,
         "MC dropout": mc_dropout,
         "deep ensemble": deep_ensemble,
     }
     result: dict[str, Method] = {name: partial(method, same_classes=same_classes) for name, method in methods.items()}
-    return ({"unadapted": unadapted} if same_classes else {}) | {"RBF GP": rbf_gp} | result
+    of_source = {"unadapted": unadapted, "temperature": temperature} if same_classes else {}
+    return of_source | {"RBF GP": rbf_gp} | result
 
 
 def ours(**arguments: Any) -> Method:
@@ -48,6 +52,19 @@ def unadapted(task: Task) -> Array:
     return _probabilities(task.network, _tensors(task)[2]).numpy()
 
 
+def temperature(task: Task) -> Array:
+    """The source network, its logits divided by the temperature of largest likelihood: Guo et al. (2017)."""
+    x, y, x_test = _tensors(task)
+    with torch.no_grad():
+        logits, at_test = task.network(x).double(), task.network(x_test).double()
+
+    def loss(log_factor: float) -> float:
+        return functional.cross_entropy(math.exp(log_factor) * logits, y).item()
+
+    found = minimize_scalar(loss, bounds=(-5.0, 3.0), method="bounded")
+    return (math.exp(found.x) * at_test).softmax(1).numpy()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def readout(task: Task, same_classes: bool) -> Array:
     """Logistic regression on the features before the readout; weights at the mode.
 
@@ -60,6 +77,18 @@ def readout(task: Task, same_classes: bool) -> Array:
 def fine_tuning(task: Task, same_classes: bool) -> Array:
     """All weights trained with Adam, its learning rate and number of steps by 5-fold cross-validation."""
     network, x, y, x_test = _adapted(task, same_classes)
+    recipe = chosen(network, x, y, seed=task.seed)
+    return _probabilities(fine_tuned(network, x, y, recipe, seed=task.seed), x_test).numpy()
+
+
+def probed_then_tuned(task: Task, same_classes: bool) -> Array:
+    """Fine-tuning from a readout fitted first, by logistic regression: Kumar et al. (2022), LP-FT."""
+    network, x, y, x_test = _adapted(task, same_classes)
+    mode, last = _logistic(network, x, y, same_classes).mode.T.float(), network[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.copy_(mode[:, :-1])
+        last.bias.copy_(mode[:, -1])
     recipe = chosen(network, x, y, seed=task.seed)
     return _probabilities(fine_tuned(network, x, y, recipe, seed=task.seed), x_test).numpy()
 

@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.transfer import pitch
 from benchmarks.transfer.cache import cached
 from benchmarks.transfer.cstr import CSTR
 from benchmarks.transfer.experiment import Array, Experiment, Gaussian, Method, Task
@@ -228,6 +229,7 @@ REGRESSION: dict[str, Experiment] = {
     "sinusoids": Experiment(sinusoids, sizes=(10,), methods={**BASELINES, **_OURS}, seeds=20),
     "malaria_years": Experiment(malaria_years, sizes=(10, 30, 100, 300), methods=_VECTORS),
     "cstr": CSTR,
+    "pitch": pitch.experiment(_OURS),
     "faces": Experiment(faces, sizes=(10, 30, 100), methods=_IMAGES),
     "tabular-power-plant": Experiment(
         partial(tabular, "power-plant", _power_plant), sizes=(10, 30, 100, 300), methods=_VECTORS
