@@ -105,6 +105,10 @@ SHORT = {
         "SEEDS = range(3)": "SEEDS = range(2)",
         "steps: int = 2000": "steps: int = 200",
     },
+    "08_your_own_pretrained_network": {
+        "SEEDS = range(3)": "SEEDS = range(1)",
+        "steps: int = 3000": "steps: int = 200",
+    },
 }
 
 
