@@ -430,7 +430,7 @@ CASES = {
     "scripted part": Case(lambda: WithGate(True)),
     "traced part": Case(lambda: WithGate(False)),
     "scripted as a whole": Case(lambda: torch.jit.script(Gate()), x=X[:, [0, 1, 2, 0, 1]]),
-    "traced as a whole": Case(lambda: torch.jit.trace(Gate(), torch.randn(2, 5)), x=X[:, [0, 1, 2, 0, 1]]),
+    "traced as a whole": Case(lambda: torch.jit.trace(Net(), torch.randn(2, 3))),
     "hook of a weight": Case(lambda: weight_hook(2.0)),
     "hook of a weight, without effect": Case(lambda: weight_hook(1.0)),
     "hook of several tensors": Case(lambda: hooked("several")),
@@ -710,7 +710,9 @@ def test_a_network_of_one_dtype() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["ntk", "nngp"])
-@pytest.mark.parametrize("name", ["tensor hook", "checkpoint, reentrant", "full backward hook", "pruned"])
+@pytest.mark.parametrize(
+    "name", ["tensor hook", "checkpoint, reentrant", "full backward hook", "pruned", "traced as a whole"]
+)
 def test_estimators(name: str, kernel: str) -> None:
     """As with the plain network that computes the same; ``nngp`` has no weight below that asks for gradients."""
     module, _ = made(name)

@@ -56,16 +56,21 @@ class Capture:
         self._network = network
         self._shared_of = {use.number: shared for shared in self.shared for use in shared.uses}
 
-    def parts(self, x: Tensor) -> Parts:
-        """The factors of the rows of x, with a graph back to x where its gradient is tracked."""
+    def parts(self, x: Tensor, sums: Tensor | None = None) -> Parts:
+        """The factors of the rows of x, with a graph back to x where its gradient is tracked.
+
+        Of the outputs f(x), or of ``f(x) @ sums`` for sums `[C, R]`.
+        """
         batch, rows, _ = x.shape
         graph = tracks_gradient(x)
         with torch.inference_mode(False):
             inputs = (x if graph else frozen(x)).flatten(0, 1)
             selected = self._network.selected(x.dtype, x.device)
             parameters = {name: tensor.detach().requires_grad_() for name, tensor in selected.items()}
-            with torch.enable_grad(), _Capturing(self.uses, parameters, batch * rows, graph) as mode:
-                outputs = self._network(inputs, parameters)
+            with torch.enable_grad():
+                with _Capturing(self.uses, parameters, batch * rows, graph) as mode:
+                    outputs = self._network(inputs, parameters)
+                outputs = outputs if sums is None else outputs @ sums
             mode.check()
             taps = mode.taps
             last = [self._is_output(tap, outputs) for tap in taps]

@@ -25,13 +25,16 @@ from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.capture import Capture, Parts, joined
 from gpntk.jacobians.grams import Grams, num_rows
 from gpntk.jacobians.precision import PRECISIONS, Precision, arithmetic, rounded
+from gpntk.jacobians.record import no_pattern
 from gpntk.jacobians.rules import AbstractLayerRule, Factors
 from gpntk.jacobians.shared import operand_tangents, parameter_images
 from gpntk.jacobians.uses import sample_rows
 from gpntk.memory import attached, chunks, frozen, halving, is_out_of_memory, tracks_gradient, workspace
 from gpntk.network import FrozenNetwork
 
+# Rows, and sums of outputs, on which products are compared with autograd's.
 _CHECKED_ROWS = 32
+_SUMS = 2
 
 
 @final
@@ -75,7 +78,6 @@ class StructuredBackend(AbstractTangentBackend):
         self._passes = BackwardBackend(network, self.memory_budget)
         self._capture: Capture | None = None
         self._row: RowSizes | None = None
-        self._sample: Tensor | None = None
 
     def jvp(self, x: Tensor, v: Tensor) -> Tensor:
         capture = self._checked(x)
@@ -184,26 +186,39 @@ class StructuredBackend(AbstractTangentBackend):
         x = x.to(self.network.compute_dtype(x.dtype))
         capture = Capture(self.network, frozen(x).flatten(0, 1))
         with torch.inference_mode(False), torch.no_grad():
-            row_bytes = x.element_size() * capture.uses.activations * (2 + self.num_outputs(x))
+            outputs = self.num_outputs(x)
+            row_bytes = x.element_size() * capture.uses.activations * (2 + min(outputs, _SUMS))
             count = min(_CHECKED_ROWS, self.memory_budget // 2 // max(row_bytes, 1))
-            self._sample = sample_rows(frozen(x).flatten(0, 1), count)
-            self._row = self._compare(capture, self._sample)
+            rows = sample_rows(frozen(x).flatten(0, 1), count)
+            # All outputs on one row; on all rows a few sums of them, to which each adds about as much.
+            parts, sizes = self._compare(capture, rows if outputs <= _SUMS else rows[:1])
+            if outputs > _SUMS:
+                sizes = sizes.clamp_min(0.01 * sizes.max())
+                self._compare(capture, rows, no_pattern(outputs * _SUMS, x).view(-1, _SUMS) / sizes.mT)
+            self._row = self._row_sizes(capture, parts, outputs)
         return capture
 
-    def _compare(self, capture: Capture, rows: Tensor) -> RowSizes:
-        """What a row takes, after the comparison."""
-        parts = capture.parts(rows.unsqueeze(0))
+    def _compare(self, capture: Capture, rows: Tensor, sums: Tensor | None = None) -> tuple[Parts, Tensor]:
+        """The factors of rows whose products are those of autograd, and sizes of the rows of J `[N, C]`.
+
+        Of f(x) ``sums`` instead of f(x) for sums `[C, R]`.
+        """
+        parts = capture.parts(rows.unsqueeze(0), sums)
         selected = self.network.selected(rows.dtype, rows.device)
         parameters = {name: tensor.detach().requires_grad_() for name, tensor in selected.items()}
+        sizes = Grams(capture.shared, self.memory_budget).diagonal(parts)[0, 0].sqrt()
+        floor = torch.finfo(rows.dtype).eps * sizes.max()
+        sizes = sizes.clamp_min(floor if floor > 0 else 1.0)
+        # Weights that are no pattern, and smaller for rows that move the weights more: none hides the others.
+        u = no_pattern(sizes.numel(), rows).view_as(sizes) / sizes
         with torch.inference_mode(False), torch.enable_grad():
             outputs = self.network(rows, parameters)
-            # Weights that are no pattern, and smaller for rows that move the weights more: none hides the others.
-            u = torch.arange(1, outputs.numel() + 1, dtype=rows.dtype, device=rows.device).cos().view_as(outputs)
-            sizes = Grams(capture.shared, self.memory_budget).diagonal(parts)[0, 0].sqrt()
-            floor = torch.finfo(rows.dtype).eps * sizes.max()
-            u = u / sizes.clamp_min(floor if floor > 0 else 1.0)
             gradients = torch.autograd.grad(
-                outputs, tuple(parameters.values()), u, allow_unused=True, materialize_grads=True
+                outputs if sums is None else outputs @ sums,
+                tuple(parameters.values()),
+                u,
+                allow_unused=True,
+                materialize_grads=True,
             )
         product = rows.new_zeros(1, 1, self.num_features)
         self._add_vjp(capture, product, parts, u[None, None])
@@ -221,14 +236,17 @@ class StructuredBackend(AbstractTangentBackend):
                 "or rows come in an order that could not be told)"
             )
             raise UnruledError(dict.fromkeys(wrong, reason))
+        return parts, sizes
+
+    def _row_sizes(self, capture: Capture, parts: Parts, outputs: int) -> RowSizes:
         each = [(uses.rule, parts[uses.key].factors) for uses in capture.shared]
         sizes = [rule.sizes(factors) for rule, factors in each]
         return RowSizes(
             product=sum(size.product for size in sizes),
             pair=sum(size.pair for size in sizes),
-            kept=sum(factors.num_values for _, factors in each) // len(rows) + 1,
+            kept=sum(factors.num_values for _, factors in each) // num_rows(parts) + 1,
             activations=capture.uses.activations,
-            largest=outputs.shape[1] * capture.uses.largest,
+            largest=outputs * capture.uses.largest,
             calls=capture.uses.tensors,
             uses=sum(len(uses.uses) for uses in capture.shared),
             backward=any(factors.g is not None for _, factors in each),
