@@ -152,7 +152,7 @@ def test_dirichlet_regression_predicts_probabilities() -> None:
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, float("nan")])
 def test_bad_alpha_epsilon(epsilon: float) -> None:
-    with pytest.raises(InputError, match=r"alpha_epsilon=.* must be positive"):
+    with pytest.raises(InputError, match=r"alpha_epsilon=.*: give a positive number"):
         dirichlet_targets(torch.tensor([0, 1]), alpha_epsilon=epsilon)
     with pytest.raises(InputError, match="labels has class 3"):
         dirichlet_targets(torch.tensor([0, 3]), 3)

@@ -745,18 +745,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "y too short": ({"y": Y[:5]}, r"y must be \[6\] or \[6, C\] as x has 6 rows, got \(5,\)"),
     "y of integers": ({"y": torch.arange(6)}, "y must be floating point"),
     "y missing": ({"y": Y * torch.nan}, "must be finite"),
-    "x a vector": ({"x": X[:, 0]}, r"x must be floating point \[N, D\]"),
-    "rate": ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
-    "noise": ({"noise": -1.0}, "noise=-1.0 must be at least zero"),
-    "tolerance": ({"tolerance": -1.0}, "tolerance=-1.0 must be between 0 and 1"),
-    "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan must be between 0 and 1"),
-    "iterations": ({"max_iterations": 0}, "max_iterations=0 must be at least 1"),
+    "x a vector": ({"x": X[:, 0]}, r"x must be \[..., N, D\]"),
+    "rate": ({"learning_rate": 0.0}, "learning_rate=0.0: give a positive number"),
+    "noise": ({"noise": -1.0}, "noise=-1.0: give a number that is at least zero"),
+    "tolerance": ({"tolerance": -1.0}, "tolerance=-1.0: give a positive number below 1"),
+    "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan: give a positive number below 1"),
+    "iterations": ({"max_iterations": 0}, "max_iterations=0: give a whole number, at least 1"),
     "no kernel": ({"ntk": torch.eye(6)}, "ntk is a Tensor: give a GPyTorch kernel, or gpntk.infinite.kernels"),
     "x of NumPy": ({"x": X.numpy()}, "x is a ndarray: pass a tensor"),
     "nngp twice": ({"ntk": gpntk.infinite.kernels(mlp(2, 3, 1)), "nngp": rbf(1.0)}, "ntk has both kernels"),
     "loss": ({"loss": "hinge"}, "choose one of 'mse', 'cross_entropy'"),
     "method": ({"method": "fast"}, "choose one of 'auto', 'dense', 'lanczos'"),
-    "momentum": ({"momentum": 1.0, "discrete": True}, r"in \[0, 1\)"),
+    "momentum": ({"momentum": 1.0, "discrete": True}, "momentum=1.0: give a number that is at least zero and below 1"),
     "flow with momentum": ({"momentum": 0.5}, "pass discrete=True"),
     "batch": ({"ntk": RBFKernel(batch_shape=torch.Size([2]))}, "batch shape"),
     "too many rows": (
@@ -767,7 +767,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "initial's rows": ({"initial": lambda x: x[:3]}, r"initial\(x\) must be a tensor \[6\] or \[6, C\]"),
     "Gaussian cross-entropy": ({"loss": "cross_entropy", "nngp": rbf(1.0)}, "not Gaussian"),
     "probabilities": ({"loss": "cross_entropy", "y": torch.ones(6, 2)}, "sum to one"),
-    "classes": ({"loss": "cross_entropy", "y": torch.arange(6) - 1}, "non-negative integers"),
+    "classes": ({"loss": "cross_entropy", "y": torch.arange(6) - 1}, "y has classes below zero"),
     "classes beyond": (
         {"loss": "cross_entropy", "y": torch.arange(6), "initial": lambda x: x}, r"class 5 and initial\(x\) only 2"
     ),
@@ -789,7 +789,7 @@ def test_mistakes_in_what_is_asked_for() -> None:
     for t, message in ((-1.0, "negative"), (torch.nan, "NaN"), ([], "sequence"), ([[1.0]], "sequence")):
         with pytest.raises(InputError, match=message):
             flow.predict(X, t)
-    with pytest.raises(InputError, match=r"x must be floating point \[M, 2\]"):
+    with pytest.raises(InputError, match=r"what it goes with is \[N, 2\]"):
         flow.predict(X[:, :1])
     with pytest.raises(InputError, match=r"float32 on cpu, the training inputs are torch\.float64"):
         flow.predict(X.float())
@@ -800,9 +800,9 @@ def test_mistakes_in_what_is_asked_for() -> None:
     with pytest.raises(InputError, match="give an NTKKernel"):
         flow.weights(1.0)
     bad: Any = "head"
-    with pytest.raises(InputError, match="choose 'all' or 'readout'"):
+    with pytest.raises(InputError, match="choose one of 'all', 'readout'"):
         flow.predict(X, trained=bad)
-    with pytest.raises(InputError, match="choose 'nngp' or 'ntk'"):
+    with pytest.raises(InputError, match="choose one of 'nngp', 'ntk'"):
         flow.posterior(X, bad)
     with pytest.raises(InputError, match="whole numbers"):
         gpntk.GradientFlow(rbf(1.0), X, Y, discrete=True).predict(X, 1.5)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import gpntk
 from gpntk.errors import FileFormatError, InputError, SolveError
 from gpntk.inference import FeatureCovariance, Features, log_evidence
-from gpntk.inference.hyperposterior import Hyperparameter, infer, log_prior, maximize
+from gpntk.inference.hyperposterior import Hyperparameter, infer, log_prior
+from gpntk.inference.maximum import maximize
 from gpntk.io import Checkpoint
 from tests.cases import mlp, reference_jacobian
 

@@ -232,7 +232,7 @@ def test_unshared_filters_name_what_is_wrong() -> None:
         ("input_size", (4, 4, 4), 3, 1),
         ("kernel_size", (4, 4), (3, 3, 3), 1),
         ("stride", (4, 4), 3, (1,)),
-        (r"stride=\(0, 0\): give one number of at least 1", (4, 4), 3, 0),
+        ("stride=0: give a whole number, at least 1", (4, 4), 3, 0),
         ("larger than the padded input", (4, 4), 5, 1),
     ):
         with pytest.raises(InputError, match=message):

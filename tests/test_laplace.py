@@ -443,7 +443,7 @@ def test_an_indefinite_covariance() -> None:
         ({"mean": torch.full((4, 3), torch.nan).double()}, "prior_mean has values that are not finite"),
         ({"covariance": torch.eye(11).double()}, r"covariance must be \[N\*C, N\*C\], here \(12, 12\)"),
         ({"covariance": torch.zeros(12, 4).double()}, "covariance must be"),
-        ({"covariance": torch.full((12, 12), torch.nan).double()}, "covariance has values that are not finite"),
+        ({"covariance": torch.full((12, 12), torch.nan).double()}, "covariance contains NaN"),
         ({"start": torch.zeros(12).double()}, "start must be"),
     ],
 )

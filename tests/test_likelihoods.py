@@ -101,7 +101,7 @@ def test_labels_are_checked() -> None:
         Gaussian().check(torch.zeros(2, 2), 2, 3)
     with pytest.raises(InputError, match="labels must be finite"):
         Gaussian().check(torch.tensor([math.inf]), 1, 1)
-    with pytest.raises(InputError, match="noise=0 must be positive"):
+    with pytest.raises(InputError, match="noise=0: give a positive number"):
         Gaussian(0)
     with pytest.raises(InputError, match="labels has class 3"):
         Categorical().check(torch.tensor([3]), 1, 3)

@@ -22,6 +22,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from gpntk._checks import check_choice, check_count, check_flags, check_functions, check_not_negative, check_positive
 from gpntk.dynamics.cross_entropy import cross_entropy_coefficients
 from gpntk.dynamics.filters import GradientFilter
 from gpntk.dynamics.matrix_functions import Filtered
@@ -171,17 +172,18 @@ class GradientFlow:
         tolerance: float = 1e-12,
         max_iterations: int = 1000,
     ) -> None:
-        _check_options(
-            loss,
-            method,
-            momentum,
-            discrete,
-            learning_rate=(learning_rate, 0 < learning_rate < math.inf, "positive"),
-            noise=(noise, 0 <= noise < math.inf, "at least zero: it is a variance"),
-            diag_reg=(diag_reg, 0 <= diag_reg < math.inf, "at least zero: it is a variance"),
-            tolerance=(tolerance, 0 < tolerance < 1, "between 0 and 1"),
-            max_iterations=(max_iterations, max_iterations >= 1, "at least 1"),
-        )
+        check_choice(("mse", "cross_entropy"), loss=loss)
+        check_choice(get_args(Method), method=method)
+        check_positive(learning_rate=learning_rate)
+        check_positive(1.0, tolerance=tolerance)
+        check_not_negative(noise=noise, diag_reg=diag_reg)
+        check_not_negative(1.0, momentum=momentum)
+        check_count(max_iterations=max_iterations)
+        check_flags(normalize=normalize, discrete=discrete)
+        if momentum and not discrete:
+            raise InputError(f"momentum={momentum} is that of discrete steps: pass discrete=True.")
+        if initial is not None:
+            check_functions(initial=initial)
         check_training_data(x, y, loss)
         if loss == "cross_entropy" and nngp is not None:
             raise InputError("with the cross-entropy f_t is not Gaussian: leave nngp out, and give initial=f_0.")
@@ -224,8 +226,8 @@ class GradientFlow:
                 at the learning rate; x does not fit.
             SolveError: Lanczos or the integration did not reach the tolerance.
         """
-        if trained not in ("all", "readout"):
-            raise InputError(f"trained={trained!r}: choose 'all' or 'readout'.")
+        check_choice(("all", "readout"), trained=trained)
+        check_flags(covariance=covariance)
         train = self._ntk if trained == "all" else self._required_nngp("trained='readout'")
         prior = self._nngp if covariance else None
         return self._predict(x, t, train, prior, function=self._filter, noisy=trained == "readout")
@@ -237,8 +239,7 @@ class GradientFlow:
         the ensemble of readouts trained for ever; with ``"ntk"``, what an ``ExactGP`` with that kernel predicts, and no
         ensemble of plain networks does.
         """
-        if prior not in ("nngp", "ntk"):
-            raise InputError(f"prior={prior!r}: choose 'nngp' or 'ntk'.")
+        check_choice(("nngp", "ntk"), prior=prior)
         if self._loss != "mse":
             raise InputError("the posterior is in closed form for loss='mse' only.")
         kernel = self._ntk if prior == "ntk" else self._required_nngp("prior='nngp'")
@@ -303,7 +304,10 @@ class GradientFlow:
 
     def _times(self, t: float | Sequence[float] | Tensor) -> tuple[Tensor, bool]:
         """t `[T]`, and whether there is a dimension of times."""
-        times = torch.as_tensor(t, dtype=self._exact, device=self._x.device).detach()
+        try:
+            times = torch.as_tensor(t, dtype=self._exact, device=self._x.device).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"t={t!r}: give one number or a sequence of them.") from None
         if times.dim() > 1 or not times.numel():
             raise InputError(f"t must be one number or a sequence of them, got shape {tuple(times.shape)}.")
         if not bool((times >= 0).all()):
@@ -372,16 +376,3 @@ class GradientFlow:
         if several:
             return FlowPrediction(mean, spread, error)
         return FlowPrediction(mean[0], None if spread is None else spread[0], None if error is None else error[0])
-
-
-def _check_options(loss: str, method: str, momentum: float, discrete: bool, **numbers: tuple[float, bool, str]) -> None:
-    for name, value, choices in (("loss", loss, ("mse", "cross_entropy")), ("method", method, get_args(Method))):
-        if value not in choices:
-            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
-    for name, (value, allowed, must) in numbers.items():
-        if not allowed:
-            raise InputError(f"{name}={value!r} must be {must}.")
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum={momentum!r} must be in [0, 1).")
-    if momentum and not discrete:
-        raise InputError("momentum is that of discrete steps: pass discrete=True.")

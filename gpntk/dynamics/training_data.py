@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_tensors
+from gpntk._checks import check_input, check_tensors, check_values
 from gpntk.errors import InputError
 
 
@@ -62,17 +62,17 @@ def as_outputs(values: Any, x: Tensor, name: str) -> Tensor:
 
 def check_training_data(x: Tensor, y: Tensor, loss: str) -> None:
     """Raise `InputError` unless x `[N, D]` and y are data for ``loss``, ``"mse"`` or ``"cross_entropy"``."""
-    check_tensors(x=x, y=y)
-    if x.dim() != 2 or not x.is_floating_point() or not x.shape[0]:
-        raise InputError(f"x must be floating point [N, D] with N > 0, got {x.dtype} of shape {tuple(x.shape)}.")
+    check_tensors(x=x)
+    check_input(x, x.device)
+    if x.dim() != 2 or not x.shape[0]:
+        raise InputError(f"x must be [N, D] with N > 0, got shape {tuple(x.shape)}: give a row for each input.")
+    check_values(x.device, y=y)
     if y.dim() not in (1, 2) or y.shape[0] != x.shape[0] or not y.numel():
         raise InputError(
             f"y must be [{x.shape[0]}] or [{x.shape[0]}, C] as x has {x.shape[0]} rows, got {tuple(y.shape)}."
         )
-    if x.device != y.device:
-        raise InputError(f"x is on {x.device} and y on {y.device}: move one of them.")
-    if not bool(x.isfinite().all() and y.isfinite().all()):
-        raise InputError("x and y must be finite: leave out the rows with missing values.")
+    if not bool(y.isfinite().all()):
+        raise InputError("y must be finite: leave out the rows with missing values.")
     if loss == "cross_entropy":
         _check_classes(y)
     elif not y.is_floating_point():
@@ -84,7 +84,7 @@ def check_training_data(x: Tensor, y: Tensor, loss: str) -> None:
 def _check_classes(y: Tensor) -> None:
     if not y.is_floating_point():
         if y.dim() != 1 or bool((y < 0).any()):
-            raise InputError("classes must be non-negative integers [N].")
+            raise InputError("y has classes below zero, or a column for each: give integers from 0, of shape [N].")
         return
     total = y.sum(-1) if y.dim() == 2 and y.shape[-1] > 1 else torch.ones_like(y)
     if bool((y < 0).any() or (y > 1).any() or ((total - 1).abs() > 1e-4).any()):
@@ -96,7 +96,8 @@ def _check_classes(y: Tensor) -> None:
 def check_test_inputs(x: Tensor, train: Tensor) -> None:
     """Raise `InputError` unless x `[M, D]` is of the kind of the training inputs."""
     check_tensors(x=x)
-    if x.dim() != 2 or x.shape[-1] != train.shape[-1] or not x.is_floating_point():
-        raise InputError(f"x must be floating point [M, {train.shape[-1]}], got {x.dtype} of shape {tuple(x.shape)}.")
     if (x.device, x.dtype) != (train.device, train.dtype):
-        raise InputError(f"x is {x.dtype} on {x.device}, the training inputs are {train.dtype} on {train.device}.")
+        raise InputError(
+            f"x is {x.dtype} on {x.device}, the training inputs are {train.dtype} on {train.device}: pass x.to(them)."
+        )
+    check_input(x, train.device, columns=train.shape[-1])

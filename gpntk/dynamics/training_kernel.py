@@ -14,6 +14,7 @@ from linear_operator import to_linear_operator
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from gpntk._checks import check_kinds
 from gpntk.dynamics.filters import GradientFilter
 from gpntk.dynamics.matrix_functions import AbstractFilteredMatrix, KrylovMatrix, SpectralMatrix
 from gpntk.errors import InputError
@@ -95,6 +96,7 @@ def _(ntk: InfiniteKernels, nngp: Kernel | None) -> tuple[KernelFunction, Kernel
 
 
 def _function(kernel: Kernel, name: str) -> KernelFunction:
+    check_kinds(Kernel, "a GPyTorch kernel", **{name: kernel})
     if kernel.batch_shape:
         raise InputError(f"{name} has batch shape {tuple(kernel.batch_shape)}: give a kernel without one.")
     fixed: Any = copy.deepcopy(kernel).requires_grad_(False)

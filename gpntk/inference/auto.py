@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from gpntk._checks import check_count, check_positive
+from gpntk._checks import check_count, check_kinds, check_positive
 from gpntk.cost import Cost, Machine, Work
 from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
 from gpntk.inference.iterative import ConjugateGradients
@@ -107,6 +107,7 @@ def largest_dense(
         >>> largest_dense(torch.device("cpu"), memory_budget=2**20)
         295
     """
+    check_kinds(torch.device, "a torch.device", device=device)
     check_positive(factorisations=factorisations, **({} if seconds == math.inf else {"seconds": seconds}))
     budget = budget_on(device, memory_budget)
     by_time = (3 * seconds * Machine.of(device).flops / factorisations) ** (1 / 3)

@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_tensors
+from gpntk._checks import check_kinds, check_values
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures, Features, exact_dtype
 from gpntk.memory import chunks
@@ -151,6 +151,8 @@ class FeatureCovariance(AbstractCovariance):
     features: AbstractFeatures  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, features: AbstractFeatures, variances: Tensor) -> None:
+        check_kinds(AbstractFeatures, "Features(backend, x)", features=features)
+        check_values(features.device, variances=variances)
         super().__init__(
             features.num_samples,
             features.num_outputs,
@@ -159,12 +161,11 @@ class FeatureCovariance(AbstractCovariance):
             features.memory_budget,
             features,
         )
-        check_tensors(variances=variances)
         self.given = variances
         # Hyperparameters are few: they are exact whatever the precision of the data.
         self.variances = variances.detach().to(exact_dtype(features.device))
         if not bool(((self.variances >= 0) & self.variances.isfinite()).all()):
-            raise InputError("prior variances must be finite and at least zero.")
+            raise InputError("variances, those of the prior, must be finite and at least zero.")
         self._groups: Tensor | None = None
         self.per_parameter = False
         if self.variances.shape != (1,):

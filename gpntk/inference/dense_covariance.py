@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_count, check_functions, check_input, check_tensors, check_values
 from gpntk.errors import InputError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
 from gpntk.memory import budget_on
@@ -46,6 +47,14 @@ class DenseCovariance(AbstractCovariance):
         gram: Tensor | None = None,
         memory_budget: int | None = None,
     ) -> None:
+        check_functions(kernel=kernel)
+        check_tensors(x=x)
+        check_input(x, x.device)
+        check_count(num_outputs=num_outputs)
+        if x.dim() != 2:
+            raise InputError(f"x has shape {tuple(x.shape)}: give [N, D].")
+        if gram is not None:
+            check_values(x.device, gram=gram)
         budget = budget_on(x.device, memory_budget)
         rows = x.shape[0] * num_outputs
         if gram is not None and gram.shape != (rows, rows):
@@ -73,6 +82,8 @@ class DenseCovariance(AbstractCovariance):
         return self._kept.to(self.dtype)
 
     def cross(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.x.shape[-1]:
+            raise InputError(f"x has {x.shape[-1]} columns, but the data have {self.x.shape[-1]}: give as many.")
         x = x.to(self.x.dtype)
         flat = self.kernel(x.flatten(0, 1), self.x)
         return flat.unflatten(0, (x.shape[0], -1)).to(self.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpntk._checks import check_input, check_kinds, check_values
 from gpntk.errors import InputError
 from gpntk.inference.auto import AutoSolver
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
@@ -110,13 +111,21 @@ def log_evidence(
     References:
         Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, eqs. 2.30 and 5.9.
     """
+    check_kinds(
+        AbstractCovariance | Tensor, "FeatureCovariance(features, variances), or a matrix", covariance=covariance
+    )
+    check_values(covariance.device, noise=noise, y=y)
     columns = y.unsqueeze(0) if y.dim() == 1 else y
     if isinstance(covariance, Tensor) or covariance.features is None:
         gram = covariance if isinstance(covariance, Tensor) else covariance.gram()
+        check_input(gram.detach(), gram.device, "covariance")
         return cast("Tensor", _DenseEvidence.apply(gram, noise, columns))
-    weighted = covariance.weighted
-    quad, logdet = inv_quad_logdet(weighted, noise, columns, solver or AutoSolver())
-    observed = WhitenedSystem(weighted, noise).observed
+    weighted, solver = covariance.weighted, AutoSolver() if solver is None else solver
+    check_kinds(AbstractSolver, "a solver, WeightSpace() say, or None", solver=solver)
+    system = WhitenedSystem(weighted, noise)
+    system.targets(columns.detach())
+    quad, logdet = inv_quad_logdet(weighted, noise, columns, solver)
+    observed = system.observed
     return -0.5 * (quad.sum() + len(columns) * (logdet + observed * math.log(2 * math.pi)))
 
 
@@ -129,11 +138,13 @@ class _DenseEvidence(torch.autograd.Function):
         exact = exact_dtype(gram.device)
         if noise.shape not in ((1,), gram.shape[:1]) or y.shape[1:] != gram.shape[:1] or gram.shape[0] != gram.shape[1]:
             raise InputError(
-                f"K {tuple(gram.shape)}, noise {tuple(noise.shape)} and y {tuple(y.shape)} do not fit: give [n, n], "
-                "[1] or [n], and [n] or [K, n]."
+                f"covariance {tuple(gram.shape)}, noise {tuple(noise.shape)}, y {tuple(y.shape)} do not fit: give "
+                "[n, n], [1] or [n], and [n] or [K, n]."
             )
         if not bool((noise > 0).all()):
             raise InputError("noise variances must be positive: they are what makes K + D invertible.")
+        if not bool((y.isfinite() | ~noise.isfinite()).all()):
+            raise InputError("y has NaN or infinite values: give infinite noise to the rows that were not observed.")
         curvature = RowNoise(noise.to(exact), 1, exact)
         rows, count = y.shape[1], y.shape[0]
         # Rows that were not observed have no target.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_tensors
+from gpntk._checks import check_input, check_kinds
 from gpntk.errors import InputError
 from gpntk.inference.ranks import AbstractRanks, Alone
 from gpntk.jacobians import AbstractJacobianBackend
@@ -210,6 +210,9 @@ class Features(AbstractFeatures):
         backend: How Jacobian products are computed; what is kept of x is kept in its cache.
         x: `[N, D]`.
 
+    Raises:
+        InputError: x is not finite, real floating and `[N, D]`, is on another device, or does not fit the network.
+
     Example:
         >>> import torch, gpntk
         >>> from gpntk.inference import Features
@@ -220,7 +223,10 @@ class Features(AbstractFeatures):
     """
 
     def __init__(self, backend: AbstractJacobianBackend, x: Tensor) -> None:
-        check_tensors(x=x)
+        check_kinds(AbstractJacobianBackend, "a backend, gpntk.AutoBackend(frozen) say", backend=backend)
+        check_input(x, backend.device)
+        if x.dim() != 2:
+            raise InputError(f"x has shape {tuple(x.shape)}: give [N, D], x.flatten(1) of images say.")
         # Without a row, no network needs to be asked how many outputs it has.
         super().__init__(backend, x.dtype, x.device, x.shape[0], backend.num_outputs(x) if x.shape[0] else 1)
         self.x = x

@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_count, check_input, check_tensors
+from gpntk._checks import check_count, check_input, check_kinds, check_values
 from gpntk.errors import InputError
 from gpntk.inference.auto import AutoSolver
 from gpntk.inference.covariance import AbstractCovariance
@@ -86,12 +86,15 @@ class Posterior:
     """
 
     def __init__(self, system: WhitenedSystem, y: Tensor, solver: AbstractSolver | None = None) -> None:
-        check_tensors(y=y)
-        self.choice: SolverChoice = (solver or AutoSolver()).select(system)
+        check_kinds(WhitenedSystem, "WhitenedSystem(covariance, noise)", system=system)
+        solver = AutoSolver() if solver is None else solver
+        check_kinds(AbstractSolver, "a solver, WeightSpace() say, or None", solver=solver)
+        check_values(system.covariance.device, y=y)
+        self.choice: SolverChoice = solver.select(system)
         self.inverse: AbstractInverse = self.choice.solver.prepare(system)
         self.system = system
         self._single = y.dim() == 1
-        self._targets = _checked(system, y.unsqueeze(0) if self._single else y).to(self.inverse.dtype)
+        self._targets = system.targets(y.unsqueeze(0) if self._single else y).to(self.inverse.dtype)
         with torch.no_grad():
             solution = self.inverse.whitened(self.inverse.exact.likelihood.whiten(self._targets))
             self.result: SolveResult = solution.result(self.inverse.coefficients(solution))
@@ -119,12 +122,12 @@ class Posterior:
 
     def mean(self, x: Tensor) -> Tensor:
         """Posterior mean of f(x) `[T*C]`, or `[K, T*C]` for several columns, for x `[T, D]`; differentiable in x."""
-        check_input(x, self._functions.device)
+        self._check_rows(x)
         return self._shaped(self._functions.values(x, self._coefficients))
 
     def variance(self, x: Tensor) -> Tensor:
         """Posterior variances of f(x) `[T*C]` for x `[T, D]`; columns share them."""
-        check_input(x, self._functions.device)
+        self._check_rows(x)
         pieces = [self.covariance(part.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).flatten() for part in self._split(x)]
         # Rounding can leave the variance at an observation a hair below zero.
         return torch.cat(pieces).clamp_min(0)
@@ -136,6 +139,8 @@ class Posterior:
         at ``rank`` F operations a point.
         """
         check_input(x, self._functions.device)
+        if not x.numel():
+            raise InputError(f"x has shape {tuple(x.shape)}, no rows: give at least one input.")
         if rank is not None:
             check_count(rank=rank)
         batched = x.reshape(-1, *x.shape[-2:])
@@ -170,7 +175,7 @@ class Posterior:
         With features, functions J(x) w of sampled weights; else by a root of the covariance of f(x).
         """
         check_count(count=count)
-        check_input(x, self._functions.device)
+        self._check_rows(x)
         if self._functions.features is not None:
             weights = self.sample_weights(count, generator)
             return self._functions.values(x, weights.flatten(0, -2)).unflatten(0, weights.shape[:-1])
@@ -269,6 +274,7 @@ class Posterior:
             noise: Noise variances `[1]` or `[T*C]`.
             root: Or the root of the curvature `[T, C, q]`.
         """
+        check_values(self._functions.device, y=y)
         return self._conditioned(x, y.unsqueeze(0) if self._single else y, noise, root)
 
     def fantasies(self, x: Tensor, y: Tensor, noise: Tensor) -> list[Posterior]:
@@ -279,6 +285,7 @@ class Posterior:
         """
         if not self._single:
             raise InputError("fantasies are of a posterior with targets [n]; give condition_on targets [K, T*C].")
+        check_values(self._functions.device, y=y)
         together = self._conditioned(x, y, noise, None)
         posteriors = []
         for index in range(len(y)):
@@ -293,10 +300,16 @@ class Posterior:
 
     # --- private -----------------------------------------------------------------------------------------------
 
+    def _check_rows(self, x: Tensor) -> None:
+        check_input(x, self._functions.device)
+        if x.dim() != 2 or not len(x):
+            raise InputError(f"x has shape {tuple(x.shape)}: give [T, D], at least one row.")
+
     def _conditioned(self, x: Tensor, y: Tensor, noise: Tensor | None, root: Tensor | None) -> Posterior:
+        self._check_rows(x)
         exact = self.inverse.exact
         new = WhitenedSystem(exact.covariance.at(x), noise, root=root)
-        targets = _checked(new, y).to(self.inverse.dtype)
+        targets = new.targets(y).to(self.inverse.dtype)
         curvature = new.likelihood
         # 1. Covariance of every function with the new rows, given what came before.
         functions = self._functions.widened(x)
@@ -371,15 +384,3 @@ class Posterior:
         bytes_each = 8 * 4 * (size + rows)
         size = next(chunks(x.shape[0], bytes_each, covariance.memory_budget // 2)).stop
         return list(x.split(max(1, min(size, _ROWS))))
-
-
-def _checked(system: WhitenedSystem, y: Tensor) -> Tensor:
-    """Targets `[K, n]`, with zeros where nothing was observed."""
-    rows = system.covariance.num_rows
-    if y.dim() != 2 or y.shape[1] != rows:
-        given = y.shape[1:] if y.dim() == 2 and len(y) == 1 else y.shape
-        raise InputError(f"y has shape {tuple(given)}: give one target per row, ({rows},), or columns [K, {rows}].")
-    y = torch.where(system.missing, 0.0, y)
-    if not bool(y.isfinite().all()):
-        raise InputError("y has NaN or infinite values: give infinite noise to the rows that were not observed.")
-    return y

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 from tqdm import tqdm
 
-from gpntk._checks import as_tensor, check_count
+from gpntk._checks import as_tensor, check_count, check_device, check_dtype, check_flags, check_kinds
 from gpntk.errors import InputError
 from gpntk.inference.features import AbstractFeatures
 from gpntk.jacobians import AbstractJacobianBackend
@@ -89,7 +89,10 @@ class StreamedFeatures(AbstractFeatures):
         # Where the pieces of the first pass end, with their checksums, and the next pass, in all precisions.
         self._checksums: list[tuple[int, int]] = []
         self._passes = count(1)
-        dtype, device = dtype or backend.dtype, torch.device(device or backend.device)
+        check_kinds(AbstractJacobianBackend, "a backend, gpntk.AutoBackend(frozen) say", backend=backend)
+        check_flags(progress=progress)
+        dtype, device = backend.dtype if dtype is None else dtype, check_device(device or backend.device)
+        check_dtype(dtype)
         samples, outputs = _length(source), 1
         self._first_row = torch.zeros(1, 0)
         if samples:
@@ -214,6 +217,7 @@ def targets(source: Any, outputs: int = 1) -> Tensor:
         >>> targets(torch.utils.data.DataLoader(data, batch_size=2), outputs=2)
         tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
     """
+    check_count(outputs=outputs)
     pieces = [torch.zeros(0, dtype=torch.float64)]
     start, rows = 0, _length(source)
     for piece in _batches(source, 1, _ITEMS):
@@ -244,9 +248,10 @@ def _length(source: Any) -> int:
         if not isinstance(source, Dataset):
             source[0:0]
         return len(source)  # pyright: ignore[reportArgumentType]
-    except (TypeError, KeyError, NotImplementedError):
+    except (TypeError, KeyError, IndexError, NotImplementedError, RuntimeError):
         raise InputError(
-            f"a {kind} cannot be read as data: give an array that has a length and can be sliced, a map-style Dataset "
+            f"source is a {kind}, which cannot be read as data: give an array that has a length and can be sliced, a "
+            "map-style Dataset "
             "with __len__, or a DataLoader with shuffle=False."
         ) from None
 
@@ -312,7 +317,9 @@ def _rows(source: Any, part: int, places: Sequence[int]) -> Tensor:
                 raise InputError(f"row {place} has shape {tuple(item.shape)}, others have {tuple(items[0].shape)}.")
         return torch.stack(items)
     if part:
-        raise InputError("an array has no targets: read them from a Dataset or DataLoader, or from their own array.")
+        raise InputError(
+            "the source is an array, which has no targets: read them from a Dataset or DataLoader, or their own array."
+        )
     first, stop = places[0], places[-1] + 1
     if stop - first == len(places):
         return as_tensor(source[first:stop], "the source")

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_tensors
+from gpntk._checks import check_kinds, check_values
 from gpntk.cost import Work
 from gpntk.errors import DistributedError, InputError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
@@ -78,15 +78,16 @@ class WhitenedSystem:
     def __init__(
         self, covariance: AbstractCovariance, noise: Tensor | None = None, *, root: Tensor | None = None
     ) -> None:
+        check_kinds(AbstractCovariance, "FeatureCovariance(features, variances)", covariance=covariance)
         self.covariance = covariance
         self.noise: Tensor | None = None
         self.root = root
         if not covariance.num_rows and not covariance.sharded:
             raise InputError("x has no rows: give at least one input.")
-        check_tensors(noise=noise, root=root)
         if (noise is None) == (root is None):
             raise InputError("give either noise, variances of the rows, or root, the root of the curvature.")
         if root is not None:
+            check_values(covariance.device, root=root)
             expected = (covariance.num_samples, covariance.num_outputs)
             if root.dim() != 3 or root.shape[:2] != expected or not bool(root.isfinite().all()):
                 raise InputError(f"root must be finite [N, C, q] with N, C = {expected}, got {tuple(root.shape)}.")
@@ -94,6 +95,7 @@ class WhitenedSystem:
             self.homoscedastic = False
             return
         assert noise is not None
+        check_values(covariance.device, noise=noise)
         # Hyperparameters are few: they are exact whatever the precision of the data.
         self.noise = noise.detach().to(exact_dtype(covariance.device))
         if self.noise.shape not in ((1,), (covariance.num_rows,)):
@@ -135,6 +137,21 @@ class WhitenedSystem:
             return ~self.root.bool().any(-1).flatten()
         assert self.noise is not None
         return ~self.noise.isfinite().expand(self.covariance.num_rows)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Targets `[K, n]`, with zeros where nothing was observed.
+
+        Raises:
+            InputError: y has another shape, or is NaN or infinite where there is an observation.
+        """
+        rows = self.covariance.num_rows
+        if y.dim() != 2 or y.shape[1] != rows:
+            given = y.shape[1:] if y.dim() == 2 and len(y) == 1 else y.shape
+            raise InputError(f"y has shape {tuple(given)}: give one target per row, ({rows},), or columns [K, {rows}].")
+        y = torch.where(self.missing, 0.0, y)
+        if not bool(y.isfinite().all()):
+            raise InputError("y has NaN or infinite values: give infinite noise to the rows that were not observed.")
+        return y
 
     @property
     def noise_logdet(self) -> Tensor:

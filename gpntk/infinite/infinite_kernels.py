@@ -150,7 +150,7 @@ class InfiniteKernels:
 
     def _pair(self, x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor, bool]:
         """Both inputs as rows, and whether they are the same."""
-        check_tensors(x1=x1, x2=x2)
+        check_tensors(x1=x1, x2=x1 if x2 is None else x2)
         one = self._rows(x1, "x1")
         two = one if x2 is None or x2 is x1 else self._rows(x2, "x2")
         return one, two, one is two or equal_inputs(one, two)

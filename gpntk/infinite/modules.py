@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gpntk._checks import check_count, check_flags, check_kinds
 from gpntk.errors import InputError, SelectionError
 from gpntk.infinite.gaussian import AbstractActivation
 
@@ -94,7 +95,7 @@ class TiedAttention(nn.Module):
 
     def __init__(self, mechanism: Mechanism = "softmax") -> None:
         super().__init__()
-        if mechanism not in WEIGHTINGS:
+        if not isinstance(mechanism, str) or mechanism not in WEIGHTINGS:
             raise SelectionError(f"mechanism={mechanism!r}: choose one of {', '.join(WEIGHTINGS)}.")
         self.mechanism: Mechanism = mechanism
 
@@ -150,13 +151,14 @@ class LocallyConnected(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        check_kinds(Sequence, "the sizes of one axis of positions, or of two", input_size=input_size)
         self.input_size = tuple(input_size)
         axes = len(self.input_size)
         if axes not in (1, 2):
             raise InputError(f"input_size={self.input_size}: give the sizes of one axis of positions, or of two.")
-        for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if count < 1:
-                raise InputError(f"{name}={count}: must be at least 1.")
+        check_count(**{f"input_size[{axis}]": size for axis, size in enumerate(self.input_size)})
+        check_count(in_channels=in_channels, out_channels=out_channels)
+        check_flags(bias=bias)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size = _by_axis(kernel_size, axes, "kernel_size", 1)
         self.stride = _by_axis(stride, axes, "stride", 1)
@@ -204,9 +206,11 @@ def _check_rows(x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _by_axis(value: int | Sequence[int], axes: int, argument: str, least: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or min(values) < least:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+    if len(values) != axes:
         raise InputError(
             f"{argument}={values}: give one number of at least {least}, or one for each of the {axes} axes."
         )
+    for one in values:
+        check_count(least, **{argument: one})
     return values

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpntk._checks import check_count, check_functions, check_input, check_tensors
 from gpntk.errors import InputError
 from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend, DenseBackend
 from gpntk.network import FrozenNetwork
@@ -65,9 +66,14 @@ def monte_carlo(
         Hanin and Nica (2020), Finite Depth and Width Corrections to the Neural Tangent Kernel,
         https://arxiv.org/abs/1909.05989, on how the NTK of one network varies.
     """
-    if num_samples < 2:
-        raise InputError(f"num_samples={num_samples}: a standard error takes at least 2 networks.")
+    check_functions(network_factory=network_factory)
+    check_count(2, num_samples=num_samples)  # fewer have no standard error
     x2 = x1 if x2 is None else x2
+    check_tensors(x1=x1)
+    for name, x in (("x1", x1), ("x2", x2)):
+        check_input(x, x1.device, name)
+        if not x.numel():
+            raise InputError(f"{name} has shape {tuple(x.shape)}: give at least one row.")
     if x1.shape[1:] != x2.shape[1:]:
         raise InputError(f"x1 has inputs of shape {tuple(x1.shape[1:])} and x2 of {tuple(x2.shape[1:])}.")
     one, two = (x.flatten(1) for x in (x1, x2))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_kinds, check_not_negative, check_positive, check_tensors, check_values
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import AbstractActivation
 
@@ -79,8 +80,9 @@ def phase(activation: AbstractActivation, weight_variance: float, bias_variance:
         >>> phase(activation_of(torch.nn.Tanh()), 0.5, 0.1).name
         'ordered'
     """
-    if not weight_variance > 0 or not bias_variance >= 0:
-        raise InputError(f"weight_variance={weight_variance} must be positive and bias_variance={bias_variance} >= 0.")
+    check_kinds(AbstractActivation, "what gpntk.infinite.activation_of(module) gives", activation=activation)
+    check_positive(weight_variance=weight_variance)
+    check_not_negative(bias_variance=bias_variance)
 
     def step(q: Tensor) -> Tensor:
         return bias_variance + weight_variance * activation.diagonal(q)[0]
@@ -172,6 +174,11 @@ def phase_diagram(
     activation: AbstractActivation, weight_variances: Tensor, bias_variances: Tensor
 ) -> dict[str, Tensor]:
     """The fields of `Phase` on a grid: each `[len(bias_variances), len(weight_variances)]`, by name."""
+    check_tensors(weight_variances=weight_variances)
+    check_values(weight_variances.device, weight_variances=weight_variances, bias_variances=bias_variances)
+    for name, values in (("weight_variances", weight_variances), ("bias_variances", bias_variances)):
+        if values.dim() != 1 or not len(values) or not bool(values.isfinite().all() and (values >= 0).all()):
+            raise InputError(f"{name} must be a vector of at least one variance, finite and not below zero.")
     phases = [[phase(activation, float(w), float(b)) for w in weight_variances] for b in bias_variances]
     return {
         name: torch.tensor(

@@ -21,7 +21,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, final
@@ -29,6 +29,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_functions, check_kinds, check_positive, is_number
 from gpntk.errors import InputError
 from gpntk.infinite import near_parallel
 from gpntk.infinite.gaussian import AbstractActivation, by_chunks, divide, root
@@ -89,10 +90,13 @@ class Quadrature(AbstractActivation):
     tolerance: float = 1e-10
 
     def __post_init__(self) -> None:
+        check_functions(phi=self.phi)
+        check_positive(scale=self.scale, tolerance=self.tolerance)
+        check_kinds(Sequence, "numbers", kinks=self.kinks)
         if not 1e-13 <= self.tolerance < 1:
             raise InputError(f"tolerance must be between 1e-13, where rounding begins, and 1, got {self.tolerance}.")
-        if not 0 < self.scale < math.inf or not all(map(math.isfinite, self.kinks)):
-            raise InputError(f"scale={self.scale} must be positive and kinks={self.kinks} finite numbers.")
+        if not all(is_number(kink) and math.isfinite(kink) for kink in self.kinks):
+            raise InputError(f"kinks={self.kinks}: give finite numbers.")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.phi(x)

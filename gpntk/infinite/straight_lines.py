@@ -8,7 +8,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple, cast, final
@@ -18,6 +18,7 @@ import torch
 from scipy.special import owens_t
 from torch import Tensor
 
+from gpntk._checks import is_number
 from gpntk.errors import InputError
 from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import density
@@ -73,8 +74,9 @@ class PiecewiseLinear(AbstractClosedForm):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (*self.knots, *self.slopes, self.start))):
-            raise InputError(f"knots={self.knots}, slopes={self.slopes} and start={self.start} must be finite.")
+        for name, values in (("knots", self.knots), ("slopes", self.slopes), ("start", (self.start,))):
+            if not isinstance(values, Sequence) or not all(is_number(v) and math.isfinite(v) for v in values):
+                raise InputError(f"{name}={getattr(self, name)!r} must be finite: give numbers.")
         if not self.knots or any(one >= two for one, two in pairwise(self.knots)):
             raise InputError(f"knots={self.knots}: give at least one, in increasing order.")
         if len(self.slopes) != len(self.knots) + 1:

@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from gpntk._checks import as_shape, is_number
+from gpntk._checks import as_shape, check_kinds, is_number
 from gpntk._types import Extract
 from gpntk.errors import InputError, UnsupportedLayerError
 from gpntk.infinite.modules import Activation, LocallyConnected, TiedAttention
@@ -79,6 +79,7 @@ def trace(module: nn.Module, input_shape: Sequence[int] | int | None = None, ext
 
 
 def _input_shape(module: nn.Module, given: Sequence[int] | int | None) -> tuple[int, ...]:
+    check_kinds(nn.Module, "an nn.Module", network=module)
     if given is not None:
         return as_shape((given,) if is_number(given) else given)
     first = next((child for child in module.modules() if list(child.parameters(recurse=False))), None)

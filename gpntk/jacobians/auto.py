@@ -7,13 +7,14 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
 
+from gpntk._checks import check_choice, check_input
 from gpntk.cost import Cost, Machine, table
 from gpntk.errors import NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractDeferredBackend, AbstractJacobianBackend, AbstractTangentBackend
 from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.dense import DenseBackend
-from gpntk.jacobians.precision import Precision
+from gpntk.jacobians.precision import PRECISIONS, Precision
 from gpntk.jacobians.stacked import split_parameters
 from gpntk.jacobians.structured import StructuredBackend
 from gpntk.memory import TensorCache
@@ -81,6 +82,7 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         self, network: FrozenNetwork, memory_budget: int | None = None, precision: Precision = "exact"
     ) -> None:
         super().__init__(network, memory_budget)
+        check_choice(PRECISIONS, precision=precision)
         self.precision: Precision = precision
         self._uses: _Uses | None = None
         self._made: dict[str, AbstractJacobianBackend] = {}
@@ -93,6 +95,7 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     ) -> Choice:
         """The backend for this network and x `[..., N, D]`, with the reason in words and its costs."""
         network = network if isinstance(network, FrozenNetwork) else FrozenNetwork(network)
+        check_input(x, network.device)
         return AutoBackend(network, memory_budget, precision).choice(x.reshape(-1, *x.shape[-2:]))
 
     def choice(self, x: Tensor) -> Choice:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_kinds
 from gpntk.cost import Cost
 from gpntk.jacobians.rules import inner_products
 from gpntk.memory import TensorCache, budget_on, chunks
@@ -151,6 +152,7 @@ class AbstractNetworkBackend(AbstractJacobianBackend, ABC):
     """
 
     def __init__(self, network: FrozenNetwork, memory_budget: int | None = None) -> None:
+        check_kinds(FrozenNetwork, "it frozen, gpntk.freeze(network)", network=network)
         super().__init__(network.device, memory_budget)
         self.network = network
 

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk._checks import check_count
+from gpntk._checks import check_count, check_device, check_dtype, check_functions
 from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.jacobians.autodiff import AutodiffBackend
@@ -120,9 +120,11 @@ class ExplicitBackend(AbstractJacobianBackend):
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
     ) -> None:
-        self._device = torch.device(device)
+        self._device = check_device(device)
         super().__init__(self._device, memory_budget)
+        check_functions(feature_map=feature_map)
         check_count(num_features=num_features, num_outputs=num_outputs)
+        check_dtype(dtype)
         self._feature_map, self._columns, self._outputs, self._dtype = feature_map, num_features, num_outputs, dtype
 
     @property

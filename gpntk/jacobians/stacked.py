@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_functions, check_kinds, check_not_negative
 from gpntk.cost import Cost
 from gpntk.errors import InputError
 from gpntk.jacobians.backend import (
@@ -64,12 +65,14 @@ class StackedBackend(AbstractJacobianBackend):
         numbers: Sequence[Sequence[int]] | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        if not backends:
-            raise InputError("backends is empty: give at least one.")
-        self.backends = tuple(backends)
+        self.backends = _listed(backends)
         smallest = min(backend.memory_budget for backend in backends)
         super().__init__(backends[0].device, smallest if memory_budget is None else memory_budget)
-        self._scales = [weight**0.5 for weight in weights or [1.0] * len(backends)]
+        given = [1.0] * len(backends) if weights is None else weights
+        check_kinds(Sequence, "a number for each backend", weights=given)
+        check_not_negative(**{f"weights[{number}]": weight for number, weight in enumerate(given)})
+        check_kinds(bool | Sequence, "True, False, or one for each backend", by_layer=by_layer)
+        self._scales = [weight**0.5 for weight in given]
         self._by_layer = [by_layer] * len(backends) if isinstance(by_layer, bool) else list(by_layer)
         if not len(self._scales) == len(self._by_layer) == len(backends):
             raise InputError(f"weights and by_layer need one entry for each of {len(backends)} backends.")
@@ -217,6 +220,9 @@ def split_parameters(
         >>> split_parameters(network, parts).vjp(torch.randn(1, 5, 3), torch.ones(1, 2, 5)).shape
         torch.Size([1, 2, 49])
     """
+    check_kinds(FrozenNetwork, "it frozen, gpntk.freeze(network)", network=network)
+    for backend in _listed(backends):
+        check_kinds(AbstractNetworkBackend, "backends of parts of the network", backends=backend)
     groups = {name: number for number, (name, _) in enumerate(network.groups)}
     return StackedBackend(
         backends,
@@ -246,6 +252,7 @@ class AverageBackend(AbstractDeferredBackend, AbstractNetworkBackend):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__(network, memory_budget)
+        check_functions(factory=factory)
         self._factory = factory
         self._outputs = 0
         self._stacked: StackedBackend | None = None
@@ -290,6 +297,15 @@ def sum_costs(cost: Cost, others: Sequence[tuple[Cost, ...]]) -> Cost:
         once, product = cost.once + other.once, cost.product + other.product
         cost = Cost(cost.strategy, once, product, cost.kept + other.kept, cost.fits and other.fits)
     return cost
+
+
+def _listed(backends: Any) -> tuple[AbstractJacobianBackend, ...]:
+    check_kinds(Sequence, "a list of backends", backends=backends)
+    for backend in backends:
+        check_kinds(AbstractJacobianBackend, "a list of backends", backends=backend)
+    if not backends:
+        raise InputError("backends is empty: give at least one.")
+    return tuple(backends)
 
 
 def _scaled(part: Tensor, scale: float) -> Tensor:

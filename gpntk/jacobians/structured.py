@@ -17,8 +17,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gpntk._checks import check_choice
 from gpntk.cost import Cost, Machine, RowSizes, cheapest, count
-from gpntk.errors import GpntkError, InputError, NetworkError, UnruledError
+from gpntk.errors import GpntkError, NetworkError, UnruledError
 from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractTangentBackend, jacobian_by_rows
 from gpntk.jacobians.backward import BackwardBackend
@@ -71,8 +72,7 @@ class StructuredBackend(AbstractTangentBackend):
         self, network: FrozenNetwork, memory_budget: int | None = None, precision: Precision = "exact"
     ) -> None:
         super().__init__(network, memory_budget)
-        if precision not in PRECISIONS:
-            raise InputError(f"precision={precision!r}: choose one of {', '.join(map(repr, PRECISIONS))}.")
+        check_choice(PRECISIONS, precision=precision)
         self.precision: Precision = precision
         self._autodiff = AutodiffBackend(network, self.memory_budget)
         self._passes = BackwardBackend(network, self.memory_budget)

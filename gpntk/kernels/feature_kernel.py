@@ -11,7 +11,17 @@ from gpytorch.constraints import GreaterThan
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from gpntk._checks import check_flags, check_input, check_keywords, check_memory_budget, check_tensors
+from gpntk._checks import (
+    check_columns,
+    check_flags,
+    check_functions,
+    check_input,
+    check_keywords,
+    check_kinds,
+    check_memory_budget,
+    check_not_negative,
+    check_pair,
+)
 from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
 from gpntk.errors import InputError, SelectionError
 from gpntk.inference import AbstractSolver
@@ -27,6 +37,7 @@ BackendFactory = Callable[..., AbstractJacobianBackend]
 
 def log_scale_constraint(lower_bound: float = 0.0) -> GreaterThan:
     """Greater than a bound through exp: an optimizer's steps are relative, so that no unit matters."""
+    check_not_negative(lower_bound=lower_bound)
     # The host's annotations are inferred from its default, softplus.
     return GreaterThan(lower_bound, transform=torch.exp, inv_transform=torch.log)  # pyright: ignore[reportArgumentType]
 
@@ -75,10 +86,15 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
     ) -> None:
         check_keywords(type(self), kwargs, ("batch_shape", "active_dims"))
         check_flags(layer_variances=layer_variances)
+        check_columns(kwargs.get("active_dims"))
+        if solver is not None:
+            check_kinds(AbstractSolver, "a solver, WeightSpace() say, or None", solver=solver)
+        if backend is not None:
+            check_functions(backend=backend)
         super().__init__(**kwargs)
         frozen = freeze(network, parameters, input_shape, extract)
         budget = check_memory_budget(memory_budget)
-        factory = backend or AutoBackend
+        factory = AutoBackend if backend is None else backend
         if budget is not None:
             factory = partial(factory, memory_budget=budget)
         _check_output(output)
@@ -103,7 +119,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
     def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """k(x1, x2), lazily; x2 is x1 by default. See ``gpytorch.kernels.Kernel``."""
         # The host reads dimensions off x before it asks ``forward``.
-        check_tensors(x1=x1, x2=x2)
+        check_pair(x1, x2, self._buffers["active_dims"])
         return super().__call__(x1, x2, *args, **kwargs)
 
     def features(self, x: Tensor) -> JacobianLinearOperator:

@@ -10,7 +10,7 @@ import torch
 from gpytorch.constraints import GreaterThan
 from torch import Tensor, nn
 
-from gpntk._checks import check_flags, check_input, check_keywords, check_tensors
+from gpntk._checks import check_columns, check_flags, check_input, check_keywords, check_pair
 from gpntk._types import Extract
 from gpntk.errors import InputError
 from gpntk.infinite.infinite_kernels import InfiniteKernels, Kind, Std, by_layer, equal_inputs, kernels
@@ -46,6 +46,7 @@ class _InfiniteKernel(AbstractNetworkKernel):
     ) -> None:
         check_keywords(type(self), kwargs, ("active_dims",))
         check_flags(learn=learn)
+        check_columns(kwargs.get("active_dims"))
         super().__init__(**kwargs)
         given = kernels(
             network,
@@ -109,7 +110,7 @@ class _InfiniteKernel(AbstractNetworkKernel):
         return self
 
     def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        check_tensors(x1=x1, x2=x2)
+        check_pair(x1, x2, self._buffers["active_dims"])
         return super().__call__(x1, x2, *args, **kwargs)
 
     def __repr__(self) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import final, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpntk._checks import check_choice, check_positive, check_values
 from gpntk.errors import InputError
 from gpntk.likelihoods.links import Link, probabilities, with_reference
 from gpntk.likelihoods.targets import check_labels
@@ -75,6 +76,7 @@ class AbstractLikelihood(ABC):
 
 def check_targets(y: Tensor, samples: int, outputs: int, name: str) -> Tensor:
     """Labels `[N, C]` of independent outputs, also given as `[N]` for C = 1 or as `[N*C]`; NaN where missing."""
+    check_values(y.device if isinstance(y, Tensor) else torch.device("cpu"), labels=y)
     if y.numel() != samples * outputs or y.dim() > 2:
         raise InputError(f"{name} labels must be [N, C] = {(samples, outputs)}, got shape {tuple(y.shape)}.")
     y = y.reshape(samples, outputs)
@@ -108,6 +110,9 @@ class Categorical(AbstractLikelihood):
 
     link: Link = "probit"
     coupled = True
+
+    def __post_init__(self) -> None:
+        check_choice(get_args(Link), link=self.link)
 
     def check(self, y: Tensor, samples: int, outputs: int) -> Tensor:
         check_labels(y, max(2, outputs))
@@ -211,8 +216,7 @@ class Gaussian(AbstractLikelihood):
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.noise > 0:
-            raise InputError(f"noise={self.noise} must be positive.")
+        check_positive(noise=self.noise)
 
     def check(self, y: Tensor, samples: int, outputs: int) -> Tensor:
         return check_targets(y, samples, outputs, "Gaussian")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
+from gpntk._checks import check_choice, check_count, check_tensors, check_values
 from gpntk.errors import InputError
 
 Link = Literal["probit", "monte_carlo", "laplace_bridge"]
@@ -66,7 +67,7 @@ def probabilities(
         Hobbhahn, Kristiadi and Hennig (2022), Fast Predictive Uncertainty for Classification with Bayesian Deep
         Networks, https://arxiv.org/abs/2003.01227.
     """
-    _check(mean, covariance, link, num_samples)
+    _check(mean, covariance, link, num_samples, seed)
     if link == "monte_carlo":
         return monte_carlo(mean, covariance, num_samples, seed)
     return LINKS[link](mean, covariance)
@@ -131,7 +132,12 @@ def _square_root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def _check(mean: Tensor, covariance: Tensor, link: str, num_samples: int) -> None:
+def _check(mean: Tensor, covariance: Tensor, link: str, num_samples: int, seed: int) -> None:
+    check_tensors(mean=mean)
+    check_values(mean.device, covariance=covariance)
+    check_choice(get_args(Link), link=link)
+    check_count(2, num_samples=num_samples)
+    check_count(0, seed=seed)
     if mean.dim() != 2 or not mean.shape[1] or not mean.is_floating_point():
         raise InputError(f"mean must be floating point [M, C], got {mean.dtype} of shape {tuple(mean.shape)}.")
     expected = (*mean.shape, mean.shape[1])
@@ -140,7 +146,5 @@ def _check(mean: Tensor, covariance: Tensor, link: str, num_samples: int) -> Non
     for name, tensor in (("mean", mean), ("covariance", covariance)):
         if not tensor.isfinite().all():
             raise InputError(f"{name} has values that are not finite.")
-    if link not in get_args(Link):
-        raise InputError(f"link={link!r}: choose one of {', '.join(map(repr, get_args(Link)))}.")
-    if num_samples < 2 or num_samples % 2:
-        raise InputError(f"num_samples={num_samples} must be even and at least 2: draws come in antithetic pairs.")
+    if num_samples % 2:
+        raise InputError(f"num_samples={num_samples} must be even: draws come in antithetic pairs.")

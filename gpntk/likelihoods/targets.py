@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpntk._checks import check_count
+from gpntk._checks import check_count, check_dtype, check_positive, check_tensors
 from gpntk.errors import InputError
 
 
@@ -49,6 +49,7 @@ def one_hot_targets(labels: Tensor, num_classes: int | None = None, dtype: torch
     check_labels(labels, num_classes)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     dtype = torch.get_default_dtype() if dtype is None else dtype
+    check_dtype(dtype)
     return functional.one_hot(labels.long(), classes).to(dtype) - 1 / classes
 
 
@@ -92,10 +93,10 @@ def dirichlet_targets(
         https://arxiv.org/abs/1805.10915.
     """
     check_labels(labels, num_classes)
-    if not alpha_epsilon > 0:
-        raise InputError(f"alpha_epsilon={alpha_epsilon} must be positive.")
+    check_positive(alpha_epsilon=alpha_epsilon)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     dtype = torch.get_default_dtype() if dtype is None else dtype
+    check_dtype(dtype)
     # As GPyTorch's DirichletClassificationLikelihood, which counts classes by the largest label that occurs.
     alpha = alpha_epsilon + functional.one_hot(labels.long(), classes).to(dtype)
     noise = alpha.reciprocal().log1p()
@@ -104,6 +105,7 @@ def dirichlet_targets(
 
 def check_labels(labels: Tensor, num_classes: int | None = None) -> None:
     """Raise `InputError` unless ``labels`` are integers `[N]` from 0 to C - 1, with C >= 2 and N >= 1."""
+    check_tensors(labels=labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels must be integers, got {labels.dtype}: pass labels.long().")
     if labels.dim() != 1 or not labels.numel():

@@ -21,7 +21,7 @@ from torch.nn.utils import parameters_to_vector
 
 from gpntk._checks import check_magnitude
 from gpntk.errors import InputError, SolveError
-from gpntk.inference.hyperposterior import Point, maximize
+from gpntk.inference.maximum import Point, maximize
 from gpntk.io import Checkpoint, Identity, described
 from gpntk.kernels import AbstractFeatureKernel, log_scale_constraint
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpntk._checks import check_input
+from gpntk._checks import check_input, check_kinds, check_values
 from gpntk.errors import InputError, SolveError
 from gpntk.inference import (
     AbstractCovariance,
@@ -106,8 +106,10 @@ class LaplacePosterior:
         start: Tensor | None = None,
     ) -> None:
         given, mean = _as_covariance(covariance, prior_mean)
-        self.likelihood = likelihood or Categorical()
-        self._given, self._solver = given, solver or AutoSolver()
+        self.likelihood = Categorical() if likelihood is None else likelihood
+        self._given, self._solver = given, AutoSolver() if solver is None else solver
+        check_kinds(AbstractLikelihood, "a likelihood, Categorical() say", likelihood=self.likelihood)
+        check_kinds(AbstractSolver, "a solver, WeightSpace() say, or None", solver=self._solver)
         _check(given, mean, start)
         self.labels = self.likelihood.check(labels, *mean.shape)
         # With a graph, where there is one: the matrix K, or the prior variances.
@@ -139,6 +141,7 @@ class LaplacePosterior:
 
     def covariance(self, x: Tensor) -> Tensor:
         """Posterior covariance of f(x) `[..., T*C, T*C]` for x `[..., T, D]`."""
+        check_input(x, self._exact.device)
         batched = self._at_mode.covariance(x.reshape(-1, *x.shape[-2:]))
         return batched.reshape(*x.shape[:-2], *batched.shape[-2:])
 
@@ -304,6 +307,11 @@ def _as_covariance(
     covariance: AbstractCovariance | Tensor, prior_mean: Tensor | None
 ) -> tuple[AbstractCovariance, Tensor]:
     """The covariance as one, and the prior mean `[N, C]`."""
+    check_kinds(
+        AbstractCovariance | Tensor, "FeatureCovariance(features, variances), or a matrix", covariance=covariance
+    )
+    if prior_mean is not None:
+        check_values(covariance.device, prior_mean=prior_mean)
     if isinstance(covariance, Tensor):
         if prior_mean is None or prior_mean.dim() != 2:
             raise InputError("prior_mean must be [N, C]: a covariance that is a matrix does not say what C is.")
@@ -314,8 +322,7 @@ def _as_covariance(
                 f"covariance must be [N*C, N*C], here {(points * outputs,) * 2}, or [N, N] if the outputs share a "
                 f"kernel, got shape {tuple(covariance.shape)}."
             )
-        if not bool(covariance.isfinite().all()):
-            raise InputError("covariance has values that are not finite.")
+        check_input(covariance.detach(), covariance.device, "covariance")
         return DenseCovariance.of_matrix(covariance, rows // points), prior_mean
     if prior_mean is None:
         shape = covariance.num_samples, covariance.num_outputs
@@ -336,6 +343,8 @@ def _check(covariance: AbstractCovariance, prior_mean: Tensor, start: Tensor | N
             f"prior_mean is {tuple(prior_mean.shape)}, but the covariance has {covariance.num_samples} inputs and "
             f"{covariance.num_outputs} rows for each; only dense ones with one row each are shared by several outputs."
         )
+    if start is not None:
+        check_values(prior_mean.device, start=start)
     if start is not None and start.shape != prior_mean.shape:
         raise InputError(f"start must be [N, C], here {(points, outputs)}, got shape {tuple(start.shape)}.")
     for name, tensor in (("prior_mean", prior_mean), ("start", start)):

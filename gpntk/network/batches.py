@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpntk._checks import as_tensor
+from gpntk._checks import as_tensor, check_values
 from gpntk.errors import InputError
 
 # Single precision holds every whole number up to here, whatever precision x is cast to on its way.
@@ -172,6 +172,7 @@ def _objects(batch: list[Any]) -> bool:
 
 def _tensor(name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor):
+        check_values(values.device, **{name: values})
         return values
     try:
         array = np.asarray(values)

@@ -22,6 +22,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
+from gpntk._checks import check_tensors
 from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.errors import InputError, SelectionError
 from gpntk.memory import Lock, frozen, is_out_of_memory
@@ -86,6 +87,8 @@ class FrozenNetwork(nn.Module):
     ) -> None:
         super().__init__()
         check_module(module)
+        if not (extract is None or callable(extract) or (isinstance(extract, str) and extract)):
+            raise SelectionError(f"extract={extract!r}: give a function, the name of an output, or None.")
         named = dict(module.named_parameters())
         selected = select_parameters(module, named, parameters)
         check_real({name: named[name] for name in selected})
@@ -120,6 +123,9 @@ class FrozenNetwork(nn.Module):
 
     def forward(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x; w) `[N, C]` for x `[N, D]`, in x's dtype; ``parameters`` replaces some of the frozen ones by name."""
+        check_tensors(x=x)
+        if not x.is_floating_point():
+            raise InputError(f"x holds {x.dtype}: pass x.double(), or what network.adapter.pack(batch) gives.")
         try:
             return self._run(x, parameters, self._needs[0])
         except Exception as error:
@@ -270,6 +276,9 @@ class FrozenNetwork(nn.Module):
             NetworkError: The output is stochastic, depends on the other rows of the batch, or is not `[N]` or `[N, C]`.
             SelectionError: ``output`` is no output of the network; ``"readout"`` is not the last layer executed.
         """
+        check_tensors(x=x)
+        if x.dim() < 2:
+            raise InputError(f"x has shape {tuple(x.shape)}: give [..., N, D].")
         seen = (x.shape[-1], x.dtype)
         if seen not in self._num_outputs:
             if x.shape[-1] == 0 or x.shape[:-1].numel() == 0:

@@ -45,8 +45,10 @@ def first_run(network: Callable[[Tensor], Tensor], rows: Tensor, adapter: Adapte
         return network(rows)
     except GpntkError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         own = adapter.input_shape
+        if isinstance(error, (TypeError, AttributeError)) and (adapter.spread or adapter.kind == "tensor"):
+            raise  # no matter of x: only a container may be of the wrong kind
         shape = tuple(rows.shape) if own is None else (rows.shape[0], *own)
         advice = (
             f"Check that it takes the batch as it is packed, {adapter}."

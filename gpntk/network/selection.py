@@ -44,6 +44,8 @@ def select_parameters(
     if not isinstance(selection, (str, Sequence)):
         raise SelectionError(f"parameters={selection!r}: pass None, a glob, a list of globs, 'readout' or a predicate.")
     globs = [selection] if isinstance(selection, str) else list(selection)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise SelectionError(f"parameters={selection!r}: give globs over the names of parameters, which are text.")
     if not globs:
         raise SelectionError("parameters=[] selects nothing: pass None for all parameters, or at least one glob.")
     for glob in globs:
@@ -62,7 +64,9 @@ def select_groups(names: Sequence[str], groups: Mapping[str, str | Sequence[str]
         raise SelectionError(f"prior_groups={groups!r} must be a mapping, such as {{'body': '*', 'head': 'fc.*'}}.")
     owner: dict[str, str] = {}
     for group, given in groups.items():
-        globs = [given] if isinstance(given, str) else list(given)
+        globs = [given] if isinstance(given, str) else given
+        if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+            raise SelectionError(f"prior_groups[{group!r}]={given!r}: give glob(s) over the names of parameters.")
         matched = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
         if not matched:
             raise SelectionError(f"prior_groups[{group!r}]={given!r} matches none of {_listing(dict.fromkeys(names))}.")
