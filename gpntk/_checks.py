@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gpntk.errors import InputError, KeywordError
+from gpntk.errors import InputError, KeywordError, KindError
 
 # Words at least so similar are taken for misspellings: W_std for weight_std.
 _SIMILAR = 0.5
@@ -101,14 +101,14 @@ def check_kinds(kind: Any, advice: str = "", **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, kind):
             given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-            raise InputError(f"{name} is {given}: give {advice or f'a {kind.__name__}'}.")
+            raise KindError(f"{name} is {given}: give {advice or f'a {kind.__name__}'}.")
 
 
 def check_functions(**functions: Any) -> None:
     """Raise `InputError` unless every argument, by name, can be called."""
     for name, value in functions.items():
         if not callable(value):
-            raise InputError(f"{name} is a {type(value).__name__}: give a function.")
+            raise KindError(f"{name} is a {type(value).__name__}: give a function.")
 
 
 def check_dtype(dtype: Any) -> None:
@@ -151,7 +151,7 @@ def check_tensors(**tensors: Any) -> None:
     """Raise `InputError` unless every argument, by name, is a tensor of plain numbers that are there."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"{name} is a {type(value).__name__}: pass a tensor, torch.as_tensor({name}) say.")
+            raise KindError(f"{name} is a {type(value).__name__}: pass a tensor, torch.as_tensor({name}) say.")
         for wrong, what, advice in _PLAIN:
             if wrong(value):
                 raise InputError(f"{name} is a tensor {what}: pass {advice.format(name=name)}.")
@@ -166,21 +166,21 @@ def check_input(x: Tensor, device: torch.device, name: str = "x", columns: int |
         name: What error messages call it.
         columns: D, where it is known; x must then be a matrix.
     """
+    if isinstance(x, Tensor) and x.device != device:
+        raise InputError(
+            f"{name} is on {x.device} but the network's frozen weights are on {device}: move the kernel with "
+            f"kernel.to({str(x.device)!r}), or move {name}."
+        )
     check_tensors(**{name: x})
     if x.dim() < 2:
         raise InputError(f"{name} must be [..., N, D], got shape {tuple(x.shape)}: add the row dimension.")
     if not x.dtype.is_floating_point or x.dtype.itemsize < _HALF:
         raise InputError(
-            f"{name} must be real floating point, got {x.dtype}: pass {name}.float() or {name}.double(), and let a "
+            f"{name} must be floating point, got {x.dtype}: pass {name}.float() or {name}.double(), and let a "
             "network that needs integers (token ids, say) cast its own input."
         )
     if forward_ad.unpack_dual(x).tangent is not None:
         raise InputError(f"{name} carries a forward-mode tangent; kernels are differentiable in reverse mode only.")
-    if x.device != device:
-        raise InputError(
-            f"{name} is on {x.device} but the network's frozen weights are on {device}: move the kernel with "
-            f"kernel.to({str(x.device)!r}), or move {name}."
-        )
     if columns is not None and (x.dim() != 2 or x.shape[1] != columns):
         raise InputError(
             f"{name} has shape {tuple(x.shape)}, but what it goes with is [N, {columns}]: give [M, {columns}]."
@@ -193,7 +193,8 @@ def check_input(x: Tensor, device: torch.device, name: str = "x", columns: int |
 def check_pair(x1: Any, x2: Any, active_dims: Tensor | None) -> None:
     """Raise `InputError` unless a kernel's host can read the columns of x1 and x2, None for x1."""
     x2 = x1 if x2 is None else x2
-    check_tensors(x1=x1, x2=x2)
+    # What is on the meta device is on another one than the kernel, which says so.
+    check_tensors(**{name: x for name, x in (("x1", x1), ("x2", x2)) if not getattr(x, "is_meta", False)})
     widths = [x.shape[-1] if x.dim() > 1 else x.dim() for x in (x1, x2)]
     for name, x, width in zip(("x1", "x2"), (x1, x2), widths, strict=True):
         if not width or width != widths[0]:

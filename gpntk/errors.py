@@ -19,6 +19,10 @@ class InputError(GpntkError, ValueError):
     """Data of the wrong shape, dtype, device or value."""
 
 
+class KindError(InputError, TypeError):
+    """An argument of the wrong type."""
+
+
 class KeywordError(InputError, TypeError):
     """A keyword that the function does not have; the message gives the nearest one."""
 

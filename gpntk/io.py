@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from gpntk._checks import check_kinds
 from gpntk.errors import FileFormatError, InputError
 
 try:
@@ -261,6 +262,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, identity: Identity) -> None:
+        check_kinds(str | os.PathLike, "the name of a file", checkpoint=path)
         self._path, self._kind, self._identity = Path(path), kind, dict(identity)
         self._tensors: dict[str, Tensor] = {}
         self._pieces: list[Any] = []

@@ -532,7 +532,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(InputError, match="tolerance must be between"):
         Quadrature(torch.tanh, tolerance=1e-16)
     for scale in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(InputError, match=r"scale=.* must be positive"):
+        with pytest.raises(InputError, match=r"scale=.*: give a positive number"):
             Quadrature(torch.tanh, scale=scale)
     with pytest.raises(InputError, match=r"kinks=.* finite"):
         Quadrature(torch.relu, kinks=(math.nan,))

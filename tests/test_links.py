@@ -160,7 +160,7 @@ def test_draws_are_reproducible_and_leave_the_global_generator_alone(monkeypatch
         ({"covariance": torch.full((3, 2, 2), torch.inf)}, "covariance has values that are not finite"),
         ({"link": "logit"}, "link='logit': choose one of 'probit', 'monte_carlo', 'laplace_bridge'"),
         ({"num_samples": 5}, "num_samples=5 must be even"),
-        ({"num_samples": 0}, "num_samples=0 must be even"),
+        ({"num_samples": 0}, "num_samples=0: give a whole number"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:

@@ -13,13 +13,15 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from gpntk._checks import as_tensor, check_choice, check_flags, check_tensors
 from gpntk._types import Extract, ParameterSelection, PriorGroups
-from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
+from gpntk.errors import FileFormatError, InputError, KindError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import Adapter, FrozenNetwork, freeze
@@ -228,12 +230,13 @@ class TransferEstimator(BaseEstimator, ABC):
             raise
 
     def _check_arguments(self) -> None:
-        if self.dtype not in ("float64", "float32"):
-            raise InputError(f"dtype={self.dtype!r}: choose 'float64' or 'float32'.")
+        check_choice(("float64", "float32"), dtype=self.dtype)
+        check_flags(verbose=self.verbose)
 
     def _validate(self, X: Any, y: Any = "no_validation", reset: bool = True, **kwargs: Any) -> Any:
         """X, or X and y, by scikit-learn's checks; of a batch, the adapter checks the tensors."""
         options: dict[str, Any]
+        X, y = as_array(X, "X"), as_array(y, "y")
         if reset and isinstance(self.network, FrozenNetwork):
             self._takes_arrays = self.network.adapter.is_array
         elif reset:
@@ -241,11 +244,13 @@ class TransferEstimator(BaseEstimator, ABC):
             self._takes_arrays = not (is_batch(X) or whole)
         if self._takes_arrays:
             options = {"y": y, "allow_nd": True, "dtype": self.dtype, "reset": reset, **kwargs}
-            return validate_data(self, X, **options)
+            with _refusing("X" if isinstance(y, str) else "X or y"):
+                return validate_data(self, X, **options)
         if isinstance(y, str):
             return X
         options = {"y": y, "reset": False, **kwargs}
-        labels: Any = validate_data(self, **options)
+        with _refusing("y"):
+            labels: Any = validate_data(self, **options)
         if num_rows(X) != len(labels):
             raise InputError(f"X has {num_rows(X)} inputs, but y has {len(labels)} labels: give one for each.")
         return X, labels
@@ -289,7 +294,7 @@ class TransferEstimator(BaseEstimator, ABC):
 
     def _packed(self, X: Any) -> Tensor:
         if self._takes_arrays:
-            return as_tensor(X, self._network.device).flatten(1)
+            return as_tensor(X, "X").to(self._network.device).flatten(1)
         return self._network.adapter.pack(X, getattr(torch, self.dtype), self._network.device)
 
     def _new_input(self, X: Inputs) -> Tensor:
@@ -304,13 +309,31 @@ class TransferEstimator(BaseEstimator, ABC):
             raise InputError(f"X has rows of shape {X.shape[1:]}, but fit saw rows of shape {self._row_shape}.")
 
 
-def as_tensor(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A tensor of an array of any strides and byte order; numbers beyond double precision are rounded to it."""
-    if values.dtype.kind not in "biufO":
-        raise InputError(f"an array of {values.dtype} holds no numbers: give it as .astype(float).")
-    if values.dtype.kind == "f" and values.dtype.itemsize > np.dtype(np.float64).itemsize:
-        values = values.astype(np.float64)
-    return torch.tensor(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("=")), device=device)
+def as_array(values: Any, name: str) -> Any:
+    """A tensor as an array; what scikit-learn would take for numbers in silence is refused."""
+    if isinstance(values, Tensor):
+        check_tensors(**{name: values})
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if issparse(values):
+        raise KindError(f"{name} is a sparse matrix: give dense numbers, {name}.toarray().")
+    if np.ma.is_masked(values):
+        raise InputError(f"{name} is a masked array: leave the masked rows out, or give {name}.filled(value).")
+    if isinstance(values, np.ndarray) and values.dtype.kind in "mM":
+        raise InputError(f"{name} holds {values.dtype}: give numbers, as {name}.astype(float) does.")
+    return values
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Within it, what scikit-learn refuses is an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        kind = KindError if isinstance(error, TypeError) else InputError
+        raise kind(f"{name} does not pass scikit-learn's checks: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self, final, get_args
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from gpntk._checks import check_choice
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator
+from gpntk.estimators.base import Inputs, TransferEstimator, as_array
 from gpntk.estimators.labels import check_vector, class_names, positions
-from gpntk.likelihoods import LINKS, Link
+from gpntk.likelihoods import Link
 from gpntk.transfer import TransferGP
 from gpntk.transfer.gp import Likelihood
 
@@ -94,10 +95,8 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
 
     def _fit(self, X: Inputs, y: ArrayLike, there: ArrayLike | None) -> Self:
         self._check_arguments()
-        if self.link not in LINKS:
-            raise InputError(f"link={self.link!r}: choose one of {', '.join(map(repr, LINKS))}.")
-        if self.method not in ("auto", "laplace", "dirichlet"):
-            raise InputError(f"method={self.method!r}: choose 'auto', 'laplace' or 'dirichlet'.")
+        check_choice(get_args(Link), link=self.link)
+        check_choice(get_args(Method), method=self.method)
         with self._whole_or_not_at_all():
             inputs, labels = self._checked(X, y)
             if there is not None:
@@ -150,9 +149,12 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     # --- private -----------------------------------------------------------------------------------------------
 
     def _checked(self, X: Any, y: Any, reset: bool = True) -> tuple[Any, NDArray[Any]]:
+        y = as_array(y, "y")
         check_vector(y)
         inputs, labels = self._validate(X, y=y, reset=reset)
         check_classification_targets(labels)
+        if any(label is None for label in labels):
+            raise InputError("y has None for a class: leave these rows out, or give the class a name.")
         return inputs, labels
 
     def _set_names(self, names: NDArray[Any]) -> None:

@@ -15,8 +15,9 @@ from sklearn.base import RegressorMixin
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from gpntk._checks import as_tensor, check_count, check_flags, check_kinds
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator, as_tensor
+from gpntk.estimators.base import Inputs, TransferEstimator, as_array
 from gpntk.network.adapters import Adapted
 from gpntk.network.batches import num_rows
 from gpntk.transfer import TransferGP
@@ -134,6 +135,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         """
         if bool(return_std) + bool(return_cov) + (return_quantiles is not None) > 1:
             raise InputError("return_std, return_cov and return_quantiles exclude each other: ask for one.")
+        check_flags(return_std=return_std, return_cov=return_cov, observation_noise=observation_noise)
         x = self._new_input(X)
         if not (return_std or return_cov or return_quantiles is not None):
             return self._shaped(self._model.predict_mean(x))
@@ -141,8 +143,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         if return_cov:
             return self._shaped(mean), spread.cpu().numpy()
         if return_quantiles is not None:
-            levels = torch.as_tensor(np.atleast_1d(np.asarray(return_quantiles, dtype=float)))
-            if not ((levels > 0) & (levels < 1)).all():
+            levels = as_tensor(np.atleast_1d(return_quantiles), "return_quantiles").double()
+            if levels.dim() != 1 or not len(levels) or not ((levels > 0) & (levels < 1)).all():
                 raise InputError(f"return_quantiles={return_quantiles}: give numbers between 0 and 1.")
             rows = mean + torch.special.ndtri(levels).to(mean).unsqueeze(-1) * spread.sqrt()
             return self._shaped(mean), np.stack([self._shaped(row) for row in rows])
@@ -163,13 +165,17 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             random_state: Seed or generator, scikit-learn's convention.
             observation_noise: Sample y, noise included, instead of the noise-free function.
         """
-        if num_samples < 1:
-            raise InputError(f"num_samples={num_samples}: at least one sample must be drawn.")
+        check_count(num_samples=num_samples)
+        check_flags(observation_noise=observation_noise)
         x = self._new_input(X)
         mean, covariance = self._model.predict(x, covariance=True, observation_noise=observation_noise)
         eigenvalues, vectors = torch.linalg.eigh(covariance)
         root = vectors * eigenvalues.clamp_min(0).sqrt()
-        noise = check_random_state(random_state).standard_normal((num_samples, mean.numel()))
+        try:
+            generator = check_random_state(random_state)
+        except ValueError as error:
+            raise InputError(f"random_state={random_state!r}: {error}.") from None
+        noise = generator.standard_normal((num_samples, mean.numel()))
         samples = mean + torch.as_tensor(noise).to(root) @ root.mT
         return np.stack([self._shaped(sample) for sample in samples])
 
@@ -177,6 +183,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def _validated(self, X: Any, y: ArrayLike, reset: bool = True) -> tuple[Any, NDArray[Any]]:
         """X and y as arrays; scikit-learn's checks, but that y may have missing values."""
+        y = as_array(y, "y")
         targets = np.asarray(y)
         if targets.dtype.kind != "f" or targets.ndim not in (1, 2) or not np.isnan(targets).any():
             return self._validate(X, y=y, multi_output=True, y_numeric=True, reset=reset)
@@ -188,8 +195,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         return inputs, targets
 
     def _tensors(self, x: Tensor, y: NDArray[Any], yvar: NDArray[Any] | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        targets = as_tensor(y.reshape(len(y), -1), x.device).to(x)
-        return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), x.device).to(x)
+        targets = as_tensor(y.reshape(len(y), -1), "y").to(x)
+        return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), "yvar").to(x)
 
     def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
         return TransferGP(
@@ -222,6 +229,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     def _noise(self) -> nn.Module | None:
         if self.noise_network is None:
             return None
+        check_kinds(nn.Module, "an nn.Module", noise_network=self.noise_network)
         if self.noise_network.training:
             raise InputError("noise_network is in train mode, so its outputs may be random: call .eval() first.")
         return Adapted(copy.deepcopy(self.noise_network), self._network.adapter)
@@ -249,7 +257,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
 
 def _variances(yvar: ArrayLike, y: NDArray[Any]) -> NDArray[Any]:
-    variances = np.asarray(yvar, dtype=float)
+    variances = as_tensor(yvar, "yvar").double().numpy()
     if variances.shape != y.shape:
         raise InputError(f"yvar has shape {variances.shape}, but y has shape {y.shape}: give one variance per target.")
     variances = np.where(np.isnan(y), 0.0, variances)

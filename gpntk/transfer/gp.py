@@ -13,13 +13,14 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from gpytorch.kernels import Kernel
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from gpntk._checks import check_choice, check_flags, check_input
 from gpntk._types import PriorGroups
 from gpntk.errors import InputError
 from gpntk.inference.hyperposterior import Draws, Treatment, named
@@ -29,7 +30,7 @@ from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import with_readout
 from gpntk.network.selection import select_groups
-from gpntk.transfer.choices import check_choices
+from gpntk.transfer.choices import check_choices, check_data
 from gpntk.transfer.classes import DirichletTask, LaplaceTask
 from gpntk.transfer.fitting import Fit, Fitting
 from gpntk.transfer.forms import DenseForm, FeatureForm, Recipe
@@ -133,8 +134,10 @@ class TransferGP:
             stationary_inputs=stationary_inputs,
             hyperparameters=hyperparameters,
             new_head=new_head,
+            layer_variances=layer_variances,
             time_budget=time_budget,
         )
+        check_data(x, y, network.device, noise_network)
         if prior_groups is not None:
             if layer_variances:
                 raise InputError("layer_variances=True and prior_groups= both say which variances there are: give one.")
@@ -234,16 +237,19 @@ class TransferGP:
 
     def predict(self, x: Tensor, covariance: bool = False, observation_noise: bool = True) -> Prediction:
         """Posterior at x `[M, D]`: mean, and variances or covariance, of y (or of the noise-free function)."""
-        return self.task.predict(self.fitted.model, x, covariance, observation_noise)
+        check_flags(covariance=covariance, observation_noise=observation_noise)
+        return self.task.predict(self.fitted.model, self._checked(x), covariance, observation_noise)
 
     def predict_mean(self, x: Tensor) -> Tensor:
         """The posterior mean alone `[M*C]`, which costs no solve."""
-        return self.task.mean_at(self.fitted.model, x)
+        return self.task.mean_at(self.fitted.model, self._checked(x))
 
     def probabilities(self, x: Tensor, link: Link = "probit") -> Tensor:
         """Probabilities of the classes at x `[M, D]`: `[M, K]`."""
         model = self.fitted.model
-        return torch.cat([self.task.probabilities(model, rows, link) for rows in x.split(_PREDICTION_ROWS)])
+        check_choice(get_args(Link), link=link)
+        parts = self._checked(x).split(_PREDICTION_ROWS)
+        return torch.cat([self.task.probabilities(model, rows, link) for rows in parts])
 
     def leave_one_out(self) -> Any:
         """What all other labels say of each, in closed form.
@@ -254,8 +260,9 @@ class TransferGP:
 
     def condition_on(self, x: Tensor, y: Tensor, known_noise: Tensor | None = None) -> TransferGP:
         """The posterior given more labels as well, hyperparameters as they are."""
+        check_data(x, y, self.x.device)
         grown = copy.copy(self)
-        grown._task, model = self.task.grown(self.fitted.model, x, y, known_noise)
+        grown._task, model = self.task.grown(self.fitted.model, self._checked(x), y, known_noise)
         grown._fit = self.fitted._replace(model=model)
         return grown
 
@@ -336,6 +343,10 @@ class TransferGP:
         self._fit = Fit(model, chosen, None, ())
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    def _checked(self, x: Tensor) -> Tensor:
+        check_input(x, self.x.device, columns=self.x.shape[1])
+        return x
 
     def _targets(
         self, x: Tensor, y: Tensor, mean: MeanChoice, known_noise: Tensor | None, noise_network: nn.Module | None
