@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gpntk._checks import check_kinds
+from gpntk._checks import check_kinds, check_tensors
 from gpntk.errors import FileFormatError, InputError
 
 try:
@@ -156,6 +156,8 @@ def save_tensors(
         tensors: Tensors by name.
         facts: Everything else.
     """
+    _check_place("path", path)
+    check_tensors(**tensors)
     # Copies: safetensors refuses tensors that share memory.
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -183,6 +185,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> Contents:
         FileNotFoundError: There is no such file.
         FileFormatError: The file is damaged, was not written by gpntk, holds another kind, or is of a newer version.
     """
+    check_kinds(str | os.PathLike, "the name of a file", path=path)
     name = os.fspath(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {name!r}.")
@@ -262,16 +265,11 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, identity: Identity) -> None:
-        check_kinds(str | os.PathLike, "the name of a file", checkpoint=path)
+        _check_place("checkpoint", path)
         self._path, self._kind, self._identity = Path(path), kind, dict(identity)
         self._tensors: dict[str, Tensor] = {}
         self._pieces: list[Any] = []
         self._number = -1
-        name = os.fspath(path)
-        if self._path.is_dir():
-            raise InputError(f"checkpoint={name!r} is a folder: give the name of a file in it.")
-        if not self._path.parent.is_dir():
-            raise InputError(f"checkpoint={name!r}: there is no folder {str(self._path.parent)!r}: make it first.")
         if self._path.exists():
             contents = load_tensors(self._path, kind)
             self._check(contents.fact("identity", dict))
@@ -315,6 +313,16 @@ class Checkpoint:
 
 
 # --- private ---------------------------------------------------------------------------------------------------------
+
+
+def _check_place(argument: str, path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` unless a file can stand there."""
+    check_kinds(str | os.PathLike, "the name of a file", **{argument: path})
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(f"{argument}={os.fspath(path)!r} is a folder: give the name of a file in it.")
+    if not place.parent.is_dir():
+        raise InputError(f"{argument}={os.fspath(path)!r}: there is no folder {str(place.parent)!r}: make it first.")
 
 
 def _differ(one: Any, two: str | float) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from gpntk._checks import as_tensor, check_kinds
+from gpntk.errors import InputError, KindError
 
 try:
     from matplotlib import pyplot as plt
@@ -20,6 +23,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+@runtime_checkable
 class ReportLike(Protocol):
     """What `plot_report` draws; `gpntk.transfer.report.Report` has it."""
 
@@ -51,8 +55,14 @@ class ReportLike(Protocol):
 
 def learning_curves(axes: Axes, sizes: Sequence[int], scores: Mapping[str, NDArray]) -> None:
     """Draw mean +- one standard deviation over seeds of each method's scores `[S, len(sizes)]` against ``sizes``."""
+    check_kinds(Axes, "matplotlib's axes", axes=axes)
+    check_kinds(Mapping, "scores [S, len(sizes)] by the names of methods", scores=scores)
+    places = _array("sizes", sizes, None)
+    if not (places > 0).all():
+        raise InputError(f"sizes={sizes}: give positive numbers, for they are drawn by their logarithms.")
     for name, values in scores.items():
-        mean, deviation = values.mean(0), values.std(0)
+        table = _array(f"scores[{name!r}]", values, None, len(places))
+        mean, deviation = table.mean(0), table.std(0)
         (line,) = axes.plot(sizes, mean, marker="o", label=name)
         axes.fill_between(sizes, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log")
@@ -63,7 +73,12 @@ def learning_curves(axes: Axes, sizes: Sequence[int], scores: Mapping[str, NDArr
 
 def predictions_against_truth(axes: Axes, truth: ArrayLike, mean: ArrayLike, std: ArrayLike) -> None:
     """Draw predictions with two-standard-deviation error bars against the truth, and the diagonal, all `[N]`."""
-    axes.errorbar(truth, mean, yerr=2 * np.asarray(std), fmt="o", markersize=3, linewidth=0.8, alpha=0.6)
+    check_kinds(Axes, "matplotlib's axes", axes=axes)
+    places = _array("truth", truth, None)
+    means, deviations = (_array(name, one, len(places)) for name, one in (("mean", mean), ("std", std)))
+    if not (deviations >= 0).all():
+        raise InputError("std has values below zero, or NaN: give standard deviations.")
+    axes.errorbar(places, means, yerr=2 * deviations, fmt="o", markersize=3, linewidth=0.8, alpha=0.6)
     axes.axline((0, 0), slope=1, color="black", linewidth=0.8)
     axes.set_xlabel("truth")
     axes.set_ylabel("prediction, ± 2 standard deviations")
@@ -91,8 +106,11 @@ def plot_report(report: ReportLike, figure: Figure | SubFigure | None = None) ->
         >>> len(plot_report(model.report_).axes)
         3
     """
+    if not isinstance(report, ReportLike):
+        raise KindError(f"report is a {type(report).__name__}: give the report_ of an estimator.")
     if figure is None:
         figure = plt.figure(figsize=(11, 3.5), layout="constrained")
+    check_kinds(Figure | SubFigure, "a figure of matplotlib's", figure=figure)
     evidence, calibration, alignment = figure.subplots(1, 3)
     _evidence_bars(evidence, report.log_evidence)
     _calibration_curve(calibration, report.calibration)
@@ -115,7 +133,10 @@ def phase_diagram(
     References:
         Schoenholz et al. (2017), Deep Information Propagation, https://arxiv.org/abs/1611.01232, figure 1.
     """
-    weights, biases, values = map(np.asarray, (weight_variances, bias_variances, susceptibility))
+    weights, biases = _grid(axes, weight_variances, bias_variances)
+    values = _array("susceptibility", susceptibility, len(biases), len(weights))
+    if np.isnan(values).all():
+        raise InputError("susceptibility is NaN everywhere: there is nothing to draw.")
     # The colours' middle is at one, and both halves reach as far as the farther one.
     reach = max(float(np.nanmax(np.abs(values - 1))), np.finfo(float).tiny)
     mesh = axes.pcolormesh(weights, biases, values, cmap="RdBu_r", shading="nearest")
@@ -139,14 +160,36 @@ def accuracy_map(
     References:
         Lee et al. (2018), Deep Neural Networks as Gaussian Processes, https://arxiv.org/abs/1711.00165, figure 4.
     """
-    weights, biases, values = map(np.asarray, (weight_variances, bias_variances, accuracy))
+    weights, biases = _grid(axes, weight_variances, bias_variances)
+    values = _array("accuracy", accuracy, len(biases), len(weights))
+    if np.isnan(values).all():
+        raise InputError("accuracy is NaN everywhere: there is nothing to draw.")
     mesh = axes.pcolormesh(weights, biases, values, cmap="viridis", shading="nearest")
     row, column = np.unravel_index(np.nanargmax(values), values.shape)
     axes.plot(weights[column], biases[row], "X", color="white", markeredgecolor="black", markersize=9)
     if susceptibility is not None:
-        _critical_line(axes, weights, biases, np.asarray(susceptibility))
+        _critical_line(axes, weights, biases, _array("susceptibility", susceptibility, len(biases), len(weights)))
     _name_variances(axes)
     return mesh
+
+
+def _grid(axes: Axes, weights: ArrayLike, biases: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Both axes of a map of variances."""
+    check_kinds(Axes, "matplotlib's axes", axes=axes)
+    grid = [_array(f"{name}_variances", one, None) for name, one in (("weight", weights), ("bias", biases))]
+    for name, one in zip(("weight", "bias"), grid, strict=True):
+        if not len(one) or not np.isfinite(one).all():
+            raise InputError(f"{name}_variances={one}: give finite numbers, at least one.")
+    return grid[0], grid[1]
+
+
+def _array(name: str, values: ArrayLike, *shape: int | None) -> NDArray:
+    """Real numbers of this shape, in which None is any size."""
+    array = as_tensor(values, name).double().numpy()
+    if array.ndim != len(shape) or any(size not in (None, own) for size, own in zip(shape, array.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} has shape {array.shape}: give [{wanted}].")
+    return array
 
 
 def _evidence_bars(axes: Axes, log_evidence: Mapping[str, float]) -> None:

@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from gpntk._checks import as_tensor, check_choice, check_flags, check_tensors
+from gpntk._checks import as_tensor, check_choice, check_flags, check_kinds, check_tensors
 from gpntk._types import Extract, ParameterSelection, PriorGroups
 from gpntk.errors import FileFormatError, InputError, KindError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
@@ -149,6 +149,7 @@ class TransferEstimator(BaseEstimator, ABC):
             FileFormatError: The file is damaged or foreign, or belongs to a network with other parameters, or to one
                 that computes something else with them.
         """
+        check_kinds(nn.Module, "an nn.Module like the one that was fitted", network=network)
         contents = load_tensors(path, cls.__name__)
         try:
             module = with_weights(network, contents.group("network."))

@@ -11,7 +11,7 @@ import gpytorch
 import numpy as np
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.kernels import ScaleKernel
+from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
 from gpytorch.means import ConstantMean, Mean, MultitaskMean, ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -19,7 +19,15 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from gpntk._checks import check_magnitude
+from gpntk._checks import (
+    check_flags,
+    check_input,
+    check_kinds,
+    check_magnitude,
+    check_positive,
+    check_tensors,
+    check_values,
+)
 from gpntk.errors import InputError, SolveError
 from gpntk.inference.maximum import Point, maximize
 from gpntk.io import Checkpoint, Identity, described
@@ -61,7 +69,17 @@ class TangentGP(gpytorch.models.ExactGP):
     mean_module: Mean
 
     def __init__(self, x: Tensor, y: Tensor, kernel: AbstractFeatureKernel, constant_mean: bool = False) -> None:
+        check_kinds(Kernel, "an NTKKernel(network)", kernel=kernel)
+        check_flags(constant_mean=constant_mean)
+        check_tensors(x=x)
+        check_input(x, x.device)
+        check_values(x.device, y=y)
+        if x.dim() != 2 or not len(x):
+            raise InputError(f"x has shape {tuple(x.shape)}: give [N, D], at least one row.")
         outputs = kernel.num_outputs_per_input(x, x)
+        expected = (len(x),) if outputs == 1 else (len(x), outputs)
+        if y.shape != expected:
+            raise InputError(f"y has shape {tuple(y.shape)}: give {expected} for {outputs} output(s) of the kernel.")
         if not y.is_floating_point():
             raise InputError(f"y must be floating point, got {y.dtype}: pass y.double().")
         check_magnitude(y)
@@ -100,6 +118,7 @@ class TangentGP(gpytorch.models.ExactGP):
 
     def set_hyperparameters(self, scale: float, noise: float, constants: Tensor) -> None:
         """Set s (every layer's variance alike), the noise variance, and the constants `[C]` (or none)."""
+        check_positive(scale=scale, noise=noise)
         # As float64 tensors: the host would round a Python number to float32 on the way.
         prior_variance, noise_variance = torch.tensor([scale, noise], dtype=torch.float64, device="cpu")
         if isinstance(self.covar_module, ScaleKernel):

@@ -19,6 +19,7 @@ from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from gpntk._checks import check_count, check_input, check_kinds, check_positive, check_tensors, check_values
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
 from gpntk.likelihoods.links import Latent, with_reference
@@ -64,11 +65,10 @@ class VariationalGP(gpytorch.models.ApproximateGP):
     """
 
     def __init__(self, inducing_points: Tensor, kernel: Kernel, mean: Mean, num_outputs: int) -> None:
-        if inducing_points.dim() != 2 or not inducing_points.is_floating_point():
-            raise InputError(
-                f"inducing_points must be floating point [M, D], got {inducing_points.dtype} of shape "
-                f"{tuple(inducing_points.shape)}."
-            )
+        _check_rows(inducing_points, "inducing_points")
+        check_kinds(Kernel, "a GPyTorch kernel", kernel=kernel)
+        check_kinds(Mean, "a GPyTorch mean", mean=mean)
+        check_count(num_outputs=num_outputs)
         per_input = kernel.num_outputs_per_input(inducing_points, inducing_points)
         if per_input != 1:
             raise InputError(f"kernel has {per_input} outputs per input: construct it with output='independent'.")
@@ -78,6 +78,7 @@ class VariationalGP(gpytorch.models.ApproximateGP):
         strategy = VariationalStrategy(self, inducing_points, distribution, learn_inducing_locations=False)
         super().__init__(IndependentMultitaskVariationalStrategy(strategy, num_tasks=num_outputs))
         self.covar_module, self.mean_module, self._outputs = kernel, mean, num_outputs
+        self._columns = inducing_points.shape[1]
         self.to(inducing_points)
 
     def forward(self, x: Tensor) -> MultivariateNormal:
@@ -121,8 +122,15 @@ class VariationalGP(gpytorch.models.ApproximateGP):
             InputError: ``x`` and ``labels`` do not fit, x is not finite, or a label is none of the classes.
         """
         check_labels(labels, max(2, self._outputs))
-        if x.dim() != 2 or x.shape[0] != labels.shape[0] or not x.isfinite().all():
-            raise InputError(f"x must be finite [N, D] with N = {labels.shape[0]} labels, got shape {tuple(x.shape)}.")
+        _check_rows(x, "x", self._columns)
+        if len(x) != len(labels):
+            raise InputError(f"x has {len(x)} rows and labels {len(labels)}: give a label for each input.")
+        check_values(x.device, labels=labels)
+        check_count(epochs=epochs, batch_size=batch_size)
+        check_count(2, num_samples=num_samples)
+        check_count(0, seed=seed)
+        check_positive(lr=lr)
+        check_positive(1.0 + 1e-12, natural_lr=natural_lr)
         generator = torch.Generator("cpu").manual_seed(seed)
         natural = list(self.variational_parameters())
         hyper = [parameter for parameter in self.hyperparameters() if parameter.requires_grad]
@@ -150,6 +158,7 @@ class VariationalGP(gpytorch.models.ApproximateGP):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Latent:
         """Latent outputs at x `[M, D]`: mean `[M, C]`, and covariance `[M, C, C]`, which is diagonal."""
+        _check_rows(x, "x", self._columns)
         self.eval()
         parts = [self(rows) for rows in x.split(_PREDICTION_ROWS)]
         mean, variance = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "variance"))
@@ -190,7 +199,18 @@ def greedy_inducing_points(x: Tensor, kernel: Kernel, count: int, seed: int = 0)
         Burt, Rasmussen and van der Wilk (2020), Convergence of Sparse Variational Inference in Gaussian Processes
         Regression, https://arxiv.org/abs/2008.00323.
     """
+    _check_rows(x, "x")
+    check_kinds(Kernel, "a GPyTorch kernel", kernel=kernel)
+    check_count(count=count)
+    check_count(0, seed=seed)
     candidates = x[draw(len(x), _CANDIDATES * count, seed).to(x.device)]
     gram = DenseLinearOperator(kernel(candidates).to_dense())
     factor, pivots = gram.pivoted_cholesky(count, error_tol=_RESIDUAL, return_pivots=True)
     return candidates[pivots[: factor.shape[-1]]]
+
+
+def _check_rows(x: Tensor, name: str, columns: int | None = None) -> None:
+    check_tensors(**{name: x})
+    check_input(x, x.device, name, columns)
+    if x.dim() != 2 or not len(x):
+        raise InputError(f"{name} must be [N, D] with at least one row, got shape {tuple(x.shape)}.")
