@@ -29,7 +29,7 @@ from gpntk.network.batches import is_batch, num_rows
 from gpntk.network.calls import wants_integers
 from gpntk.network.freezing import with_weights
 from gpntk.transfer import TransferGP
-from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs
+from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs, WeightPrior
 from gpntk.transfer.report import Report, report_on
 
 Inputs = ArrayLike | Mapping[str, Any] | Sequence[Any] | Tensor
@@ -44,6 +44,7 @@ _STORED = (
     "new_head",
     "layer_variances",
     "prior_groups",
+    "prior",
     "stationary",
     "stationary_inputs",
     "hyperparameters",
@@ -77,6 +78,8 @@ class TransferEstimator(BaseEstimator, ABC):
         layer_variances: Learn one prior variance per layer instead of a single one.
         prior_groups: Learn one for each of these groups of parameters, ``{"body": "encoder.*", "head": "fc.*"}``:
             glob(s) over their names; the last group that matches a parameter has it.
+        prior: Prior variances of the parameters that share a learned one: all ``"equal"``, or ``"g"``, the inverse of
+            how much the labels' inputs tell of each (`gpntk.kernels.g_prior`). Learned ones are factors beside.
         stationary: Form of the stationary kernel, ``"rbf"`` or ``"matern"`` (5/2).
         stationary_inputs: What it compares: ``"inputs"``, or the ``"features"`` that enter the readout. Default: the
             inputs, or with ``kernel="auto"`` the better one.
@@ -102,6 +105,7 @@ class TransferEstimator(BaseEstimator, ABC):
     parameters: ParameterSelection = None
     layer_variances: bool = False
     prior_groups: PriorGroups | None = None
+    prior: WeightPrior = "equal"
     stationary: StationaryForm = "rbf"
     stationary_inputs: StationaryInputs | None = None
     hyperparameters: Treatment | Mapping[str, float] = "auto"
@@ -269,6 +273,7 @@ class TransferEstimator(BaseEstimator, ABC):
             "kernel",
             "layer_variances",
             "prior_groups",
+            "prior",
             "stationary",
             "stationary_inputs",
             "hyperparameters",

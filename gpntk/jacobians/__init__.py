@@ -5,6 +5,7 @@ from gpntk.jacobians.autodiff import AutodiffBackend
 from gpntk.jacobians.backend import AbstractJacobianBackend
 from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.dense import DenseBackend, ExplicitBackend
+from gpntk.jacobians.scaled import ScaledBackend
 from gpntk.jacobians.sketch import SketchBackend
 from gpntk.jacobians.stacked import AverageBackend, StackedBackend, split_parameters
 from gpntk.jacobians.structured import StructuredBackend
@@ -18,6 +19,7 @@ __all__ = [
     "Choice",
     "DenseBackend",
     "ExplicitBackend",
+    "ScaledBackend",
     "SketchBackend",
     "StackedBackend",
     "StructuredBackend",

@@ -4,6 +4,7 @@ from gpntk.kernels import compound as compound
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, log_scale_constraint
 from gpntk.kernels.finite import NNGPKernel, NTKKernel, SketchedNTKKernel
 from gpntk.kernels.infinite import InfiniteNNGPKernel, InfiniteNTKKernel
+from gpntk.kernels.weight_prior import g_prior
 
 __all__ = [
     "AbstractFeatureKernel",
@@ -12,5 +13,6 @@ __all__ = [
     "NNGPKernel",
     "NTKKernel",
     "SketchedNTKKernel",
+    "g_prior",
     "log_scale_constraint",
 ]

@@ -25,9 +25,9 @@ from gpntk._checks import (
 from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
 from gpntk.errors import InputError, SelectionError
 from gpntk.inference import AbstractSolver
-from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend
+from gpntk.jacobians import AbstractJacobianBackend, AutoBackend, AverageBackend, ScaledBackend
 from gpntk.kernels.prediction_strategy import AbstractNetworkKernel
-from gpntk.network import freeze
+from gpntk.network import FrozenNetwork, freeze
 from gpntk.network.selection import select_groups
 from gpntk.operators import FeatureGramLinearOperator, JacobianLinearOperator
 
@@ -54,6 +54,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         parameters: Which parameters have features; of a `gpntk.FrozenNetwork` only ``"readout"`` or None.
         layer_variances: Whether every layer has a learnable prior variance of its own.
         prior_groups: Groups of parameters with a learnable prior variance each; see `gpntk.NTKKernel`.
+        prior_variance: Fixed prior variance of each parameter; see `gpntk.NTKKernel`.
         output: What becomes of several outputs; see `gpntk.NTKKernel`.
         input_shape: Shape of one input as the network wants it.
         extract: Turns what the network returns into the tensor `[N]` or `[N, C]` that is meant.
@@ -76,6 +77,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         parameters: ParameterSelection,
         layer_variances: bool,
         prior_groups: PriorGroups | None = None,
+        prior_variance: Tensor | None = None,
         output: OutputSelection,
         input_shape: Sequence[int] | None,
         extract: Extract | str | None,
@@ -97,6 +99,8 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         factory = AutoBackend if backend is None else backend
         if budget is not None:
             factory = partial(factory, memory_budget=budget)
+        if prior_variance is not None:
+            factory = partial(_scaled, factory, prior_variance)
         _check_output(output)
         if prior_groups is not None:
             if layer_variances:
@@ -222,6 +226,10 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         selected.batch_shape = torch.empty(self.batch_shape, device="cpu")[index].shape
         selected._buffers["active_dims"] = active_dims
         return selected
+
+
+def _scaled(factory: BackendFactory, prior_variance: Tensor, network: FrozenNetwork) -> ScaledBackend:
+    return ScaledBackend(factory(network), prior_variance)
 
 
 def _check_output(output: OutputSelection) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
 from gpntk.inference import AbstractSolver
@@ -30,6 +30,8 @@ class NTKKernel(AbstractFeatureKernel):
         prior_groups: One learnable prior variance for each of these groups of parameters, ``{"body": "encoder.*",
             "head": "fc.*"}``: glob(s) over their names; the last group that matches a parameter has it. Their order is
             that of ``layer_variances``.
+        prior_variance: Prior variances S `[P]` of all parameters, in the order of ``kernel.network.names``, which stay
+            as they are: `gpntk.kernels.g_prior` makes some. Those of layers or groups are factors beside.
         output: For C outputs: ``"full"``, the `[N*C, M*C]` kernel of all of them (rows n*C + c, GPyTorch's interleaved
             order); ``"independent"``, one GP per output sharing (1/C) sum_c K_cc; ``"sum"``, the kernel of
             sum_c f_c / sqrt(C); or the number of one output. With C = 1 all coincide.
@@ -65,6 +67,7 @@ class NTKKernel(AbstractFeatureKernel):
         parameters: ParameterSelection = None,
         layer_variances: bool = False,
         prior_groups: PriorGroups | None = None,
+        prior_variance: Tensor | None = None,
         output: OutputSelection = "full",
         input_shape: Sequence[int] | None = None,
         extract: Extract | str | None = None,
@@ -78,6 +81,7 @@ class NTKKernel(AbstractFeatureKernel):
             parameters=parameters,
             layer_variances=layer_variances,
             prior_groups=prior_groups,
+            prior_variance=prior_variance,
             output=output,
             input_shape=input_shape,
             extract=extract,

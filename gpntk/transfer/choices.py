@@ -18,6 +18,7 @@ def check_choices(
     likelihood: str,
     kernel: str | Kernel,
     mean: str,
+    prior: str,
     stationary: str,
     stationary_inputs: str | None,
     hyperparameters: object,
@@ -34,6 +35,12 @@ def check_choices(
         check_choice(("auto", "average", "maximum"), hyperparameters=hyperparameters)
     if not isinstance(kernel, Kernel):
         check_choice(("auto", "ntk", "nngp", "ntk+stationary", "stationary"), kernel=kernel)
+    check_choice(("equal", "g"), prior=prior)
+    if isinstance(kernel, Kernel) and prior != "equal":
+        raise InputError(
+            f"prior={prior!r} is for the kernels that have names: in a kernel of your own, give "
+            "gpntk.NTKKernel(network, prior_variance=gpntk.kernels.g_prior(network, x))."
+        )
     check_choice(("auto", "network", "constant", "zero"), mean=mean)
     check_flags(new_head=new_head, layer_variances=layer_variances)
     if time_budget != math.inf:

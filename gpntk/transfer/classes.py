@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from gpntk.errors import InputError
 from gpntk.inference.features import draw
-from gpntk.likelihoods import Link, dirichlet_targets, probabilities
+from gpntk.likelihoods import Categorical, Link, dirichlet_targets, probabilities
 from gpntk.likelihoods.links import with_reference
 from gpntk.likelihoods.targets import check_labels
 from gpntk.transfer.forms import AbstractForm, DenseForm
@@ -174,6 +174,11 @@ class LaplaceTask(AbstractClassTask):
             form_of_some = DenseForm(form.prior, x[some])
             subset = LaplaceModel(form_of_some, labels[some], self.offset(x[some]))
         return LaplaceModel(form, labels, self.offset(x), subset)
+
+    def root(self, count: int) -> Tensor | None:
+        if self.mean != "network":
+            return None
+        return Categorical().root(self.offset(self.x[:count]), self.labels[:count])
 
     def probabilities(self, model: LaplaceModel, x: Tensor, link: Link) -> Tensor:
         return model.predict(x, self.offset(x), link)

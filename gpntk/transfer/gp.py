@@ -42,6 +42,7 @@ from gpntk.transfer.prior import (
     PriorBuilder,
     StationaryForm,
     StationaryInputs,
+    WeightPrior,
 )
 from gpntk.transfer.regression import RegressionTask
 from gpntk.transfer.represented import Outputs
@@ -77,6 +78,7 @@ class TransferGP:
         layer_variances: Learn one prior variance per layer instead of one for all.
         prior_groups: Learn one for each of these groups of parameters: glob(s) over their names, by the group's name;
             the last group that matches a parameter has it.
+        prior: Prior variances of parameters in one group: all ``"equal"``, or ``"g"``, see `gpntk.kernels.g_prior`.
         stationary: Form of the stationary kernel.
         stationary_inputs: Whether it compares inputs or the features that enter the readout.
         hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first for
@@ -117,6 +119,7 @@ class TransferGP:
         new_head: bool = False,
         layer_variances: bool = False,
         prior_groups: PriorGroups | None = None,
+        prior: WeightPrior = "equal",
         stationary: StationaryForm = "rbf",
         stationary_inputs: StationaryInputs | None = None,
         hyperparameters: Treatment | Mapping[str, float] = "auto",
@@ -130,6 +133,7 @@ class TransferGP:
             likelihood=likelihood,
             kernel=kernel,
             mean=mean,
+            prior=prior,
             stationary=stationary,
             stationary_inputs=stationary_inputs,
             hyperparameters=hyperparameters,
@@ -143,7 +147,7 @@ class TransferGP:
                 raise InputError("layer_variances=True and prior_groups= both say which variances there are: give one.")
             network, layer_variances = network.grouped(select_groups(network.names, prior_groups)), True
         self.network, self.likelihood = with_readout(network, x) if new_head else network, likelihood
-        self._grouped = prior_groups is not None
+        self._grouped, self._prior = prior_groups is not None, prior
         self._kernel: KernelChoice | Kernel = kernel
         self._new_head, self._layer_variances = new_head, layer_variances
         self._form: StationaryForm = stationary
@@ -197,7 +201,7 @@ class TransferGP:
     def _identity(self) -> Identity:
         """What distinguishes this fit from others; the mean output tells networks of the same weights apart."""
         network, x = self.network, self.task.x
-        options = self._kernel, self._new_head, self._layer_variances, self._form, self._stationary_inputs
+        options = self._kernel, self._new_head, self._layer_variances, self._form, self._stationary_inputs, self._prior
         return {
             **{f"data {name}": described(tensor) for name, tensor in self.task.data().items()},
             "network's weights": described(network.tensors(network.dtype, network.device)),
@@ -401,4 +405,6 @@ class TransferGP:
             time_budget=self._time_budget,
             newton_flops=self.task.flops(self._reference) if self.task.row_per_output else 0.0,
             custom=self._kernel if isinstance(self._kernel, Kernel) else None,
+            g=self._prior == "g",
+            root=self.task.root(self._reference) if self._prior == "g" else None,
         )

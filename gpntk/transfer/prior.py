@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpntk.cost import Machine
 from gpntk.errors import NetworkError, SelectionError
 from gpntk.inference.features import draw
-from gpntk.kernels import AbstractFeatureKernel, NTKKernel, log_scale_constraint
+from gpntk.kernels import AbstractFeatureKernel, NTKKernel, g_prior, log_scale_constraint
+from gpntk.kernels.weight_prior import inverted
 from gpntk.network import FrozenNetwork
 from gpntk.network.batches import Arguments
 from gpntk.network.heads import Body, Rescaled, grouped_like
@@ -28,6 +29,7 @@ KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary", "c
 MeanChoice = Literal["auto", "network", "constant", "zero"]
 StationaryInputs = Literal["inputs", "features"]
 StationaryForm = Literal["rbf", "matern"]
+WeightPrior = Literal["equal", "g"]
 
 # Directions in which the body's tangent kernel is taken under a new head.
 _DIRECTIONS = 8
@@ -115,6 +117,8 @@ class PriorBuilder:
         time_budget: Seconds that the kernel of all parameters may take.
         newton_flops: Operations of Newton's steps by the matrix of all labels; 0 where labels are targets.
         custom: The kernel of the candidate ``"custom"``.
+        g: Whether parameters have the variances of `gpntk.kernels.g_prior`, and not all the same.
+        root: R of the likelihood's curvature at x `[N, C, q]`, which these take; None if it is the same for all labels.
     """
 
     def __init__(
@@ -133,8 +137,10 @@ class PriorBuilder:
         time_budget: float = 120.0,
         newton_flops: float = 0.0,
         custom: Kernel | None = None,
+        g: bool = False,
+        root: Tensor | None = None,
     ) -> None:
-        self._custom = custom
+        self._custom, self._g, self._root = custom, g, root
         self._network, self._x, self.new_head = network, x, new_head
         self.layered, self._grouped, self._medians = layer_variances, grouped, medians
         self._form: StationaryForm = form
@@ -265,7 +271,12 @@ class PriorBuilder:
         if (name, shared) not in self._made:
             in_units = network if shared or self._units is None else self._wrapped(_in_units(network, self._units))
             per_layer = self.layered and name == "ntk"
-            kernel = NTKKernel(in_units, layer_variances=per_layer, output="independent" if shared else "full")
+            kernel = NTKKernel(
+                in_units,
+                layer_variances=per_layer,
+                prior_variance=g_prior(in_units, self._x, self._root) if self._g else None,
+                output="independent" if shared else "full",
+            )
             groups = [group or "network" for group, _ in network.groups] if per_layer else [""]
             names = [f"{name} {group}".strip() for group in groups]
             prior = LogStudentTPrior(share * self._medians.tangent / len(names), self._medians.spread)
@@ -279,7 +290,10 @@ class PriorBuilder:
     def _readout(self, name: str = "readout", share: float = 1.0, bias: bool = True) -> AbstractTerm:
         """s (h(x)·h(x') + 1), the moves of a linear readout with independent weights and a bias."""
         rows = Represented(self._hidden, torch.ones((), dtype=self._x.dtype, device=self._x.device), bias)(self._x)
-        level = rows.square().sum(-1).mean().sqrt()
+        squares = rows.square().mean(0)
+        # The curvatures of a linear map are the mean squares of what enters.
+        variances = inverted(squares) if self._g else torch.ones_like(squares)
+        level = ((squares * variances).sum() / variances).sqrt()
         unit = torch.where(level > 0, level, torch.ones_like(level))
         prior = LogStudentTPrior(share * self._medians.tangent, self._medians.spread)
         linear = LinearKernel().initialize(variance=1.0).requires_grad_(False)
@@ -320,7 +334,7 @@ class PriorBuilder:
         if self.new_head:
             return self._readout()
         readout = self._only_readout()
-        alike = self.num_outputs == 1 or shared or self._units is None
+        alike = self._root is None and (self.num_outputs == 1 or shared or self._units is None)
         if alike and self.has_readout:
             body = Body(self._network.thaw(), extract=self._network.extract)
             # A weight that is tied to another layer's is not the readout's alone.

@@ -119,6 +119,10 @@ class AbstractTask(ABC):
     def units(self) -> Tensor | None:
         """What each output is measured in `[C]`; None for ones."""
 
+    def root(self, count: int) -> Tensor | None:  # noqa: ARG002
+        """R of the curvature at the prior mean of the first N = ``count`` inputs `[N, C, q]`; None if all are alike."""
+        return None
+
     # --- for a fit ---------------------------------------------------------------------------------------------
 
     @abstractmethod
