@@ -27,6 +27,12 @@ class Case:
         return torch.randn(rows, *self.input_shape, dtype=torch.float64, generator=generator).flatten(1)
 
 
+def scale_and_noise(scale: float, noise: float) -> dict[str, Tensor]:
+    """Hyperparameters of a `TangentGP` by name, for ``initialize``, which rounds Python's numbers to float32."""
+    values = torch.tensor([scale, noise], dtype=torch.float64)
+    return {"covar_module.outputscale": values[0], "likelihood.noise": values[1]}
+
+
 def reference_jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
     """J `[N*C, P]` over the named parameters, row by row with plain autograd, for x `[N, *input_shape]`."""
     every = {name: parameter.detach() for name, parameter in module.named_parameters()}

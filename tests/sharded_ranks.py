@@ -191,11 +191,10 @@ def die(rank: int, folder: Path) -> dict[str, Any]:
 def resume(rank: int, folder: Path) -> dict[str, Any]:
     """The same solve once more, to its end; and one that finds the file of another."""
     _, system, y, solver = long_solve(rank, folder)
-    resumed = solver.prepare(system).weights(y.unsqueeze(0))
-    again = solver.prepare(system).weights(y.unsqueeze(0))
-    fresh = replace(solver, checkpoint=None).prepare(system).weights(y.unsqueeze(0))
+    resumed, again = (Posterior(system, y, solver).result for _ in range(2))
+    fresh = Posterior(system, y, replace(solver, checkpoint=None)).result
     try:
-        solver.prepare(system).weights(2 * y.unsqueeze(0))
+        Posterior(system, 2 * y, solver)
         message = ""
     except FileFormatError as error:
         message = str(error)

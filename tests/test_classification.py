@@ -17,6 +17,7 @@ import gpntk
 from gpntk.errors import InputError
 from gpntk.likelihoods import dirichlet_targets, one_hot_targets, probabilities
 from gpntk.models import TangentGP
+from tests.cases import scale_and_noise
 
 
 def blobs(count: int = 40, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def test_tangent_gp_with_an_output_per_class() -> None:
     kernel = gpntk.NTKKernel(network)
     targets = one_hot_targets(labels, dtype=x.dtype)
     model = TangentGP(x[:30], targets[:30], kernel).eval()
-    model.set_hyperparameters(2.0, 0.05, torch.zeros(0))
+    model.initialize(**scale_and_noise(2.0, 0.05))
     with torch.no_grad():
         gram, cross = kernel(x[:30]).to_dense(), kernel(x[30:], x[:30]).to_dense()
         mean = model(x[30:]).mean

@@ -9,7 +9,7 @@ from torch import Tensor
 import gpntk
 from gpntk.kernels.prediction_strategy import PosteriorPredictionStrategy
 from gpntk.models import TangentGP
-from tests.cases import mlp, reference_jacobian
+from tests.cases import mlp, reference_jacobian, scale_and_noise
 
 SINGLE = mlp(1).double().eval()
 MODULE = mlp(3).double().eval()
@@ -112,7 +112,7 @@ def test_multi_output_posterior() -> None:
     x, z = torch.randn(12, 5).double(), torch.randn(4, 5).double()
     y = torch.randn(12, 3).double()
     model = TangentGP(x, y, gpntk.NTKKernel(MODULE))
-    model.set_hyperparameters(0.8, 0.3, torch.zeros(0))
+    model.initialize(**scale_and_noise(0.8, 0.3))
     with torch.no_grad():
         posterior = model.eval()(z)
     j, k = reference_jacobian(MODULE, x), reference_jacobian(MODULE, z)

@@ -18,7 +18,7 @@ import gpntk
 from gpntk.errors import FileFormatError, InputError, SolveError
 from gpntk.io import save_tensors
 from gpntk.models import TangentGP
-from tests.cases import mlp
+from tests.cases import mlp, scale_and_noise
 
 ROOT = Path(__file__).parent.parent
 KILLED_AT = 2
@@ -212,7 +212,7 @@ def test_a_process_that_dies(tmp_path: Path) -> None:
 def test_the_checkpoint_is_where_the_fit_starts(tmp_path: Path) -> None:
     killed(build(), tmp_path / "fit")
     elsewhere, here = build(), build()
-    elsewhere.set_hyperparameters(50.0, 3.0, torch.zeros(0))
+    elsewhere.initialize(**scale_and_noise(50.0, 3.0))
     assert recorded(elsewhere, checkpoint=str(tmp_path / "fit"), max_steps=0)[0] == []
     assert here.fit(checkpoint=str(tmp_path / "fit"), max_steps=0) == pytest.approx(density(elsewhere))
     assert_same_state(elsewhere, here)

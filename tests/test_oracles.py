@@ -19,6 +19,7 @@ from gpntk.inference import (
     log_evidence,
 )
 from gpntk.models import TangentGP
+from tests.cases import scale_and_noise
 
 DIRECTORY = Path(__file__).parent / "oracles"
 
@@ -90,7 +91,7 @@ def test_glm_predictive_by_exact_gp(oracle: Oracle) -> None:
     outputs = oracle["f_train"].shape[1]
     targets = oracle["pseudo_targets"]
     model = TangentGP(oracle.x, targets if outputs > 1 else targets.squeeze(-1), oracle.kernel)
-    model.set_hyperparameters(oracle.scale, oracle.noise, torch.zeros(0))
+    model.initialize(**scale_and_noise(oracle.scale, oracle.noise))
     with torch.no_grad():
         posterior = model.eval()(oracle.x_test)
     covariance = posterior.covariance_matrix

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gpntk
 from gpntk.errors import NetworkError
 from gpntk.models import TangentGP
-from tests.cases import Unused, mlp, reference_jacobian
+from tests.cases import Unused, mlp, reference_jacobian, scale_and_noise
 
 # Three outputs and two hidden layers everywhere: with one hidden layer K_cd(x, x') is symmetric in c and d by accident.
 MODULE = mlp(3).double().eval()
@@ -136,7 +136,7 @@ def test_laplace_swapped_test_and_train_outputs() -> None:
     # K(x*, x)_cd = K(x, x*)_dc, not K(x*, x)_dc: the joint predictive covariance tells them apart.
     x, z, y = inputs(6), inputs(3), torch.randn(6, 3).double()
     model = TangentGP(x, y, gpntk.NTKKernel(MODULE))
-    model.set_hyperparameters(1.0, 0.1, torch.zeros(0))
+    model.initialize(**scale_and_noise(1.0, 0.1))
     with torch.no_grad():
         posterior = model.eval()(z).covariance_matrix
     j, k = reference_jacobian(MODULE, x), reference_jacobian(MODULE, z)

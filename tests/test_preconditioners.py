@@ -181,7 +181,9 @@ def test_hyperparameters_nearby_share_a_factor(
         system = WhitenedSystem(
             FeatureCovariance(features, middle * torch.tensor(factors[:layers]).double()), problem.noise
         )
-        matrix = whitened(problem._replace(variances=system.weighted.spread(system.variances)), preconditioner.space)
+        matrix = whitened(
+            problem._replace(variances=system.weighted.spread(system.weighted.variances)), preconditioner.space
+        )
         # Eigenvalues change by √2 at most, up and, where layers differ, down.
         growth = 2.0 if layers > 1 else 2**0.5
         assert spread_of_eigenvalues(preconditioner.prepare(system), matrix) < growth * at_best * 1.001

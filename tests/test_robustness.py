@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 import gpntk
 from gpntk.errors import InputError, NetworkError, SelectionError
 from gpntk.models import TangentGP
-from tests.cases import mlp, reference_jacobian
+from tests.cases import mlp, reference_jacobian, scale_and_noise
 
 MODULE = mlp(3).double().eval()
 SINGLE = mlp(1).double().eval()
@@ -384,7 +384,7 @@ def test_tangent_gp_takes_missing_labels() -> None:
     kept = [0, 1, 3, 4, 5, 6, 7]
     models = TangentGP(x, y, gpntk.NTKKernel(SINGLE)), TangentGP(x[kept], y[kept], gpntk.NTKKernel(SINGLE))
     for model in models:
-        model.set_hyperparameters(0.7, 0.1, torch.zeros(0))
+        model.initialize(**scale_and_noise(0.7, 0.1))
     with torch.no_grad(), gpytorch.settings.observation_nan_policy("mask"):
         one, two = (model.eval()(z) for model in models)
     torch.testing.assert_close(one.mean, two.mean)

@@ -183,7 +183,7 @@ def test_a_process_alone_is_a_group(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/f", rank=0, world_size=1)
     try:
         features = ShardedFeatures(whole())
-        assert features.place() == (0, ROWS)
+        assert features.place == (0, ROWS)
         assert features.to(torch.float64) is features
         single = features.to(torch.float32)
         assert single.second_moment().dtype == torch.float32

@@ -26,8 +26,17 @@ from gpntk._checks import check_choice, check_count, check_flags, check_function
 from gpntk.dynamics.cross_entropy import cross_entropy_coefficients
 from gpntk.dynamics.filters import GradientFilter
 from gpntk.dynamics.matrix_functions import Filtered
-from gpntk.dynamics.training_data import OutputLayout, as_outputs, check_test_inputs, check_training_data
-from gpntk.dynamics.training_kernel import FilterSettings, Method, TrainingKernel, feature_kernel, kernel_functions
+from gpntk.dynamics.training_kernel import (
+    FilterSettings,
+    Method,
+    OutputLayout,
+    TrainingKernel,
+    as_outputs,
+    check_test_inputs,
+    check_training_data,
+    feature_kernel,
+    kernel_functions,
+)
 from gpntk.errors import InputError
 from gpntk.inference.features import exact_dtype
 from gpntk.infinite import InfiniteKernels

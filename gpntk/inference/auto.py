@@ -76,7 +76,7 @@ class AutoSolver(AbstractSolver):
         if system.covariance.sharded:
             # Estimates of ranks with different rows may differ by a hair, and their choices with them.
             solvers = tuple(costs)
-            best = solvers[int(system.features.first(torch.tensor(solvers.index(best))))]
+            best = solvers[int(system.weighted.features.ranks.first(torch.tensor(solvers.index(best))))]
         return SolverChoice(best, reason, tuple(costs.values()))
 
     def prepare(self, system: WhitenedSystem, many: bool = False) -> AbstractInverse:

@@ -29,10 +29,10 @@ class SolveCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], system: WhitenedSystem, space: Space, rhs: Tensor) -> None:
-        self._path, self._features = path, system.features
+        self._path, self._features = path, system.weighted.features
         self._file: Checkpoint | None = None
         self._shape = rhs.shape[0], system.size(space)
-        start, samples = self._features.place()
+        start, samples = self._features.place
         noise = [value for value in (system.noise, system.root) if value is not None]
         self._identity = {
             "rows": samples * self._features.num_outputs,
@@ -42,7 +42,7 @@ class SolveCheckpoint:
             "dtype": str(self._features.dtype),
             "right-hand side": self._features.ranks.number(rhs, start),
             "noise": self._features.ranks.number(noise[0], start),
-            "prior variances": described(system.variances),
+            "prior variances": described(system.weighted.variances),
         }
 
     def load(self) -> tuple[Tensor, int]:

@@ -64,7 +64,7 @@ class AbstractFeatures(ABC):
         self.backend, self.dtype, self.device = backend, dtype, device
         self.num_samples, self.num_outputs = samples, outputs
         self.ranks: AbstractRanks = ranks or Alone()
-        self._place, self._memory_budget = place or (0, samples), memory_budget
+        self.place, self._memory_budget = place or (0, samples), memory_budget
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{[self.num_rows, self.num_features]}"
@@ -103,17 +103,9 @@ class AbstractFeatures(ABC):
         """Bytes that work outside the backend stays within."""
         return self.backend.memory_budget if self._memory_budget is None else self._memory_budget
 
-    def place(self) -> tuple[int, int]:
-        """Where the samples held stand among those of all processes, and how many those are."""
-        return self._place
-
     def total(self, local: Tensor) -> Tensor:
         """The sum over all processes of what each has; the memory of ``local`` may be used for it."""
         return self.ranks.total(local)
-
-    def first(self, local: Tensor) -> Tensor:
-        """What the first process has."""
-        return self.ranks.first(local)
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +117,7 @@ class AbstractFeatures(ABC):
 
         The same ones however the data are spread.
         """
-        start, total = self.place()
+        start, total = self.place
         chosen = draw(total, count, seed) - start
         chosen = chosen[(chosen >= 0) & (chosen < self.num_samples)].to(self.device)
         return self.take(chosen), chosen

@@ -362,7 +362,7 @@ class _IterativeInverse(AbstractInverse):
         """A⁻¹ ψᵀ `[K, F]` in weight space and its residual; ψ A⁻¹ ψᵀ made of both is off by ``allowed`` of itself."""
         accuracy = allowed**0.5
         # To the last bit the same in all processes, which decide by it.
-        psi = self.exact.weighted.features.first(psi)
+        psi = self.exact.weighted.features.ranks.first(psi)
         return self._in_pieces(psi, lambda rows: self._wanted_energy(psi[rows], accuracy))
 
     def _duals(self, cross: Tensor, prior: Tensor, allowed: float) -> tuple[Tensor, Tensor]:

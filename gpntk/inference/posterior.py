@@ -192,7 +192,7 @@ class Posterior:
             InputError: The covariance is dense: it has no weights.
         """
         check_count(count=count)
-        exact, features = self.inverse.exact, self.inverse.exact.features
+        exact, features = self.inverse.exact, self.inverse.exact.weighted.features
         alike, own = features.ranks.generators(generator, features.device)
 
         def normal(size: int, generator: torch.Generator | None = alike) -> Tensor:

@@ -264,7 +264,7 @@ class SampledGram(AbstractPreconditioner):
         x, chosen = features.sample(wanted, self.seed)
         sampled, noise = Features(features.backend, x), system.likelihood.at(chosen)
         samples, held = (
-            features.place()[1],
+            features.place[1],
             features.total(x.new_tensor(float(x.shape[0]), dtype=exact_dtype(x.device))),
         )
         share = float(samples / held) ** 0.5

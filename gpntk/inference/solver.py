@@ -136,11 +136,6 @@ class AbstractInverse(ABC):
             return self.exact.likelihood.unwhiten(solution.dual)
         return solution.primal * self.exact.weighted.scales
 
-    def weights(self, rhs: Tensor) -> SolveResult:
-        """Posterior mean of the weights for targets b `[K, n]`: S Φᵀ R B⁻¹ Rᵀ b `[K, F]`, see `coefficients`."""
-        solution = self.whitened(self.exact.likelihood.whiten(rhs.to(self.dtype)))
-        return solution.result(self.coefficients(solution))
-
     def directions(self, rank: int) -> Tensor:
         """V diag(λ / (1 + λ))^½, for about the largest ``rank`` eigenpairs of Ψᵀ Ψ, as rows `[r, F]`.
 

@@ -12,7 +12,7 @@ from gpntk._checks import check_kinds, check_values
 from gpntk.cost import Work
 from gpntk.errors import DistributedError, InputError
 from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
-from gpntk.inference.features import AbstractFeatures, exact_dtype
+from gpntk.inference.features import exact_dtype
 from gpntk.inference.noise import AbstractNoise, BlockNoise, RowNoise
 from gpntk.memory import chunks
 
@@ -163,16 +163,6 @@ class WhitenedSystem:
         """The covariance, where it has features; else `InputError`."""
         return self.covariance.weighted
 
-    @property
-    def features(self) -> AbstractFeatures:
-        """Φ, where there is one; else `InputError`."""
-        return self.weighted.features
-
-    @property
-    def variances(self) -> Tensor:
-        """S, as it was given; `InputError` if there are no features."""
-        return self.weighted.variances
-
     # --- products ----------------------------------------------------------------------------------------------
 
     def apply(self, v: Tensor) -> Tensor:
@@ -189,7 +179,7 @@ class WhitenedSystem:
             return self._function_product
         # Columns pass through function space a few at a time, so that it may be the larger one.
         features = self.weighted.features
-        bytes_each = features.place()[1] * features.num_outputs * torch.finfo(features.dtype).bits // 4
+        bytes_each = features.place[1] * features.num_outputs * torch.finfo(features.dtype).bits // 4
         budget = features.memory_budget // 4
 
         def product(v: Tensor) -> Tensor:

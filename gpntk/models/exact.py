@@ -24,7 +24,6 @@ from gpntk._checks import (
     check_input,
     check_kinds,
     check_magnitude,
-    check_positive,
     check_tensors,
     check_values,
 )
@@ -115,20 +114,6 @@ class TangentGP(gpytorch.models.ExactGP):
         noise = self.likelihood.noise
         assert noise is not None
         return noise.squeeze()
-
-    def set_hyperparameters(self, scale: float, noise: float, constants: Tensor) -> None:
-        """Set s (every layer's variance alike), the noise variance, and the constants `[C]` (or none)."""
-        check_positive(scale=scale, noise=noise)
-        # As float64 tensors: the host would round a Python number to float32 on the way.
-        prior_variance, noise_variance = torch.tensor([scale, noise], dtype=torch.float64, device="cpu")
-        if isinstance(self.covar_module, ScaleKernel):
-            self.covar_module.outputscale = prior_variance
-        else:
-            self.covar_module.layer_variances = prior_variance
-        self.likelihood.noise = noise_variance
-        constant_means = (module for module in self.mean_module.modules() if isinstance(module, ConstantMean))
-        for mean, constant in zip(constant_means, constants, strict=True):
-            mean.initialize(constant=constant)
 
     def fit(
         self,
