@@ -20,7 +20,6 @@ from torch import Tensor, distributed, nn
 import gpntk
 from gpntk.errors import DistributedError, FileFormatError, InputError
 from gpntk.inference import (
-    AbstractFeatures,
     AbstractSolver,
     AutoSolver,
     ConjugateGradients,
@@ -36,6 +35,7 @@ from gpntk.inference import (
     WhitenedSystem,
     log_evidence,
 )
+from gpntk.inference.features import AbstractFeatures
 
 ROWS, WIDTH, OUTPUTS = 60, 3, 2
 SOLVERS: dict[str, AbstractSolver] = {

@@ -24,7 +24,6 @@ from gpntk.inference import (
     SampledGram,
     StreamedFeatures,
     WhitenedSystem,
-    largest_dense,
     log_evidence,
     targets,
 )
@@ -120,16 +119,6 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     ),
     "Nystrom": (Nystrom, {}, {"max_rank": COUNTS, "error": [-1, "a", NAN], "space": ["foo", 3], "seed": SEEDS}),
     "SampledGram": (SampledGram, {}, {"oversampling": POSITIVE, "per_layer": [*FLAGS, 1], "seed": SEEDS}),
-    "largest_dense": (
-        largest_dense,
-        {"device": torch.device("cpu")},
-        {
-            "device": [3, "cpu", None],
-            "seconds": POSITIVE,
-            "factorisations": [*POSITIVE, math.inf],
-            "memory_budget": BUDGETS,
-        },
-    ),
     "AutoBackend": (gpntk.AutoBackend, {"network": FROZEN}, {"network": [3, None, NETWORK], "precision": CHOICES}),
     "StructuredBackend": (gpntk.StructuredBackend, {"network": FROZEN}, {"network": [3], "precision": CHOICES}),
     "DenseBackend": (gpntk.DenseBackend, {"network": FROZEN}, {"network": [3, NETWORK], "memory_budget": BUDGETS}),

@@ -23,6 +23,7 @@ from gpntk.inference import (
     WhitenedSystem,
     log_evidence,
 )
+from gpntk.inference.solver import SolverChoice
 from tests.cases import mlp, reference_jacobian
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Dense, Problem, Singular, jacobian, network, relative
 
@@ -325,7 +326,7 @@ def test_no_tensor_of_the_default_device(name: str) -> None:
 # --- the automatic choice --------------------------------------------------------------------------------------------
 
 
-def choice(rows: int, width: int, budget: int) -> gpntk.inference.SolverChoice:
+def choice(rows: int, width: int, budget: int) -> SolverChoice:
     module = torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
     backend = gpntk.AutoBackend(gpntk.freeze(module), memory_budget=budget)
     return AutoSolver().select(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gpntk.inference import (
-    AbstractPreconditioner,
     ConjugateGradients,
     FeatureCovariance,
     Nystrom,
@@ -17,6 +16,7 @@ from gpntk.inference import (
     log_evidence,
 )
 from gpntk.inference.factors import AbstractFactor, BlockFactor, CholeskyFactor, SpectralFactor
+from gpntk.inference.preconditioners import AbstractPreconditioner
 from tests.dense_gp import ITERATIVE, Problem, jacobian, network, relative
 
 

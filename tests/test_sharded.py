@@ -145,23 +145,23 @@ def test_a_solve_in_one_process_goes_on_too(space: Any, tmp_path: Path) -> None:
     system = WhitenedSystem(FeatureCovariance(whole(), torch.ones(1)), torch.tensor([1e-3]))
     solver = ConjugateGradients(Nystrom(3, space=space), tolerance=1e-10, checkpoint=path, checkpoint_iterations=2)
     stopped = replace(solver, max_iterations=7).prepare(system)
-    assert stopped.weights(rhs).outcome is Outcome.EXHAUSTED
+    assert stopped.solve(rhs).outcome is Outcome.EXHAUSTED
     kept = path.read_bytes()
     # Only the first solve of an inverse is kept: what follows it does not overwrite it.
-    stopped.weights(3 * rhs)
+    stopped.solve(3 * rhs)
     assert path.read_bytes() == kept
-    resumed = solver.prepare(system).weights(rhs)
-    fresh = replace(solver, checkpoint=None).prepare(system).weights(rhs)
+    resumed = solver.prepare(system).solve(rhs)
+    fresh = replace(solver, checkpoint=None).prepare(system).solve(rhs)
     assert resumed.outcome is fresh.outcome is Outcome.CONVERGED
     assert resumed.iterations > 7
     assert torch.allclose(resumed.value, fresh.value, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileFormatError, match=r"another solve: .*its noise: \d+, but here: \d+"):
-        solver.prepare(WhitenedSystem(FeatureCovariance(whole(), torch.ones(1)), torch.tensor([1e-2]))).weights(rhs)
+        solver.prepare(WhitenedSystem(FeatureCovariance(whole(), torch.ones(1)), torch.tensor([1e-2]))).solve(rhs)
     path.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(FileFormatError, match="cut short"):
-        solver.prepare(system).weights(rhs)
+        solver.prepare(system).solve(rhs)
     with pytest.raises(InputError, match="there is no folder"):
-        replace(solver, checkpoint=tmp_path / "none" / "solve").prepare(system).weights(rhs)
+        replace(solver, checkpoint=tmp_path / "none" / "solve").prepare(system).solve(rhs)
 
 
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from gpntk.inference import (
     Outcome,
     Posterior,
     SampledGram,
-    SolveResult,
     WeightSpace,
     WhitenedSystem,
     log_evidence,
 )
 from gpntk.inference.conjugate_gradients import conjugate_gradients
+from gpntk.inference.outcome import SolveResult
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, Problem, jacobian, network, relative
 
 

@@ -25,10 +25,9 @@ from gpntk.inference import (
     SampledGram,
     WeightSpace,
     WhitenedSystem,
-    largest_dense,
     log_evidence,
 )
-from gpntk.inference.auto import sizes_of
+from gpntk.inference.auto import largest_dense, sizes_of
 from tests.dense_gp import DIRECT, ITERATIVE, SOLVERS, jacobian, network
 
 DENSE: dict[str, AbstractSolver] = {
@@ -368,6 +367,11 @@ def test_costs_of_every_solver_are_counted() -> None:
     for solver, size in ((WeightSpace(), 6), (FunctionSpace(), 1000)):
         once, many = (solver.cost(sizes._replace(spectral=spectral)).once.flops for spectral in (False, True))
         assert many - once == pytest.approx(26 * size**3 / 3)
-    assert largest_dense(torch.device("cpu"), memory_budget=2**30) == int((2**31 / 24) ** 0.5)
-    assert largest_dense(torch.device("cpu"), 2**40, seconds=1.0) < largest_dense(torch.device("cpu"), 2**40, 8.0)
     assert Posterior(system, torch.zeros(1000)).choice.solver == WeightSpace()
+
+
+def test_a_dense_factorisation_keeps_to_memory_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpntk.inference.auto.default_budget", lambda _device: 2**30)
+    assert largest_dense(torch.device("cpu")) == int((2**31 / 24) ** 0.5)
+    monkeypatch.setattr("gpntk.inference.auto.default_budget", lambda _device: 2**50)
+    assert largest_dense(torch.device("cpu")) == int((3 * 20 * 1e11) ** (1 / 3))

@@ -40,7 +40,6 @@ import gpntk
 from gpntk.cost import Work
 from gpntk.errors import SolveError
 from gpntk.inference import (
-    AbstractPreconditioner,
     AutoSolver,
     ConjugateGradients,
     FeatureCovariance,
@@ -56,7 +55,7 @@ from gpntk.inference import (
 )
 from gpntk.inference.factors import SpectralFactor
 from gpntk.inference.hyperposterior import Hyperparameter, infer
-from gpntk.inference.preconditioners import Counted
+from gpntk.inference.preconditioners import AbstractPreconditioner, Counted
 from gpntk.inference.system import Sizes
 
 parser = argparse.ArgumentParser(description="An exact GP on many points.")
@@ -321,7 +320,7 @@ print(
 # Much depends on the preconditioner. To see it, here is one that does nothing, which
 # takes three lines; then `Nystrom`, which finds the 400 largest directions by products
 # alone; then a sample of one row for each feature, beside the three of above. Nobody
-# may take more than 200 iterations. ``prepare`` makes the inverse and ``weights``
+# may take more than 200 iterations. ``prepare`` makes the inverse and ``solve``
 # solves, unchecked.
 
 
@@ -350,7 +349,7 @@ results = {}
 for name, preconditioner in PRECONDITIONERS.items():
     solver = ConjugateGradients(preconditioner, max_iterations=MOST)
     with timed(name):
-        results[name] = solver.prepare(system).weights(residual.unsqueeze(0))
+        results[name] = solver.prepare(system).solve(residual.unsqueeze(0))
 results["SampledGram, 3 rows a feature"] = result
 for name, tried in results.items():
     print(

@@ -1,24 +1,21 @@
 """Exact GP inference on Jacobian features: systems, solvers, preconditioners, evidence and posteriors. Pure torch."""
 
-from gpntk.inference.auto import AutoSolver, largest_dense
-from gpntk.inference.covariance import AbstractCovariance, FeatureCovariance
+from gpntk.inference.auto import AutoSolver
+from gpntk.inference.covariance import FeatureCovariance
 from gpntk.inference.dense_covariance import DenseCovariance
 from gpntk.inference.direct import FunctionSpace, WeightSpace
 from gpntk.inference.evidence import log_evidence
-from gpntk.inference.features import AbstractFeatures, Features
+from gpntk.inference.features import Features
 from gpntk.inference.iterative import ConjugateGradients
-from gpntk.inference.outcome import Outcome, SolveResult
+from gpntk.inference.outcome import Outcome
 from gpntk.inference.posterior import Posterior
-from gpntk.inference.preconditioners import AbstractPreconditioner, Nystrom, SampledGram
+from gpntk.inference.preconditioners import Nystrom, SampledGram
 from gpntk.inference.sharded import ShardedFeatures
-from gpntk.inference.solver import AbstractSolver, SolverChoice
+from gpntk.inference.solver import AbstractSolver
 from gpntk.inference.streamed import StreamedFeatures, targets
 from gpntk.inference.system import WhitenedSystem
 
 __all__ = [
-    "AbstractCovariance",
-    "AbstractFeatures",
-    "AbstractPreconditioner",
     "AbstractSolver",
     "AutoSolver",
     "ConjugateGradients",
@@ -31,12 +28,9 @@ __all__ = [
     "Posterior",
     "SampledGram",
     "ShardedFeatures",
-    "SolveResult",
-    "SolverChoice",
     "StreamedFeatures",
     "WeightSpace",
     "WhitenedSystem",
-    "largest_dense",
     "log_evidence",
     "targets",
 ]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
-from gpntk._checks import check_count, check_kinds, check_positive
+from gpntk._checks import check_count
 from gpntk.cost import Cost, Machine, Work
 from gpntk.inference.direct import FunctionSpace, WeightSpace, spectrum_serves
 from gpntk.inference.iterative import ConjugateGradients
 from gpntk.inference.preconditioners import Nystrom, SampledGram
 from gpntk.inference.solver import AbstractInverse, AbstractSolver, SolverChoice
 from gpntk.inference.system import Sizes, WhitenedSystem
-from gpntk.memory import budget_on
+from gpntk.memory import default_budget
 
 # Right-hand sides that the choice is made for: a mean, the probes of a log-determinant, some variances.
 _COLUMNS = 32
@@ -87,31 +86,13 @@ class AutoSolver(AbstractSolver):
         return costs[_best(costs, sizes, Machine())[0]]
 
 
-def largest_dense(
-    device: torch.device, memory_budget: int | None = None, seconds: float = _SECONDS, factorisations: float = 1.0
-) -> int:
+def largest_dense(device: torch.device) -> int:
     """The most rows n of a dense system that is factorised without asking: the one limit, for every model.
 
-    By memory, three matrices `[n, n]` in float64 within twice the budget; by time, ``factorisations`` of n³/3
-    operations within the seconds as `gpntk.cost.Machine` counts them.
-
-    Args:
-        device: Where.
-        memory_budget: Bytes; default: a share of the memory.
-        seconds: Time allowed.
-        factorisations: How many will be made, or as much work counted in them.
-
-    Example:
-        >>> import torch
-        >>> from gpntk.inference import largest_dense
-        >>> largest_dense(torch.device("cpu"), memory_budget=2**20)
-        295
+    By memory, three matrices `[n, n]` in float64 within twice the budget; by time, n³/3 operations within 20 seconds.
     """
-    check_kinds(torch.device, "a torch.device", device=device)
-    check_positive(factorisations=factorisations, **({} if seconds == math.inf else {"seconds": seconds}))
-    budget = budget_on(device, memory_budget)
-    by_time = (3 * seconds * Machine.of(device).flops / factorisations) ** (1 / 3)
-    return int(min((2 * budget / 24) ** 0.5, by_time))
+    by_time = (3 * _SECONDS * Machine.of(device).flops) ** (1 / 3)
+    return int(min((2 * default_budget(device) / 24) ** 0.5, by_time))
 
 
 def _candidates(sizes: Sizes) -> tuple[AbstractSolver, ...]:

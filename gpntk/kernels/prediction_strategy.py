@@ -24,7 +24,8 @@ from linear_operator.utils.memoize import add_to_cache, cached
 from torch import Tensor
 
 from gpntk.errors import InputError
-from gpntk.inference import AbstractSolver, AutoSolver, DenseCovariance, Posterior, WhitenedSystem, largest_dense
+from gpntk.inference import AbstractSolver, AutoSolver, DenseCovariance, Posterior, WhitenedSystem
+from gpntk.inference.auto import largest_dense
 from gpntk.memory import tracks_gradient
 from gpntk.operators import FeatureGramLinearOperator
 from gpntk.operators.noisy_gram import NoisyGramLinearOperator, noise_of

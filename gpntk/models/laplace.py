@@ -21,15 +21,15 @@ from torch.autograd.function import once_differentiable
 from gpntk._checks import check_input, check_kinds, check_values
 from gpntk.errors import InputError, SolveError
 from gpntk.inference import (
-    AbstractCovariance,
     AbstractSolver,
     AutoSolver,
     DenseCovariance,
     FunctionSpace,
-    SolverChoice,
     WhitenedSystem,
 )
+from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.features import exact_dtype
+from gpntk.inference.solver import SolverChoice
 from gpntk.likelihoods import AbstractLikelihood, Categorical, Latent
 from gpntk.models.newton import AbstractNewtonSystem, IndependentNewtonSystem, WhitenedNewtonSystem
 

@@ -11,7 +11,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gpntk.inference import AbstractCovariance, Outcome
+from gpntk.inference import Outcome
+from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.direct import cholesky, not_factorised
 from gpntk.inference.factors import CholeskyFactor
 from gpntk.inference.solver import AbstractInverse, LogDet

@@ -11,7 +11,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from gpntk.inference import AbstractCovariance, DenseCovariance, FeatureCovariance, Features
+from gpntk.inference import DenseCovariance, FeatureCovariance, Features
+from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Hyperparameter
 from gpntk.kernels import AbstractFeatureKernel

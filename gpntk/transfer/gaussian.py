@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gpntk.cost import Machine
 from gpntk.errors import SolveError
-from gpntk.inference import AbstractSolver, AutoSolver, Posterior, SolverChoice, WhitenedSystem, log_evidence
+from gpntk.inference import AbstractSolver, AutoSolver, Posterior, WhitenedSystem, log_evidence
 from gpntk.inference.auto import sizes_of
 from gpntk.inference.features import exact_dtype
 from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, named
+from gpntk.inference.solver import SolverChoice
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.task import AbstractModel, Prediction, Search
 
