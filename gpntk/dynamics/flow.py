@@ -287,8 +287,6 @@ class GradientFlow:
         steepest = curvature * self._ntk.matrix.largest_eigenvalue() + self._ntk.noise
         return self._filter.largest_rate(steepest) * self._mean_over
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _targets_of(self, y: Tensor) -> tuple[Tensor, Tensor, OutputLayout]:
         """f_0(X) and Y `[N, C]`, and how they are laid out."""
         classes = not y.is_floating_point()

@@ -150,8 +150,6 @@ class StreamedFeatures(AbstractFeatures):
     def holds(self, kind: Hashable) -> bool:
         return self.backend.holds((kind, self._name), ())
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _pieces(self) -> Iterator[Tensor]:
         """The source's batches, joined or cut to ``chunk_rows``."""
         waiting: list[Tensor] = []

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpntk.errors import InputError
-from gpntk.infinite.gaussian import AbstractClosedForm, arc_moments, determinant, divide, root, with_derivatives
+from gpntk.infinite.gaussian import AbstractActivation, arc_moments, determinant, divide, root, with_derivatives
 
 
 @final
 @dataclass(frozen=True)
-class ABReLU(AbstractClosedForm):
+class ABReLU(AbstractActivation):
     """φ(x) = a min(x, 0) + b max(x, 0): ReLU (0, 1), leaky ReLU (slope, 1), |x| (-1, 1), the identity (1, 1).
 
     E[φ(u) φ(v)] = m² k + h² (2/π) (s + k ψ), m = (a + b)/2, h = (b - a)/2.
@@ -62,7 +62,7 @@ class ABReLU(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class RectifiedMonomial(AbstractClosedForm):
+class RectifiedMonomial(AbstractActivation):
     """φ(x) = max(x, 0)^p for an integer p >= 2.
 
     E[u₊^m v₊^n] = q1 (m-1) E[u₊^(m-2) v₊^n] + k n E[u₊^(m-1) v₊^(n-1)] (by parts), plus a boundary term for m = 1.
@@ -125,7 +125,7 @@ def _at_zero(q1: Tensor, q2: Tensor, k: Tensor, n: int) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class Sign(AbstractClosedForm):
+class Sign(AbstractActivation):
     """φ(x) = sign(x), sign(0) = 0: E[φ(u) φ(v)] = (2/π) ψ.
 
     φ' is taken as zero, its value almost everywhere, as automatic differentiation does: the NTK has no limit.
@@ -146,7 +146,7 @@ class Sign(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class Step(AbstractClosedForm):
+class Step(AbstractActivation):
     """φ(x) = 1[x > 0], 1/2 at zero: E[φ(u) φ(v)] = 1/4 + ψ/(2π). φ' is taken as zero (see `Sign`).
 
     References:
@@ -165,7 +165,7 @@ class Step(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class Erf(AbstractClosedForm):
+class Erf(AbstractActivation):
     """φ(x) = a erf(b x) + c: E[φ(u) φ(v)] = a² (2/π) arcsin(2 b² k / √((1 + 2 b² q1)(1 + 2 b² q2))) + c².
 
     Args:
@@ -199,7 +199,7 @@ class Erf(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class GELU(AbstractClosedForm):
+class GELU(AbstractActivation):
     """φ(x) = x Φ(x), Φ the normal distribution function (not the approximation by tanh).
 
     With Δ = (1 + q1)(1 + q2) - k², A = E[Φ(u) Φ(v)] = 1/4 + arctan(k/√Δ)/(2π), B = 1/(2π √Δ):
@@ -232,7 +232,7 @@ def _gelu(q1: Tensor, q2: Tensor, k: Tensor, det: Tensor) -> tuple[Tensor, Tenso
 
 @final
 @dataclass(frozen=True)
-class Sine(AbstractClosedForm):
+class Sine(AbstractActivation):
     """φ(x) = a sin(b x + c); the cosine has c + π/2.
 
     E[φ(u) φ(v)] = (a²/2) (exp(-b² (q1 + q2 - 2k)/2) - cos(2c) exp(-b² (q1 + q2 + 2k)/2)).
@@ -284,7 +284,7 @@ def rbf(gamma: float = 1.0) -> Sine:
 
 @final
 @dataclass(frozen=True)
-class Exponential(AbstractClosedForm):
+class Exponential(AbstractActivation):
     """φ(x) = a exp(b x): E[φ(u) φ(v)] = a² exp(b² (q1 + q2 + 2k)/2).
 
     Args:
@@ -311,7 +311,7 @@ class Exponential(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class Gaussian(AbstractClosedForm):
+class Gaussian(AbstractActivation):
     """φ(x) = a exp(-b x²), b >= 0: E[φ(u) φ(v)] = a²/√Δ, E[φ'(u) φ'(v)] = 4 a² b² k/Δ^(3/2), Δ = |I + 2 b Σ|.
 
     Args:
@@ -341,7 +341,7 @@ class Gaussian(AbstractClosedForm):
 
 @final
 @dataclass(frozen=True)
-class Polynomial(AbstractClosedForm):
+class Polynomial(AbstractActivation):
     """φ(x) = Σ_i a_i x^i: E[φ(u) φ(v)] = Σ_n (kⁿ/n!) E[φ⁽ⁿ⁾(u)] E[φ⁽ⁿ⁾(v)], a finite sum.
 
     Args:

@@ -40,7 +40,7 @@ class AbstractActivation(ABC):
     left out. All is computed in float64, unless float32 does as well (`single`), and returned in the dtype of k.
     """
 
-    elementary: ClassVar[bool] = False
+    elementary: ClassVar[bool] = True
     """Whether each entry is computed by itself in a few operations, so that a few entries at a time cost less."""
     single: ClassVar[bool] = False
     """Whether float32 moments are computed in float32, because that rounds them as little as q1, q2 and k do."""
@@ -87,12 +87,6 @@ class AbstractActivation(ABC):
     @abstractmethod
     def _diagonal(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The diagonal in float64."""
-
-
-class AbstractClosedForm(AbstractActivation):
-    """An activation whose moments are elementary functions."""
-
-    elementary = True
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -146,8 +146,6 @@ class InfiniteKernels:
         parts = [compute(i) for i in _slices(len(x1), self._entries(x1, tangent))]
         return [torch.cat(values) for values in zip(*parts, strict=True)]
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _pair(self, x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor, bool]:
         """Both inputs as rows, and whether they are the same."""
         check_tensors(x1=x1, x2=x1 if x2 is None else x2)

@@ -88,6 +88,7 @@ class Quadrature(AbstractActivation):
     kinks: tuple[float, ...] = ()
     scale: float = 1.0
     tolerance: float = 1e-10
+    elementary = False
 
     def __post_init__(self) -> None:
         check_functions(phi=self.phi)

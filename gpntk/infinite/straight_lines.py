@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpntk._checks import is_number
 from gpntk.errors import InputError
-from gpntk.infinite.gaussian import AbstractClosedForm, determinant, divide, root, with_derivatives
+from gpntk.infinite.gaussian import AbstractActivation, determinant, divide, root, with_derivatives
 from gpntk.infinite.panels import density
 from gpntk.infinite.quadrature import Quadrature
 
@@ -42,7 +42,7 @@ class _Hinge(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class PiecewiseLinear(AbstractClosedForm):
+class PiecewiseLinear(AbstractActivation):
     """A continuous φ with slopes s_0, ..., s_m between knots t_1 < ... < t_m, and φ(t_1) = start.
 
     With one hinge for every knot, `φ(x) = φ(0) + s x + Σ_j J_j (ε_j x - |t_j|)₊`, moments are sums over pairs of

@@ -124,8 +124,6 @@ class PosteriorPredictionStrategy(DefaultPredictionStrategy):
         add_to_cache(strategy, "posteriors", each, policy)
         return strategy
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _exactly(self) -> settings.max_cholesky_size:
         """The host's own path by a factorisation; beyond its size, standard deviations of fantasies were off by 8 %."""
         most = settings.max_cholesky_size.value() or 0

@@ -123,9 +123,6 @@ def with_reference(f: Tensor) -> Tensor:
     return functional.pad(f, (1, 0)) if f.shape[-1] == 1 else f
 
 
-# --- private ---------------------------------------------------------------------------------------------------------
-
-
 def _square_root(covariance: Tensor) -> Tensor:
     """The symmetric root; a Cholesky factor does not exist where the covariance is singular."""
     values, vectors = torch.linalg.eigh(covariance)

@@ -154,8 +154,6 @@ class TangentGP(gpytorch.models.ExactGP):
         self.eval()
         return found.value
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _objective(self) -> Callable[[Point], tuple[float, Point]]:
         """The marginal likelihood in nats and its gradient; -inf where it cannot be computed, but not at the start."""
         objective = ExactMarginalLogLikelihood(self.likelihood, self)

@@ -205,8 +205,6 @@ class LaplacePosterior:
             start=torch.cat([self.dual, new]),
         )
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     def _system(self, f: Tensor) -> AbstractNewtonSystem:
         """What is to be solved at f `[N, C]`; all steps by one solver."""
         if self._exact.num_rows != f.numel():

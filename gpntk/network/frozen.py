@@ -333,8 +333,6 @@ class FrozenNetwork(nn.Module):
         shell.__dict__ = {key: copy.copy(value) for key, value in self.__dict__.items()}
         return shell
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     @property
     def _first(self) -> Tensor:
         # A parameter: all that are real share one dtype, and all one device.

@@ -276,8 +276,6 @@ class FeatureGramLinearOperator(AbstractGramLinearOperator):
         right = torch.searchsorted(two, columns // outputs) * outputs + columns % outputs
         return block[left][:, right]
 
-    # --- private -----------------------------------------------------------------------------------------------
-
     @property
     def _arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._x1, self._x2, self._variances
