@@ -25,7 +25,8 @@ from gpntk.errors import FileFormatError, InputError, KindError, NetworkError, S
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import load_tensors, save_tensors
 from gpntk.network import Adapter, FrozenNetwork, freeze
-from gpntk.network.batches import is_batch, num_rows, wants_integers
+from gpntk.network.batches import is_batch, num_rows
+from gpntk.network.calls import wants_integers
 from gpntk.network.freezing import with_weights
 from gpntk.transfer import TransferGP
 from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs, WeightPrior

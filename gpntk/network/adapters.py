@@ -22,21 +22,8 @@ from torch.utils._pytree import tree_map
 
 from gpntk._checks import as_shape
 from gpntk.errors import InputError
-from gpntk.network.batches import (
-    FLOATING,
-    MASK,
-    WHOLE,
-    Arguments,
-    Kind,
-    Leaf,
-    binds,
-    dtype_name,
-    named_tensors,
-    padding_of,
-    rows_of,
-    runs,
-    spreads,
-)
+from gpntk.network.batches import FLOATING, MASK, WHOLE, Arguments, Kind, Leaf, dtype_name, named_tensors, rows_of
+from gpntk.network.calls import binds, padding_of, runs, spreads
 
 _IDS = "input_ids"
 
@@ -230,6 +217,8 @@ class Adapter:
         how = {"mapping": "as keywords", "tuple": "as arguments"}.get(self.kind, "") if self.spread else "as one"
         return f"Adapter({', '.join(listed)}: {self.width or 'any number of'} columns, {how})"
 
+    # --- private -----------------------------------------------------------------------------------------------
+
     @property
     def _bare(self) -> Leaf | None:
         leaf = self.leaves[0]
@@ -330,6 +319,9 @@ class Adapted(nn.Module):
         """What the network returns for the inputs that x stands for."""
         arguments = self.adapter.arguments(x)
         return self.network(*arguments.args, **arguments.kwargs)
+
+
+# --- private ---------------------------------------------------------------------------------------------------------
 
 
 def _cast(one: Any, dtype: torch.dtype, device: torch.device) -> Any:
