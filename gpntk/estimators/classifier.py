@@ -19,7 +19,7 @@ from gpntk.estimators.base import Inputs, TransferEstimator, as_array
 from gpntk.estimators.labels import check_vector, class_names, positions
 from gpntk.likelihoods import Link
 from gpntk.transfer import TransferGP
-from gpntk.transfer.gp import Likelihood
+from gpntk.transfer.labels import Likelihood
 
 Method = Literal["auto", "laplace", "dirichlet"]
 """How the posterior is approximated; see `TransferClassifier`."""

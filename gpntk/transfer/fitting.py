@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple, final
 
@@ -24,7 +25,7 @@ from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
 from gpntk.io import Checkpoint
 from gpntk.memory import default_budget
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
-from gpntk.transfer.prior import FACTORISATIONS, Candidate, Comparison, PriorBuilder, preferred
+from gpntk.transfer.prior import FACTORISATIONS, STRONG_EVIDENCE, Candidate, Comparison, PriorBuilder, preferred
 from gpntk.transfer.task import AbstractModel, AbstractTask, Search
 from gpntk.transfer.terms import FeatureTerm, HostTerm
 
@@ -90,13 +91,15 @@ class Fitting:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self.task, self._builder, self._candidates = task, builder, candidates
+        self.task, self.builder, self._candidates = task, builder, candidates
         self._treatment, self._fixed, self._time_budget = treatment, fixed, time_budget
         self._some: dict[int, tuple[Tensor, Tensor]] = {}
+        self._notes: tuple[str, ...] = ()
+        self._others: dict[str, float] = {}
 
     def run(self) -> Fit:
         """Choose, and fit to all labels."""
-        chosen, start, comparison = self._choose()
+        chosen, start, comparison = self.choice
         average = self._treatment == "average" or (self._treatment == "auto" and self.task.averages)
         exact = self._exact_seconds
         if average and exact <= self._time_budget:
@@ -107,15 +110,34 @@ class Fitting:
         else:
             model, draws = self._many(chosen, start)
         model.set_draws(draws)
-        notes = [*self._weaker(average, model, exact)]
+        notes = (*self._notes, *self._weaker(average, model, exact))
         for note in notes:
             logger.warning(note)
-        return Fit(model, chosen, comparison, tuple(notes))
+        if comparison is not None:
+            comparison = Comparison(chosen, comparison.log_evidence | self._others)
+        return Fit(model, chosen, comparison, notes)
+
+    def against(self, other: Fitting) -> Fitting:
+        """The same, or the one around another prior mean where that explains the labels better by far."""
+        compared = [fitting.choice[2] for fitting in (self, other)]
+        if None in compared:
+            return self
+        own, others = (comparison.log_evidence for comparison in compared if comparison is not None)
+        gain = others[str(other.choice[0])] - own[str(self.choice[0])]
+        if gain <= STRONG_EVIDENCE:
+            self._others = others
+            return self
+        other._others = own
+        other._notes = (
+            f"the prior mean is {other.task.mean}, for around the network's output the labels are less likely by "
+            f"{gain:.1f} nats: it may be of another task. mean='network' keeps it.",
+        )
+        return other
 
     def _weaker(self, average: bool, model: AbstractModel, exact: float) -> Iterator[str]:
         """In what this model stands back behind the one without a time budget, and what that one would cost."""
-        if len(self._candidates) > 1 and self._builder.left_out is not None:
-            yield self._builder.left_out
+        if len(self._candidates) > 1 and self.builder.left_out is not None:
+            yield self.builder.left_out
         if average and exact > self._time_budget:
             yield (
                 f"hyperparameters are at one best value, for an average over them would take about {exact:.3g} s, more "
@@ -129,7 +151,9 @@ class Fitting:
 
     # --- 1. which kernel ---------------------------------------------------------------------------------------
 
-    def _choose(self) -> tuple[Candidate, Tensor | None, Comparison | None]:
+    @cached_property
+    def choice(self) -> tuple[Candidate, Tensor | None, Comparison | None]:
+        """The candidate to fit, a start, and what was compared; None where there is a single candidate."""
         few = len(self.task.x) > self.task.screened
         if len(self._candidates) == 1 and not few:
             return self._candidates[0], None, None
@@ -144,7 +168,7 @@ class Fitting:
             (chosen,) = fits
             return chosen, fits[chosen].best, None
         evidence = {candidate: draws.log_evidence for candidate, draws in fits.items()}
-        chosen = preferred(evidence, self._builder.new_head)
+        chosen = preferred(evidence, self.builder.new_head)
         shift = self.task.log_units(self._some[count][0] if count in self._some else None)
         named_evidence = {str(candidate): value - shift for candidate, value in evidence.items()}
         return chosen, fits[chosen].best, Comparison(chosen, named_evidence)
@@ -187,7 +211,7 @@ class Fitting:
     def _from_prior(self, model: AbstractModel, curvature: bool, tolerance: float | None) -> Draws:
         """The best hyperparameters without a start; layers' variances also from where labels are mostly signal."""
         draws = self._searched(model, None, curvature, tolerance)
-        return self._better(model, draws, curvature, tolerance, _signals(model)) if self._builder.layered else draws
+        return self._better(model, draws, curvature, tolerance, _signals(model)) if self.builder.layered else draws
 
     def _better(
         self, model: AbstractModel, draws: Draws, curvature: bool, tolerance: float | None, starts: list[Tensor]
@@ -224,7 +248,7 @@ class Fitting:
 
     def _form(self, chosen: Candidate, logs: Tensor) -> AbstractForm:
         """All labels by features, or by their matrix where there are more features than labels."""
-        prior = self._builder.build(chosen, self.task.shared("features"))
+        prior = self.builder.build(chosen, self.task.shared("features"))
         x, budget = self.task.x, default_budget(self.task.x.device)
         most = int(min(_MOST_FEATURES, _FEATURE_MEMORY * budget / (8 * len(x)), self._affordable_features))
         missed = _MISSED * self.task.noise_of(logs)
@@ -232,14 +256,14 @@ class Fitting:
         form = FeatureForm(prior, x, recipe)
         fits = 4 * 8 * self._size**2 <= budget
         if fits and self._matrix_flops <= PREFER_MATRIX * self._feature_flops(form):
-            return DenseForm(self._builder.build(chosen, self.task.shared("matrix")), x)
+            return DenseForm(self.builder.build(chosen, self.task.shared("matrix")), x)
         return form
 
     # --- what it takes -----------------------------------------------------------------------------------------
 
     @property
     def _outputs(self) -> int:
-        return 1 if self.task.shared("matrix") or self._builder.new_head else self.task.num_outputs
+        return 1 if self.task.shared("matrix") or self.builder.new_head else self.task.num_outputs
 
     @property
     def _size(self) -> int:
@@ -278,7 +302,7 @@ class Fitting:
 
     def _model(self, candidate: Candidate, count: int | None, screening: bool = False) -> AbstractModel:
         """The model of a candidate for so many labels, or for all of them."""
-        prior = self._builder.build(candidate, self.task.shared("screening" if screening else "matrix"))
+        prior = self.builder.build(candidate, self.task.shared("screening" if screening else "matrix"))
         if count is None or count >= len(self.task.x):
             return self.task.model(DenseForm(prior, self.task.x))
         if count not in self._some:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, final, get_args
+from typing import Any, final, get_args
 
 import torch
 from gpytorch.kernels import Kernel
@@ -26,14 +26,13 @@ from gpntk.errors import InputError
 from gpntk.inference.hyperposterior import Draws, Treatment, named
 from gpntk.io import Checkpoint, Identity, described
 from gpntk.likelihoods import Link
-from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import with_readout
 from gpntk.network.selection import select_groups
 from gpntk.transfer.choices import check_choices, check_data
-from gpntk.transfer.classes import DirichletTask, LaplaceTask
 from gpntk.transfer.fitting import Fit, Fitting
 from gpntk.transfer.forms import DenseForm, FeatureForm, Recipe
+from gpntk.transfer.labels import Likelihood, classes, targets
 from gpntk.transfer.prior import (
     Candidate,
     Comparison,
@@ -44,12 +43,7 @@ from gpntk.transfer.prior import (
     StationaryInputs,
     WeightPrior,
 )
-from gpntk.transfer.regression import RegressionTask
-from gpntk.transfer.represented import Outputs
 from gpntk.transfer.task import AbstractTask, Prediction
-
-Likelihood = Literal["gaussian", "categorical", "dirichlet"]
-"""What the labels of a transfer are: targets with noise, or classes by one of two methods."""
 
 _PREDICTION_ROWS = 512
 # Inputs whose outputs tell networks apart.
@@ -69,8 +63,9 @@ class TransferGP:
         likelihood: What labels say: targets with ``"gaussian"`` noise; classes by ``"categorical"`` (softmax of logits,
             by Laplace's approximation) or ``"dirichlet"`` (regression on transformed labels, in closed form).
         num_classes: K. Default: that of the network's outputs, or under a new head one more than the largest label.
-        mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's, or a
-            constant (for classes zero) under a new head.
+        mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's; a
+            constant (for classes zero) under a new head; and, with ``kernel="auto"``, a constant where targets are 3
+            nats likelier around it, which a warning says.
         kernel: The tangent kernel ``"ntk"``, that of the readout ``"nngp"``, a stationary one, the sum
             ``"ntk+stationary"``, or ``"auto"``: of all these, the one with the largest evidence. Or any of GPyTorch's,
             with its priors: a covariance of the residuals in units of their root mean square.
@@ -159,11 +154,14 @@ class TransferGP:
         self._stationary_inputs: StationaryInputs | None = stationary_inputs
         self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
-        self._time_budget = time_budget
+        self._time_budget, self._free_mean = time_budget, mean == "auto" and not new_head
+        prior: dict[str, Any] = {"mean": mean, "new_head": new_head}
+        self._task: AbstractTask
         if likelihood == "gaussian":
-            self._task: AbstractTask = self._targets(x, y, mean, known_noise, noise_network)
+            noise = {"known_noise": known_noise, "noise_network": noise_network}
+            self._task = targets(self.network, x, y, **prior, **noise, time_budget=time_budget)
         else:
-            self._task = self._classes(x, y, mean, num_classes)
+            self._task = classes(self.network, x, y, **prior, likelihood=likelihood, num_classes=num_classes)
         # Units of the kernels are those of the rows that `fit` saw: hyperparameters mean the same for more rows.
         self._reference = len(x)
         self._fit: Fit | None = None
@@ -182,20 +180,12 @@ class TransferGP:
         Raises:
             FileFormatError: ``checkpoint`` is damaged, or belongs to another model or other data.
         """
-        if isinstance(self._kernel, Kernel) or self._kernel != "auto":
-            candidates = [self.chosen]
-        else:
-            candidates = self._builder.candidates(self._stationary_inputs)
-        fitting = Fitting(
-            self.task,
-            self._builder,
-            candidates,
-            treatment=self._treatment,
-            fixed=self._fixed,
-            time_budget=self._time_budget,
-            checkpoint=None if checkpoint is None else Checkpoint(checkpoint, "fit", self._identity()),
-        )
+        file = None if checkpoint is None else Checkpoint(checkpoint, "fit", self._identity())
+        fitting = self._fitting(file)
+        if self._doubts_network:
+            fitting = fitting.against(self._around(self.task.plain_mean)._fitting(file))
         self._fit = fitting.run()
+        self._task, self._builder = fitting.task, fitting.builder
         return self._fit.model.log_evidence() - self.task.log_units()
 
     def _identity(self) -> Identity:
@@ -307,9 +297,7 @@ class TransferGP:
 
     def variant(self, candidate: Candidate, mean: MeanChoice, rows: Tensor) -> TransferGP:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
-        other = copy.copy(self)
-        vars(other).pop("_builder", None)
-        other._task, other._fit = self.task.variant(rows, mean), None
+        other = self._around(mean, rows)
         other._kernel = self._kernel if candidate.kernel == "custom" else candidate.kernel
         other._stationary_inputs = candidate.stationary_inputs
         other._treatment, other._fixed, other._reference = "maximum", None, len(rows)
@@ -336,6 +324,8 @@ class TransferGP:
 
     def load_state(self, state: Mapping[str, Tensor], chosen: Candidate) -> None:
         """Take what another `TransferGP` with the same arguments has learned, and the kernel that it chose."""
+        if chosen.mean != "auto":
+            self._task = self._around(chosen.mean).task
         self.task.load_state(state)
         self._reference = int(state["reference"])
         vars(self).pop("_builder", None)
@@ -352,42 +342,34 @@ class TransferGP:
         check_input(x, self.x.device, columns=self.x.shape[1])
         return x
 
-    def _targets(
-        self, x: Tensor, y: Tensor, mean: MeanChoice, known_noise: Tensor | None, noise_network: nn.Module | None
-    ) -> RegressionTask:
-        if not self._new_head:
-            outputs = self.network.num_outputs(x)
-            if y.shape != (x.shape[0], outputs):
-                raise InputError(
-                    f"y has shape {tuple(y.shape)}, but {x.shape[0]} rows and a network with {outputs} output(s) need "
-                    f"{(x.shape[0], outputs)}: give one column of y per output, or new_head=True."
-                )
-        chosen: MeanChoice = ("constant" if self._new_head else "network") if mean == "auto" else mean
-        return RegressionTask(
-            x,
-            y,
-            chosen,
-            Outputs(self.network),
-            known_noise=known_noise,
-            noise_network=noise_network,
-            time_budget=self._time_budget,
+    def _fitting(self, file: Checkpoint | None) -> Fitting:
+        options: dict[str, Any] = {"treatment": self._treatment, "fixed": self._fixed}
+        return Fitting(
+            self.task, self._builder, self._candidates, **options, time_budget=self._time_budget, checkpoint=file
         )
 
-    def _classes(self, x: Tensor, labels: Tensor, mean: MeanChoice, num_classes: int | None) -> AbstractTask:
-        outputs = self.network.num_outputs(x)
-        if num_classes is None and not self._new_head:
-            num_classes = max(2, outputs)
-        check_labels(labels, num_classes)
-        classes = max(2, int(labels.max()) + 1) if num_classes is None else num_classes
-        if not self._new_head and classes != max(2, outputs):
-            raise InputError(
-                f"num_classes={classes}, but the network has {outputs} output(s): give new_head=True for a new head."
-            )
-        # A new head has a logit per class, two included.
-        logits = classes if self._new_head else outputs
-        chosen: MeanChoice = ("zero" if self._new_head else "network") if mean == "auto" else mean
-        kind = LaplaceTask if self.likelihood == "categorical" else DirichletTask
-        return kind(x, labels, num_classes=classes, num_logits=logits, mean=chosen, offset=Outputs(self.network))
+    @property
+    def _candidates(self) -> list[Candidate]:
+        if isinstance(self._kernel, Kernel) or self._kernel != "auto":
+            return [self.chosen]
+        listed = self._builder.candidates(self._stationary_inputs)
+        if not (self._free_mean and self.task.mean == self.task.plain_mean):
+            return listed
+        return [candidate._replace(mean=self.task.mean) for candidate in listed if "stationary" in candidate.kernel]
+
+    @property
+    def _doubts_network(self) -> bool:
+        """Whether the network's output is the prior mean until the labels say else."""
+        free = self._free_mean and self.likelihood == "gaussian" and self._kernel == "auto"
+        return free and self.task.mean == "network"
+
+    def _around(self, mean: MeanChoice, rows: Tensor | None = None) -> TransferGP:
+        """The same labels, or some rows of them, around another prior mean."""
+        other = copy.copy(self)
+        vars(other).pop("_builder", None)
+        rows = torch.arange(len(self.x), device=self.x.device) if rows is None else rows
+        other._task, other._fit = self.task.variant(rows, mean), None
+        return other
 
     @cached_property
     def _builder(self) -> PriorBuilder:

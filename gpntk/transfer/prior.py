@@ -67,14 +67,16 @@ STRONG_EVIDENCE = 3.0
 
 
 class Candidate(NamedTuple):
-    """A kernel that may be chosen."""
+    """A prior that may be chosen: a kernel, and a prior mean where it is not the one of the other candidates."""
 
     kernel: KernelChoice
     stationary_inputs: StationaryInputs = "inputs"
+    mean: MeanChoice = "auto"
 
     def __str__(self) -> str:
         of_features = "stationary" in self.kernel and self.stationary_inputs == "features"
-        return f"{self.kernel} of features" if of_features else self.kernel
+        kernel = f"{self.kernel} of features" if of_features else self.kernel
+        return kernel if self.mean == "auto" else f"{kernel}, mean {self.mean}"
 
 
 class Comparison(NamedTuple):

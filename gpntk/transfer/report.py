@@ -14,6 +14,8 @@ from gpntk.inference.features import draw
 from gpntk.transfer.gp import TransferGP
 from gpntk.transfer.prior import STRONG_EVIDENCE, Candidate, MeanChoice
 
+# The prior around the network's output, where the one in use is around another mean.
+_AROUND = "around the network's output"
 # Labels on which priors are compared.
 _MOST_LABELS = 300
 
@@ -29,7 +31,8 @@ class Report:
     Attributes:
         kernel: The kernel in use.
         log_evidence: In nats, by prior: the one in use, ``"stationary alone"`` without the network (with an RBF or
-            Matérn kernel and a constant mean; not where inputs are ids or objects), and ``"readout alone"``.
+            Matérn kernel and a constant mean; not where inputs are ids or objects), and ``"readout alone"``; with
+            the network's output for prior mean, where the one in use has another.
         left_out: Mean leave-one-out log density of a label, in nats, by the same priors, on the same labels.
         effective_parameters: tr K (K + D)⁻¹: how many independent numbers the labels have taught. None if unknown.
         alignment: Cosine between the tangent kernel and what the network leaves unexplained, ``rᵀ K r / (|K| |r|²)``:
@@ -104,7 +107,7 @@ def report_on(gp: TransferGP) -> Report:
         score=checks.score,
         log_density=checks.log_density,
         calibration=dict(checks.calibration),
-        advice=_advice(evidence, gp.chosen, effective),
+        advice=_advice(evidence, gp.chosen, effective) if gp.chosen.mean == "auto" else _doubts(evidence, gp.chosen),
     )
 
 
@@ -115,6 +118,8 @@ def _priors(
     priors: dict[str, tuple[Candidate, MeanChoice]] = {str(chosen): (chosen, mean)}
     if continuous:
         priors["stationary alone"] = (Candidate("stationary"), plain_mean)
+    if chosen.mean != "auto":
+        priors[_AROUND] = (chosen, "network")
     if chosen.kernel != "nngp" and has_readout:
         priors["readout alone"] = (Candidate("nngp"), mean)
     return priors
@@ -151,6 +156,13 @@ def _advice(evidence: Mapping[str, float], chosen: Candidate, effective: float |
     gain = "Of ids, masks or objects there is no GP without the network, with which to compare."
     return (
         gain if alone == -math.inf else f"The source network helps by {own - alone:.1f} nats over a GP on the inputs."
+    )
+
+
+def _doubts(evidence: Mapping[str, float], chosen: Candidate) -> str:
+    return (
+        f"Around the network's output the labels are {evidence[str(chosen)] - evidence[_AROUND]:.1f} nats less likely "
+        "than around the targets' mean, which is the prior mean: the source network may be one of another task."
     )
 
 
