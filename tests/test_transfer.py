@@ -333,7 +333,7 @@ def test_known_hyperparameters_stay() -> None:
     assert draws.logs[:, 1].std() > 0
     with pytest.raises(InputError, match="hyperparameters has 'c', but those of this model are a, b"):
         infer(lambda x: x.sum(), priors, average=False, fixed={"c": 1.0})
-    with pytest.raises(InputError, match=r"hyperparameters\['a'\] = -1"):
+    with pytest.raises(InputError, match=r"hyperparameters\['a'\]=-1"):
         infer(lambda x: x.sum(), priors, average=False, fixed={"a": -1.0})
 
 

@@ -66,7 +66,8 @@ class TransferEstimator(BaseEstimator, ABC):
         network: The source network, in eval mode. It is copied when `fit` is called and never changed.
         mean: Prior mean: ``"network"``, its output f(x; w*), so that the GP learns the residual; ``"constant"``, one
             number per output; or ``"zero"``. ``"auto"`` is the network's, or under a new head a constant (for classes
-            zero). Take the network's where source and target labels mean the same.
+            zero). With ``kernel="auto"`` it is a constant too where that explains targets better by 3 nats, which a
+            warning says.
         kernel: ``"ntk"``, the tangent kernel; ``"nngp"``, that of the readout alone; ``"stationary"``, an ARD kernel of
             the inputs or the features; ``"ntk+stationary"``, the sum, for what the tangent space cannot say. ``"auto"``
             compares them by their evidence and keeps the sum unless another is better by three nats, at any number of
