@@ -149,7 +149,7 @@ def test_the_progress_bar_counts_evaluations(monkeypatch: pytest.MonkeyPatch) ->
             super().__init__(*args, **kwargs)
             bars.append((kwargs, self))
 
-    monkeypatch.setattr("gpntk.inference.hyperposterior.tqdm", Bar)
+    monkeypatch.setattr("gpntk.inference.maximum.tqdm", Bar)
     build().fit(max_steps=2)
     ((options, bar),) = bars
     assert bar.n >= 3

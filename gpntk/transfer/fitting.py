@@ -153,13 +153,13 @@ class Fitting:
 
     @cached_property
     def choice(self) -> tuple[Candidate, Tensor | None, Comparison | None]:
-        """The candidate to fit, a start, and what was compared; None where there is a single candidate."""
+        """The candidate to fit, a start, and what was compared; None where there is nothing to compare with."""
         few = len(self.task.x) > self.task.screened
-        if len(self._candidates) == 1 and not few:
+        # Comparing takes the evidence, a start does not.
+        compare = len(self._candidates) > 1 or self._candidates[0].mean != "auto"
+        if not (few or compare):
             return self._candidates[0], None, None
         count = self.task.screened
-        # Comparing takes the evidence, a start does not.
-        compare = len(self._candidates) > 1
         fits = {
             candidate: self._from_prior(self._model(candidate, count, screening=True), compare, _TOLERANCE)
             for candidate in self._candidates

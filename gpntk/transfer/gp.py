@@ -355,7 +355,8 @@ class TransferGP:
         listed = self._builder.candidates(self._stationary_inputs)
         if not (self._free_mean and self.task.mean == self.task.plain_mean):
             return listed
-        return [candidate._replace(mean=self.task.mean) for candidate in listed if "stationary" in candidate.kernel]
+        # Without the network's output, what would be tried without the network.
+        return [candidate._replace(mean=self.task.mean) for candidate in listed if candidate.kernel == "stationary"]
 
     @property
     def _doubts_network(self) -> bool:
