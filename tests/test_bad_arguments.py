@@ -360,7 +360,3 @@ def test_what_is_right_is_taken(title: str) -> None:
 def test_a_wrong_argument_is_refused_by_name(call: Callable[..., Any], arguments: dict[str, Any], name: str) -> None:
     with pytest.raises(GpntkError, match=name):
         call(**arguments)
-
-
-def test_time_without_end_is_bounded_by_memory() -> None:
-    assert largest_dense(torch.device("cpu"), 2**20, math.inf) == largest_dense(torch.device("cpu"), 2**20)

@@ -155,13 +155,13 @@ class TransferGP:
         self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
         self._time_budget, self._free_mean = time_budget, mean == "auto" and not new_head
-        prior: dict[str, Any] = {"mean": mean, "new_head": new_head}
+        asked: dict[str, Any] = {"mean": mean, "new_head": new_head}
         self._task: AbstractTask
         if likelihood == "gaussian":
             noise = {"known_noise": known_noise, "noise_network": noise_network}
-            self._task = targets(self.network, x, y, **prior, **noise, time_budget=time_budget)
+            self._task = targets(self.network, x, y, **asked, **noise, time_budget=time_budget)
         else:
-            self._task = classes(self.network, x, y, **prior, likelihood=likelihood, num_classes=num_classes)
+            self._task = classes(self.network, x, y, **asked, likelihood=likelihood, num_classes=num_classes)
         # Units of the kernels are those of the rows that `fit` saw: hyperparameters mean the same for more rows.
         self._reference = len(x)
         self._fit: Fit | None = None
