@@ -51,7 +51,13 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     "TransferClassifier": (
         fitted(gpntk.TransferClassifier, CLASSES.clamp_max(1)),
         {},
-        {**TRANSFER, "num_classes": ["a", -1, 0, 2.5, NAN, 1], "method": CHOICES, "link": CHOICES},
+        {
+            **TRANSFER,
+            "num_classes": ["a", -1, 0, 2.5, NAN, 1],
+            "classes": [3, "a", [0], [0, 0]],
+            "method": CHOICES,
+            "link": CHOICES,
+        },
     ),
     "TransferRegressor.predict": (
         fitted(gpntk.TransferRegressor, Y)().predict,
@@ -61,10 +67,10 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
             "return_quantiles": ["a", 3, [], [0.0], [1.5], [NAN], [1j], [[0.5]]],
         },
     ),
-    "TransferRegressor.sample": (
-        fitted(gpntk.TransferRegressor, Y)().sample,
+    "TransferRegressor.sample_y": (
+        fitted(gpntk.TransferRegressor, Y)().sample_y,
         {"X": X.numpy()},
-        {"num_samples": COUNTS, "random_state": ["a", -1, 2.5, NAN], "observation_noise": FLAGS},
+        {"n_samples": COUNTS, "random_state": ["a", -1, 2.5, NAN], "observation_noise": FLAGS},
     ),
     "TransferGP": (
         gpntk.TransferGP,

@@ -99,7 +99,7 @@ def test_multi_output() -> None:
     model = gpntk.TransferRegressor(MODULE, mean="constant").fit(x, y)
     mean, std = model.predict(x, return_std=True)
     assert mean.shape == std.shape == (20, 3)
-    assert model.sample(x[:4], 5, random_state=0).shape == (5, 4, 3)
+    assert model.sample_y(x[:4], 5).shape == (4, 3, 5)
     assert model.predict(x[:4], return_cov=True)[1].shape == (12, 12)
     assert model.score(x, y) > 0.6
 
@@ -199,13 +199,13 @@ def test_samples_follow_the_posterior() -> None:
     x, y = data(15)
     z, _ = data(3, seed=1)
     model = gpntk.TransferRegressor(SINGLE).fit(x, y)
-    samples = model.sample(z, 20_000, random_state=0)
+    samples = model.sample_y(z, 20_000, random_state=0).T
     mean, covariance = model.predict(z, return_cov=True, observation_noise=False)
     deviation = np.sqrt(covariance.diagonal())
     assert (np.abs(samples.mean(0) - mean) < 5 * deviation / np.sqrt(20_000)).all()
     bound = 5 * np.sqrt(2 / 20_000) * np.outer(deviation, deviation)
     assert (np.abs(np.cov(samples.T) - covariance) < bound).all()
-    np.testing.assert_array_equal(samples, model.sample(z, 20_000, random_state=0))
+    np.testing.assert_array_equal(samples, model.sample_y(z, 20_000).T)  # the seed is zero by default
 
 
 def test_within_scikit_learn() -> None:
@@ -311,7 +311,7 @@ def test_a_new_head_for_several_targets() -> None:
     model = gpntk.TransferRegressor(SINGLE, new_head=True).fit(x, targets)
     assert model.predict(x).shape == (40, 3)
     assert model.score(x, targets) > 0.8
-    assert model.sample(x[:2], 4, random_state=0).shape == (4, 2, 3)
+    assert model.sample_y(x[:2], 4).shape == (2, 3, 4)
 
 
 def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -502,7 +502,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
             InputError,
             "exclude each other",
         ),
-        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).sample(x, 0), InputError, "num_samples=0"),
+        (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).sample_y(x, 0), InputError, "n_samples=0"),
         (lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).predict(x[:, :4]), ValueError, "expecting 5 features"),
         (
             lambda x, y: gpntk.TransferRegressor(SINGLE).fit(x, y).predict(x[:, :, None]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
+import gpytorch
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 
 import gpntk
 from gpntk.errors import InputError
-from tests.cases import mlp
+from tests.cases import mlp, reference_jacobian
 
 QUICK: dict[str, Any] = {"kernel": "nngp", "hyperparameters": "maximum"}
 THREE = mlp(3).double().eval()
@@ -232,6 +234,73 @@ def test_tensors_in_tensors_out_keeps_the_head_likewise() -> None:
     assert gp.probabilities(x).shape == (20, 3)
     with pytest.raises(InputError, match="labels has class 3, but num_classes=3"):
         gpntk.transfer.TransferGP(frozen, x, y + 2, likelihood="categorical")
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_is_so_many_equal_labels() -> None:
+    """At known hyperparameters, weights 1, 2, 0 are rows once, twice and not at all."""
+    x, _ = blobs(24)
+    counts = np.arange(24) % 3
+    rows = np.repeat(np.arange(24), counts)
+    targets, one = x[:, 0] ** 2, mlp(1).double().eval()
+    # Kernels are in units of their mean over the rows, which are others where some occur twice.
+    unit = np.square(reference_jacobian(one, torch.as_tensor(x)).numpy()).sum(-1)
+    ratio = unit[rows].mean() / unit[counts > 0].mean()
+    yvar = np.full(24, 0.3)
+
+    def fit(chosen, known: dict[str, float], **options) -> gpntk.TransferRegressor:
+        model = gpntk.TransferRegressor(one, mean="zero", kernel="ntk", hyperparameters=known)
+        return model.fit(x[chosen], targets[chosen], **options)
+
+    level = np.square(targets[counts > 0]).mean() / np.square(targets[rows]).mean()
+    weighted = fit(slice(None), {"ntk": 1.0, "noise": 0.1}, sample_weight=counts, yvar=yvar)
+    repeated = fit(rows, {"ntk": level * ratio, "noise": 0.1 * level}, yvar=yvar[rows])
+    for a, b in zip(weighted.predict(x, return_std=True), repeated.predict(x, return_std=True), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+    streamed = fit(counts == 2, {"ntk": 1.0, "noise": 0.1}, sample_weight=counts[counts == 2])
+    noise = streamed.noise_variance_
+    streamed.partial_fit(x[:5], targets[:5], sample_weight=counts[:5])
+    assert streamed.noise_variance_ == noise
+
+
+def test_weights_of_classes_are_those_of_the_log_likelihood(tmp_path: Path) -> None:
+    x, y = blobs(24)
+    counts = np.arange(24) % 3 + (np.arange(24) == 0)
+    rows = np.repeat(np.arange(24), counts)
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel()).requires_grad_(False)
+    model = gpntk.TransferClassifier(THREE, method="dirichlet", kernel=kernel)
+    weighted = copy.deepcopy(model).fit(x, y, sample_weight=counts)
+    repeated = copy.deepcopy(model).fit(x[rows], y[rows])
+    np.testing.assert_allclose(weighted.predict_proba(x), repeated.predict_proba(x), rtol=1e-6)
+    more = copy.deepcopy(model).fit(x[:12], y[:12], sample_weight=counts[:12])
+    more.partial_fit(x[12:], y[12:], sample_weight=counts[12:])
+    np.testing.assert_allclose(more.predict_proba(x), weighted.predict_proba(x), rtol=1e-6)
+    saved = gpntk.TransferClassifier(THREE, method="dirichlet", **QUICK).fit(x, y, sample_weight=counts)
+    saved.save(tmp_path / "model")
+    loaded = gpntk.TransferClassifier.load(tmp_path / "model", THREE)
+    np.testing.assert_allclose(loaded.predict_proba(x), saved.predict_proba(x), rtol=1e-9)
+    assert str(loaded.report_) == str(saved.report_)
+    with pytest.raises(InputError, match="sample_weight does not go into method='laplace': take method='dirichlet'"):
+        gpntk.TransferClassifier(THREE, **QUICK).fit(x, y, sample_weight=counts)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(3), r"sample_weight has shape \(3,\), but y has 12 rows"),
+        (np.arange(12.0) - 1, "sample_weight has negative"),
+        (np.full(12, np.nan), "sample_weight has negative, infinite or NaN"),
+        (np.zeros(12), "zeros only"),
+    ],
+)
+def test_weights_that_mean_nothing(weights: np.ndarray, message: str) -> None:
+    x, y = blobs(12)
+    with pytest.raises(InputError, match=message):
+        gpntk.TransferClassifier(THREE, new_head=True).fit(x, y, sample_weight=weights)
+    with pytest.raises(InputError, match=message):
+        gpntk.TransferRegressor(THREE, new_head=True).fit(x, y, sample_weight=weights)
 
 
 # --- the same for targets ------------------------------------------------------------------------------------------

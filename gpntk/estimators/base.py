@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -341,6 +341,31 @@ def _refusing(name: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         kind = KindError if isinstance(error, TypeError) else InputError
         raise kind(f"{name} does not pass scikit-learn's checks: {error}") from error
+
+
+def weights_of(sample_weight: ArrayLike | None, rows: int) -> NDArray[Any] | None:
+    """Weights of labels `[N]` as an array; None where all are alike one.
+
+    Raises:
+        InputError: They are not one for each row, negative, not finite, or all zero.
+    """
+    if sample_weight is None:
+        return None
+    weights = np.asarray(sample_weight, dtype=float)
+    if weights.shape != (rows,):
+        raise InputError(f"sample_weight has shape {weights.shape}, but y has {rows} rows: give one weight for each.")
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise InputError("sample_weight has negative, infinite or NaN values, or zeros only: give finite weights.")
+    return None if (weights == 1).all() else weights
+
+
+def kept(weights: NDArray[Any] | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Rows of tensors whose labels count, and the weights of these: a label of weight zero is none."""
+    if weights is None:
+        return *tensors, None
+    rows = torch.as_tensor(np.flatnonzero(weights))
+    own: list[Any] = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in tensors]
+    return *own, as_tensor(weights[weights > 0], "sample_weight").to(own[0])
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpntk._checks import check_choice
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator, as_array
+from gpntk.estimators.base import Inputs, TransferEstimator, as_array, kept, weights_of
 from gpntk.estimators.labels import check_vector, class_names, positions
 from gpntk.likelihoods import Link
 from gpntk.transfer import TransferGP
@@ -82,8 +82,14 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     method: Method = "auto"
     link: Link = "probit"
 
-    def fit(self, X: Inputs, y: ArrayLike) -> Self:
+    def fit(self, X: Inputs, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Fit to inputs X `[N, ...]` and classes y `[N]`; returns self.
+
+        Args:
+            X: Inputs.
+            y: Classes.
+            sample_weight: What each label's log likelihood is multiplied by `[N]`, with ``method_="dirichlet"``. Zero
+                leaves it out.
 
         Raises:
             InputError: An argument is none of its choices, or y does not say which class is which output: the message
@@ -91,14 +97,15 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             NetworkError, SelectionError: See `gpntk.FrozenNetwork`.
             ValueError: NaN, infinite or empty X or y, or different numbers of rows (scikit-learn's checks).
         """
-        return self._fit(X, y, None)
+        return self._fit(X, y, None, sample_weight)
 
-    def _fit(self, X: Inputs, y: ArrayLike, there: ArrayLike | None) -> Self:
+    def _fit(self, X: Inputs, y: ArrayLike, there: ArrayLike | None, sample_weight: ArrayLike | None) -> Self:
         self._check_arguments()
         check_choice(get_args(Link), link=self.link)
         check_choice(get_args(Method), method=self.method)
         with self._whole_or_not_at_all():
             inputs, labels = self._checked(X, y)
+            weights = weights_of(sample_weight, len(labels))
             if there is not None:
                 positions(labels, np.unique(there), "classes= does not have")
             x = self._prepare(inputs)
@@ -110,23 +117,30 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
                 new_head=self.new_head,
             )
             self._set_names(names)
-            self._fit_model(self._transfer(x, self._labels(labels)))
+            self._fit_model(self._transfer(*kept(weights, x, self._labels(labels))))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
 
-    def partial_fit(self, X: Inputs, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self,
+        X: Inputs,
+        y: ArrayLike,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
         Before `fit`, the same as `fit`, with ``classes`` as all labels that there will be, in any order.
         """
         if not hasattr(self, "_model"):
-            return self._fit(X, y, classes)
+            return self._fit(X, y, classes, sample_weight)
         inputs, labels = self._checked(X, y, reset=False)
         self._check_shape(inputs)
         if classes is not None and len(np.setdiff1d(classes, self.classes_)):
             raise InputError(f"classes={classes} are not those of fit, {self.classes_}.")
-        self._model = self._model.condition_on(self._packed(inputs), self._labels(labels))
+        x, own, weights = kept(weights_of(sample_weight, len(labels)), self._packed(inputs), self._labels(labels))
+        self._model = self._model.condition_on(x, own, weights=weights)
         self._finish()
         return self
 
@@ -165,10 +179,12 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def _labels(self, y: NDArray[Any]) -> Tensor:
         return torch.tensor(self._order[positions(y, self.classes_, "fit has not seen")], device=self._network.device)
 
-    def _transfer(self, x: Tensor, labels: Tensor) -> TransferGP:
+    def _transfer(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> TransferGP:
         classes = len(self._names)
         new_head = self.new_head or classes != max(2, self._network.num_outputs(x))
         self.method_ = ("dirichlet" if new_head else "laplace") if self.method == "auto" else self.method
+        if weights is not None and self.method_ == "laplace":
+            raise InputError("sample_weight does not go into method='laplace': take method='dirichlet', which has it.")
         likelihood: Likelihood = "dirichlet" if self.method_ == "dirichlet" else "categorical"
         return TransferGP(
             self._network,
@@ -177,6 +193,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             likelihood=likelihood,
             num_classes=classes,
             new_head=new_head,
+            weights=weights,
             **self._model_arguments(),
         )
 
@@ -190,4 +207,4 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._set_names(np.array(facts["names"], dtype=facts["kind"]))
         self.classes = self._names if facts["named"] else None
-        self._model = self._transfer(data["x"], data["labels"])
+        self._model = self._transfer(data["x"], data["labels"], data.get("weights"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpntk._checks import as_tensor, check_count, check_flags, check_kinds
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator, as_array
+from gpntk.estimators.base import Inputs, TransferEstimator, as_array, kept, weights_of
 from gpntk.network.adapters import Adapted
 from gpntk.network.batches import num_rows
 from gpntk.transfer import TransferGP
@@ -71,7 +71,9 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
     num_outputs: int | None = None
     noise_network: nn.Module | None = None
 
-    def fit(self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+    def fit(
+        self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Fit to inputs X `[N, ...]` and targets y `[N]` or `[N, C]`, NaN where missing; returns self.
 
         Args:
@@ -79,6 +81,8 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             y: Targets.
             yvar: Known variances of the targets' errors, shaped as y, in the units of y squared. A noise variance
                 common to all is learned on top.
+            sample_weight: Weights of the rows' labels `[N]`: the variance of a label's noise is divided by its weight,
+                as if it were the mean of so many labels. Zero leaves it out.
 
         Raises:
             InputError: An argument is none of its choices, or y does not match the network's outputs.
@@ -89,27 +93,29 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         with self._whole_or_not_at_all():
             X, y = self._validated(X, y)
             self._y_ndim = y.ndim
-            variances = None if yvar is None else _variances(yvar, y)
-            x, targets, known = self._tensors(self._prepare(X), y, variances)
-            self._check_width(targets.shape[1], self._network.num_outputs(x))
-            self._fit_model(self._transfer(x, targets, known))
+            parts = self._parts(y, yvar, sample_weight)
+            x, *labels = self._tensors(self._prepare(X), *parts)
+            self._check_width(labels[0].shape[1], self._network.num_outputs(x))
+            self._fit_model(self._transfer(x, *labels))
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self
 
-    def partial_fit(self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self, X: Inputs, y: ArrayLike, yvar: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Take more data in, hyperparameters as they are: the posterior of all data, at the cost of the new rows.
 
         Before `fit`, the same as `fit`. Arguments are as there.
         """
         if not hasattr(self, "_model"):
-            return self.fit(X, y, yvar)
+            return self.fit(X, y, yvar, sample_weight)
         X, y = self._validated(X, y, reset=False)
         self._check_shape(X)
         if y.ndim != self._y_ndim or (y.ndim == 2 and y.shape[1] != self._model.task.num_outputs):
             raise InputError(f"y has shape {y.shape}, but fit saw {self._model.task.num_outputs} output(s).")
-        variances = None if yvar is None else _variances(yvar, y)
-        self._model = self._model.condition_on(*self._tensors(self._packed(X), y, variances))
+        tensors = self._tensors(self._packed(X), *self._parts(y, yvar, sample_weight))
+        self._model = self._model.condition_on(*tensors)
         self._finish()
         return self
 
@@ -150,22 +156,22 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             return self._shaped(mean), np.stack([self._shaped(row) for row in rows])
         return self._shaped(mean), self._shaped(spread.sqrt())
 
-    def sample(
+    def sample_y(
         self,
         X: Inputs,
-        num_samples: int = 1,
-        random_state: int | np.random.RandomState | None = None,
+        n_samples: int = 1,
+        random_state: int | np.random.RandomState | None = 0,
         observation_noise: bool = False,
     ) -> NDArray[Any]:
-        """Joint samples of the Gaussian posterior at X: `[S, N]`, or `[S, N, C]`.
+        """Joint samples of the Gaussian posterior at X, as scikit-learn's: `[N, S]`, or `[N, C, S]`.
 
         Args:
             X: Inputs, shaped as in `fit`.
-            num_samples: S.
+            n_samples: S.
             random_state: Seed or generator, scikit-learn's convention.
             observation_noise: Sample y, noise included, instead of the noise-free function.
         """
-        check_count(num_samples=num_samples)
+        check_count(n_samples=n_samples)
         check_flags(observation_noise=observation_noise)
         x = self._new_input(X)
         mean, covariance = self._model.predict(x, covariance=True, observation_noise=observation_noise)
@@ -175,9 +181,9 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             generator = check_random_state(random_state)
         except ValueError as error:
             raise InputError(f"random_state={random_state!r}: {error}.") from None
-        noise = generator.standard_normal((num_samples, mean.numel()))
+        noise = generator.standard_normal((n_samples, mean.numel()))
         samples = mean + torch.as_tensor(noise).to(root) @ root.mT
-        return np.stack([self._shaped(sample) for sample in samples])
+        return np.stack([self._shaped(sample) for sample in samples], -1)
 
     # --- private -----------------------------------------------------------------------------------------------
 
@@ -194,17 +200,26 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
             raise InputError(f"X has {num_rows(inputs)} inputs, but y has {len(targets)} targets: give one for each.")
         return inputs, targets
 
-    def _tensors(self, x: Tensor, y: NDArray[Any], yvar: NDArray[Any] | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        targets = as_tensor(y.reshape(len(y), -1), "y").to(x)
-        return x, targets, None if yvar is None else as_tensor(yvar.reshape(len(y), -1), "yvar").to(x)
+    def _parts(self, y: NDArray[Any], yvar: ArrayLike | None, sample_weight: ArrayLike | None) -> tuple[Any, ...]:
+        """Labels, their variances and weights, checked."""
+        return y, None if yvar is None else _variances(yvar, y), weights_of(sample_weight, len(y))
 
-    def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None) -> TransferGP:
+    def _tensors(
+        self, x: Tensor, y: NDArray[Any], yvar: NDArray[Any] | None, weights: NDArray[Any] | None
+    ) -> tuple[Any, ...]:
+        """Inputs, labels, variances and weights of the labels that count."""
+        targets = as_tensor(y.reshape(len(y), -1), "y").to(x)
+        known = None if yvar is None else as_tensor(yvar.reshape(len(y), -1), "yvar").to(x)
+        return kept(weights, x, targets, known)
+
+    def _transfer(self, x: Tensor, y: Tensor, yvar: Tensor | None, weights: Tensor | None) -> TransferGP:
         return TransferGP(
             self._network,
             x,
             y,
             new_head=self.new_head or y.shape[1] != self._network.num_outputs(x),
             known_noise=yvar,
+            weights=weights,
             noise_network=self._noise(),
             **self._model_arguments(),
         )
@@ -243,7 +258,7 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
 
     def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._y_ndim = facts["y_ndim"]
-        self._model = self._transfer(data["x"], data["y"], data.get("yvar"))
+        self._model = self._transfer(data["x"], data["y"], data.get("yvar"), data.get("weights"))
 
     def _shaped(self, values: Tensor) -> NDArray[Any]:
         """`[N*C]` as y was given to `fit`."""

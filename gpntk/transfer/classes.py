@@ -18,7 +18,7 @@ from gpntk.likelihoods import Categorical, Link, dirichlet_targets, probabilitie
 from gpntk.likelihoods.links import with_reference
 from gpntk.likelihoods.targets import check_labels
 from gpntk.transfer.forms import AbstractForm, DenseForm
-from gpntk.transfer.gaussian import GaussianModel, Labels
+from gpntk.transfer.gaussian import GaussianModel, Labels, joined
 from gpntk.transfer.laplace import LaplaceModel
 from gpntk.transfer.prior import FACTORISATIONS, LOGITS, RESIDUAL_LOGITS, MeanChoice
 from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
@@ -44,6 +44,7 @@ class AbstractClassTask(AbstractTask, ABC):
         num_logits: C: K, or one for two classes.
         mean: Prior mean of the logits.
         offset: The network's outputs `[N, C]` at given inputs.
+        weights: Of the labels `[N]`, see `DirichletTask`; None for ones.
     """
 
     plain_mean = "zero"
@@ -60,11 +61,13 @@ class AbstractClassTask(AbstractTask, ABC):
         num_logits: int,
         mean: MeanChoice,
         offset: Callable[[Tensor], Tensor],
+        weights: Tensor | None = None,
     ) -> None:
         medians = RESIDUAL_LOGITS if mean == "network" else LOGITS
         check_labels(labels, num_classes)
         super().__init__(x, self.outputs_of(num_classes, num_logits), mean, medians)
         self.labels, self.num_classes, self.num_logits, self._network_outputs = labels, num_classes, num_logits, offset
+        self.weights = weights
         self.reference, self.averages = len(x), len(x) <= self.most_averaged
 
     @property
@@ -90,23 +93,28 @@ class AbstractClassTask(AbstractTask, ABC):
     def mean_at(self, model: Any, x: Tensor) -> Tensor:
         return self.predict(model, x, False, False).mean
 
-    def grown(self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None) -> tuple[Self, Any]:
+    def grown(
+        self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None, weights: Tensor | None
+    ) -> tuple[Self, Any]:
         if known_noise is not None:
             raise InputError("known_noise is for targets: labels that are classes have none.")
         check_labels(y, self.num_classes)
         grown = copy.copy(self)
         grown.x, grown.labels = torch.cat([self.x, x]), torch.cat([self.labels, y])
-        return grown, self.grown_model(model, x, y)
+        grown.weights = joined((self.x[:, 0], self.weights), (x[:, 0], weights), fill=1.0)
+        return grown, self.grown_model(model, x, y, weights)
 
-    def variant(self, rows: Tensor, mean: MeanChoice) -> LaplaceTask:
-        # Evidences are compared by one method.
-        return LaplaceTask(
+    def variant(self, rows: Tensor, mean: MeanChoice) -> AbstractClassTask:
+        # Evidences are compared by one method; labels with weights have the other alone.
+        kind = LaplaceTask if self.weights is None else DirichletTask
+        return kind(
             self.x[rows],
             self.labels[rows],
             num_classes=self.num_classes,
             num_logits=self.num_logits,
             mean=mean,
             offset=self._network_outputs,
+            weights=None if self.weights is None else self.weights[rows],
         )
 
     def residual(self, rows: Tensor) -> Tensor:
@@ -126,7 +134,8 @@ class AbstractClassTask(AbstractTask, ABC):
         return Checks(right.mean().item(), own.log().mean().item(), calibration)
 
     def data(self) -> dict[str, Tensor]:
-        return {"x": self.x, "labels": self.labels}
+        data = {"x": self.x, "labels": self.labels}
+        return data if self.weights is None else {**data, "weights": self.weights}
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -140,7 +149,7 @@ class AbstractClassTask(AbstractTask, ABC):
         """Number of outputs C that the GP has."""
 
     @abstractmethod
-    def grown_model(self, model: Any, x: Tensor, labels: Tensor) -> Any:
+    def grown_model(self, model: Any, x: Tensor, labels: Tensor, weights: Tensor | None) -> Any:
         """The model given more labels as well, hyperparameters as they are."""
 
 
@@ -167,6 +176,7 @@ class LaplaceTask(AbstractClassTask):
         return stage == "screening" or (stage == "matrix" and self.reference * self.num_outputs > FULL_LIMIT)
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> LaplaceModel:
+        _without(self.weights)
         x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])
         subset = None
         if len(x) > _EVIDENCE_ROWS:
@@ -186,13 +196,16 @@ class LaplaceTask(AbstractClassTask):
     def leave_one_out(self, model: LaplaceModel) -> Tensor:
         return model.leave_one_out()
 
-    def grown_model(self, model: LaplaceModel, x: Tensor, labels: Tensor) -> LaplaceModel:
+    def grown_model(self, model: LaplaceModel, x: Tensor, labels: Tensor, weights: Tensor | None) -> LaplaceModel:
+        _without(weights)
         return model.condition_on(x, labels, self.offset(x))
 
 
 @final
 class DirichletTask(AbstractClassTask):
     """Independent GPs for the logarithms of the Gamma variables behind each class's probability.
+
+    A weight divides the variances of a label's noise: its log likelihood times the weight.
 
     References:
         Milios et al. (2018), Dirichlet-based Gaussian Processes for Large-scale Calibrated Classification,
@@ -213,7 +226,8 @@ class DirichletTask(AbstractClassTask):
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
         x, labels = (self.x, self.labels) if rows is None else (self.x[rows], self.labels[rows])
-        return GaussianModel(form, self._transformed(x, labels), None)
+        weights = self.weights if rows is None or self.weights is None else self.weights[rows]
+        return GaussianModel(form, self._transformed(x, labels, weights), None)
 
     def probabilities(self, model: GaussianModel, x: Tensor, link: Link) -> Tensor:
         return self._of(model.predict(x), x, link)
@@ -225,11 +239,12 @@ class DirichletTask(AbstractClassTask):
         latent = (left_out.spread - model.labels.known.reshape(-1)).clamp_min(0)
         return self._of(Prediction(left_out.mean, latent), model.form.x, "probit")
 
-    def grown_model(self, model: GaussianModel, x: Tensor, labels: Tensor) -> GaussianModel:
-        return model.condition_on(x, self._transformed(x, labels))
+    def grown_model(self, model: GaussianModel, x: Tensor, labels: Tensor, weights: Tensor | None) -> GaussianModel:
+        return model.condition_on(x, self._transformed(x, labels, weights))
 
-    def _transformed(self, x: Tensor, labels: Tensor) -> Labels:
+    def _transformed(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Labels:
         targets, noise = dirichlet_targets(labels, self.num_classes, dtype=x.dtype)
+        noise = noise if weights is None else noise / weights.unsqueeze(-1)
         return Labels(targets - self._mean(x), known=noise)
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -242,3 +257,10 @@ class DirichletTask(AbstractClassTask):
     def _of(self, latent: Prediction, x: Tensor, link: Link) -> Tensor:
         mean = latent.mean.unflatten(0, (-1, self.num_classes)) + self._mean(x)
         return probabilities(mean, latent.spread.unflatten(0, (-1, self.num_classes)).diag_embed(), link)
+
+
+def _without(weights: Tensor | None) -> None:
+    if weights is not None:
+        raise InputError(
+            "weights of labels do not go into Laplace's method: take likelihood='dirichlet', which has them."
+        )

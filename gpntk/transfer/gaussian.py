@@ -130,9 +130,9 @@ class GaussianModel(AbstractModel):
 
     def condition_on(self, x: Tensor, labels: Labels) -> GaussianModel:
         """The same with more labels, hyperparameters as they are, at the cost of the new ones."""
-        together = Labels(
-            torch.cat([self.labels.y, labels.y]), *(self._joined(labels, field) for field in ("relative", "known"))
-        )
+        old, new = self.labels, labels
+        relative = joined((old.y, old.relative), (new.y, new.relative), fill=1.0)
+        together = Labels(torch.cat([old.y, new.y]), relative, joined((old.y, old.known), (new.y, new.known), fill=0.0))
         grown = GaussianModel(self.form.extended(x), together, self._noise_prior, self._seconds)
         grown.drawn = self.drawn
         for logs, posteriors in zip(self.draws.logs, self._posteriors, strict=True):
@@ -159,16 +159,6 @@ class GaussianModel(AbstractModel):
 
     def _of_form(self, logs: Tensor) -> Tensor:
         return logs if self._noise_prior is None else logs[:-1]
-
-    def _joined(self, labels: Labels, field: str) -> Tensor | None:
-        old, new = getattr(self.labels, field), getattr(labels, field)
-        if old is None and new is None:
-            return None
-        fill = 1.0 if field == "relative" else 0.0
-        pair = [
-            torch.full_like(y, fill) if noise is None else noise for y, noise in ((self.labels.y, old), (labels.y, new))
-        ]
-        return torch.cat(pair)
 
     def _problems(self, labels: Labels, logs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Targets `[n]`, or columns `[C, N]` that share a system, with noise variances `[1]` or `[n]`."""
@@ -260,6 +250,13 @@ class GaussianModel(AbstractModel):
         if spreads.dim() == means.dim():
             return Prediction(mean, weights @ (spreads + deviation.square()))
         return Prediction(mean, torch.einsum("s,sij->ij", weights, spreads) + (deviation.mT * weights) @ deviation)
+
+
+def joined(*pairs: tuple[Tensor, Tensor | None], fill: float) -> Tensor | None:
+    """What there is beside labels, one after the other: ``fill`` where there is None; None if nowhere is any."""
+    if all(part is None for _, part in pairs):
+        return None
+    return torch.cat([torch.full_like(y, fill) if part is None else part for y, part in pairs])
 
 
 def _solvable(system: WhitenedSystem, y: Tensor) -> tuple[WhitenedSystem, Tensor, AbstractSolver]:

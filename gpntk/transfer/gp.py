@@ -80,6 +80,7 @@ class TransferGP:
             up to 300 targets, and for classes. Or a mapping of names to values that are known, in units of the
             residuals' mean square.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
+        weights: Of labels `[N]`: the variances of their noise are divided by them; not for ``"categorical"``.
         noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
         time_budget: Seconds that a fit may take; a kernel that would take longer is left out, and a line in the log and
             in the report says so. Standard deviations that need a factorisation of their own may take twice as long.
@@ -119,6 +120,7 @@ class TransferGP:
         stationary_inputs: StationaryInputs | None = None,
         hyperparameters: Treatment | Mapping[str, float] = "auto",
         known_noise: Tensor | None = None,
+        weights: Tensor | None = None,
         noise_network: nn.Module | None = None,
         time_budget: float = 120.0,
     ) -> None:
@@ -155,7 +157,7 @@ class TransferGP:
         self._treatment: Treatment = "auto" if isinstance(hyperparameters, Mapping) else hyperparameters
         self._fixed = dict(hyperparameters) if isinstance(hyperparameters, Mapping) else None
         self._time_budget, self._free_mean = time_budget, mean == "auto" and not new_head
-        asked: dict[str, Any] = {"mean": mean, "new_head": new_head}
+        asked: dict[str, Any] = {"mean": mean, "new_head": new_head, "weights": weights}
         self._task: AbstractTask
         if likelihood == "gaussian":
             noise = {"known_noise": known_noise, "noise_network": noise_network}
@@ -252,11 +254,13 @@ class TransferGP:
         """
         return self.task.leave_one_out(self.fitted.model)
 
-    def condition_on(self, x: Tensor, y: Tensor, known_noise: Tensor | None = None) -> TransferGP:
+    def condition_on(
+        self, x: Tensor, y: Tensor, known_noise: Tensor | None = None, weights: Tensor | None = None
+    ) -> TransferGP:
         """The posterior given more labels as well, hyperparameters as they are."""
         check_data(x, y, self.x.device)
         grown = copy.copy(self)
-        grown._task, model = self.task.grown(self.fitted.model, self._checked(x), y, known_noise)
+        grown._task, model = self.task.grown(self.fitted.model, self._checked(x), y, known_noise, weights)
         grown._fit = self.fitted._replace(model=model)
         return grown
 

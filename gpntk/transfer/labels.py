@@ -26,6 +26,7 @@ def targets(
     mean: MeanChoice,
     new_head: bool,
     known_noise: Tensor | None,
+    weights: Tensor | None,
     noise_network: nn.Module | None,
     time_budget: float,
 ) -> RegressionTask:
@@ -37,7 +38,7 @@ def targets(
             f"{(x.shape[0], outputs)}: give one column of y per output, or new_head=True."
         )
     chosen: MeanChoice = ("constant" if new_head else "network") if mean == "auto" else mean
-    noise = {"known_noise": known_noise, "noise_network": noise_network}
+    noise = {"known_noise": known_noise, "weights": weights, "noise_network": noise_network}
     return RegressionTask(x, y, chosen, Outputs(network), **noise, time_budget=time_budget)
 
 
@@ -50,6 +51,7 @@ def classes(
     new_head: bool,
     likelihood: Likelihood,
     num_classes: int | None,
+    weights: Tensor | None,
 ) -> AbstractClassTask:
     """Classes `[N]`, integers from 0."""
     outputs = network.num_outputs(x)
@@ -65,4 +67,5 @@ def classes(
     logits = count if new_head else outputs
     chosen: MeanChoice = ("zero" if new_head else "network") if mean == "auto" else mean
     kind = LaplaceTask if likelihood == "categorical" else DirichletTask
-    return kind(x, labels, num_classes=count, num_logits=logits, mean=chosen, offset=Outputs(network))
+    sizes = {"num_classes": count, "num_logits": logits}
+    return kind(x, labels, **sizes, mean=chosen, offset=Outputs(network), weights=weights)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpntk.errors import InputError
 from gpntk.likelihoods import Link
 from gpntk.transfer.forms import AbstractForm
-from gpntk.transfer.gaussian import GaussianModel, Labels
+from gpntk.transfer.gaussian import GaussianModel, Labels, joined
 from gpntk.transfer.prior import RESIDUAL, TARGET, MeanChoice
 from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
 
@@ -37,6 +37,7 @@ class RegressionTask(AbstractTask):
         mean: Prior mean m: the network's, a constant, or zero.
         offset: The network's outputs `[N, C]` at given inputs.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
+        weights: What the noise variances of the rows' labels are divided by `[N]`; None for ones.
         noise_network: Maps inputs to the logarithm of the relative noise variance.
         time_budget: Seconds that a fit may take; variances may take twice as long where means are iterated.
     """
@@ -51,6 +52,7 @@ class RegressionTask(AbstractTask):
         offset: Callable[[Tensor], Tensor],
         *,
         known_noise: Tensor | None = None,
+        weights: Tensor | None = None,
         noise_network: nn.Module | None = None,
         time_budget: float = 120.0,
     ) -> None:
@@ -62,7 +64,7 @@ class RegressionTask(AbstractTask):
                 f"y has targets of size {float(sizes.max()):.0e}, whose squares are beyond {y.dtype}: give them in "
                 "other units."
             )
-        self.y, self.known_noise, self._noise_network = y, known_noise, noise_network
+        self.y, self.known_noise, self.weights, self._noise_network = y, known_noise, weights, noise_network
         self._network_outputs, self._time_budget = offset, time_budget
         outputs = y.shape[1]
         medians = RESIDUAL if mean == "network" else TARGET
@@ -80,16 +82,20 @@ class RegressionTask(AbstractTask):
         return False
 
     def model(self, form: AbstractForm, rows: Tensor | None = None) -> GaussianModel:
-        labels = self._labels(self.x, self.y, self.known_noise)
+        labels = self._labels(self.x, self.y, self.known_noise, self.weights)
         if rows is not None:
             relative, known = (None if part is None else part[rows] for part in labels[1:])
             labels = Labels(labels.y[rows], relative, known)
         return GaussianModel(form, labels, (self.medians.noise, self.medians.noise_spread), 2 * self._time_budget)
 
-    def _labels(self, x: Tensor, y: Tensor, known_noise: Tensor | None) -> Labels:
+    def _labels(self, x: Tensor, y: Tensor, known_noise: Tensor | None, weights: Tensor | None) -> Labels:
         """Targets at x in units, and their noise."""
         known = None if known_noise is None else known_noise / self.units.square()
-        return Labels((y - self.offset(x) - self.centre) / self.units, self._relative_noise(x), known)
+        relative = self._relative_noise(x)
+        if weights is not None:
+            relative = (torch.ones_like(y) if relative is None else relative) / weights.unsqueeze(-1)
+            known = None if known is None else known / weights.unsqueeze(-1)
+        return Labels((y - self.offset(x) - self.centre) / self.units, relative, known)
 
     def _residual(self) -> Tensor:
         return self.y - self.offset(self.x) - self.centre
@@ -111,8 +117,8 @@ class RegressionTask(AbstractTask):
         return float(samples * self.num_outputs) ** 3
 
     def data(self) -> dict[str, Tensor]:
-        data = {"x": self.x, "y": self.y}
-        return data if self.known_noise is None else {**data, "yvar": self.known_noise}
+        data = {"x": self.x, "y": self.y, "yvar": self.known_noise, "weights": self.weights}
+        return {name: tensor for name, tensor in data.items() if tensor is not None}
 
     def state(self) -> dict[str, Tensor]:
         return {"units": self.units, "centre": self.centre}
@@ -121,8 +127,8 @@ class RegressionTask(AbstractTask):
         self._units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
 
     def variant(self, rows: Tensor, mean: MeanChoice) -> RegressionTask:
-        known = None if self.known_noise is None else self.known_noise[rows]
-        return self._with(self.x[rows], self.y[rows], known, mean)
+        known, weights = (None if part is None else part[rows] for part in (self.known_noise, self.weights))
+        return self._with(self.x[rows], self.y[rows], known, weights, mean)
 
     def residual(self, rows: Tensor) -> Tensor:
         return (self._residual() / self.units)[rows].nan_to_num(0.0)
@@ -168,15 +174,13 @@ class RegressionTask(AbstractTask):
             return self._back(self.x, model.leave_one_out())
 
     def grown(
-        self, model: GaussianModel, x: Tensor, y: Tensor, known_noise: Tensor | None
+        self, model: GaussianModel, x: Tensor, y: Tensor, known_noise: Tensor | None, weights: Tensor | None
     ) -> tuple[RegressionTask, GaussianModel]:
-        known = None
-        if self.known_noise is not None or known_noise is not None:
-            pairs = (self.y, self.known_noise), (y, known_noise)
-            known = torch.cat([torch.zeros_like(one) if noise is None else noise for one, noise in pairs])
-        grown = self._with(torch.cat([self.x, x]), torch.cat([self.y, y]), known, self.mean)
+        known = joined((self.y, self.known_noise), (y, known_noise), fill=0.0)
+        together = joined((self.y[:, 0], self.weights), (y[:, 0], weights), fill=1.0)
+        grown = self._with(torch.cat([self.x, x]), torch.cat([self.y, y]), known, together, self.mean)
         grown._units, grown.centre = self._units, self.centre
-        return grown, model.condition_on(x, self._labels(x, y, known_noise))
+        return grown, model.condition_on(x, self._labels(x, y, known_noise, weights))
 
     def _back(self, x: Tensor, prediction: Prediction) -> Prediction:
         """A prediction of residuals in units, as one of y; x `[M, D]`."""
@@ -197,13 +201,16 @@ class RegressionTask(AbstractTask):
     def _relative_noise(self, x: Tensor) -> Tensor | None:
         return None if self._noise_network is None else relative_noise(self._noise_network, x, self.num_outputs)
 
-    def _with(self, x: Tensor, y: Tensor, known: Tensor | None, mean: MeanChoice) -> RegressionTask:
+    def _with(
+        self, x: Tensor, y: Tensor, known: Tensor | None, weights: Tensor | None, mean: MeanChoice
+    ) -> RegressionTask:
         return RegressionTask(
             x,
             y,
             mean,
             self._network_outputs,
             known_noise=known,
+            weights=weights,
             noise_network=self._noise_network,
             time_budget=self._time_budget,
         )

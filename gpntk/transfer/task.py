@@ -164,7 +164,9 @@ class AbstractTask(ABC):
         """What all other labels say of each."""
 
     @abstractmethod
-    def grown(self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None) -> tuple[Self, Any]:
+    def grown(
+        self, model: Any, x: Tensor, y: Tensor, known_noise: Tensor | None, weights: Tensor | None
+    ) -> tuple[Self, Any]:
         """The same with more labels, hyperparameters as they are, and its model."""
 
     # --- for reports and files ---------------------------------------------------------------------------------
