@@ -303,6 +303,31 @@ def test_weights_that_mean_nothing(weights: np.ndarray, message: str) -> None:
         gpntk.TransferRegressor(THREE, new_head=True).fit(x, y, sample_weight=weights)
 
 
+# --- labels that the network knows already -------------------------------------------------------------------------
+
+
+def test_labels_of_the_training_are_said_to_count_twice() -> None:
+    x, _ = blobs(30)
+    network = mlp(1).double().eval()
+    targets = network(torch.as_tensor(x)).detach().numpy()[:, 0]
+    new = targets + 0.1 * targets.std() * np.random.default_rng(0).standard_normal(30)
+    known = {"hyperparameters": {"nngp": 1.0, "noise": 1.0}, "kernel": "nngp"}
+    for options, y in (({}, targets + 0.01 * (new - targets)), ({"trained_on": True}, new)):
+        with pytest.warns(UserWarning, match=r"counts them twice.*gpntk.models.LaplacePosterior") as said:
+            gpntk.TransferRegressor(network, **known, **options).fit(x, y)
+        assert said[0].filename == __file__
+    gpntk.TransferRegressor(network, trained_on=False, **known).fit(x, targets)
+    gpntk.TransferRegressor(network, **known).fit(x, new)
+    # Classes: a network that is sure of all of them.
+    sure = trained(2)
+    z, classes = digits(slice(150), 0, 1)
+    known = {"hyperparameters": {"nngp": 1.0}, "kernel": "nngp"}
+    with pytest.warns(UserWarning, match="counts them twice") as said:
+        gpntk.TransferClassifier(sure, **known).fit(z, classes)
+    assert said[0].filename == __file__
+    gpntk.TransferClassifier(sure, trained_on=False, **known).fit(z, classes)
+
+
 # --- the same for targets ------------------------------------------------------------------------------------------
 
 

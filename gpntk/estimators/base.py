@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ Inputs = ArrayLike | Mapping[str, Any] | Sequence[Any] | Tensor
 
 # Inputs at which a network is compared with the one that was saved.
 _COMPARED = 4
+_TWICE = (
+    "the network was trained on these labels, it was said, or it hits them so closely that it seems so. Then this fit "
+    "counts them twice, and is too sure. Fit to labels that it has not seen, or take gpntk.models.LaplacePosterior "
+    "with the prior of the training, of mean f(x; w) - J(x) w. trained_on=False says that they are new."
+)
 # Options that are written to a file; the network and what is code are not.
 _STORED = (
     "mean",
@@ -49,6 +55,7 @@ _STORED = (
     "stationary_inputs",
     "hyperparameters",
     "time_budget",
+    "trained_on",
     "dtype",
     "input_shape",
     "verbose",
@@ -89,6 +96,9 @@ class TransferEstimator(BaseEstimator, ABC):
             ``hyperparameters_``.
         time_budget: Seconds that a fit may take. A kernel that would take longer is left out, and a line in the log and
             in ``report_`` says what it would cost.
+        trained_on: Whether the network was trained on these labels, so that a fit counts them a second time: ``True``
+            warns and says what to do instead, and so does the default, ``None``, where the network hits the labels too
+            closely for new ones. ``False``: it has never seen them.
         input_shape: Shape of one input as the network wants it. Default: the shape of the rows of X.
         extract: Which of the things that the network returns is its output: see `gpntk.FrozenNetwork`.
         dtype: Precision of Jacobians, ``"float64"`` or ``"float32"``; the network's outputs and features are computed
@@ -111,6 +121,7 @@ class TransferEstimator(BaseEstimator, ABC):
     stationary_inputs: StationaryInputs | None = None
     hyperparameters: Treatment | Mapping[str, float] = "auto"
     time_budget: float = 120.0
+    trained_on: bool | None = None
     input_shape: Sequence[int] | None = None
     extract: Extract | str | None = None
     dtype: Literal["float64", "float32"] = "float64"
@@ -218,8 +229,10 @@ class TransferEstimator(BaseEstimator, ABC):
 
     # --- shared ------------------------------------------------------------------------------------------------
 
-    def _fit_model(self, model: TransferGP) -> None:
-        """Fit it, and set what is common to all fitted estimators."""
+    def _fit_model(self, model: TransferGP, stacklevel: int = 3) -> None:
+        """Fit it, and set what is common to all fitted estimators; the caller is ``stacklevel`` frames up."""
+        if self.trained_on or (self.trained_on is None and model.task.seems_trained_on()):
+            warnings.warn(_TWICE, stacklevel=stacklevel)
         self._model = model
         self.log_marginal_likelihood_ = model.fit(self.checkpoint)
         self._finish()

@@ -117,7 +117,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
                 new_head=self.new_head,
             )
             self._set_names(names)
-            self._fit_model(self._transfer(*kept(weights, x, self._labels(labels))))
+            self._fit_model(self._transfer(*kept(weights, x, self._labels(labels))), stacklevel=4)
         if self.verbose:
             print(self.report_)  # noqa: T201
         return self

@@ -30,6 +30,8 @@ _SCREENED = 100
 _BINS = 10
 # Inputs whose evidence sets the hyperparameters of Laplace's method; more of them hardly move it.
 _EVIDENCE_ROWS = 300
+# Nats a label below which, at so many labels, a network that is no less sure of them has seen them before.
+_INTERPOLATED, _ENOUGH = 0.005, 100
 # Inputs up to which Dirichlet regression averages, which needs C factorisations kept for every draw.
 _AVERAGED_DIRICHLET = 300
 
@@ -116,6 +118,12 @@ class AbstractClassTask(AbstractTask, ABC):
             offset=self._network_outputs,
             weights=None if self.weights is None else self.weights[rows],
         )
+
+    def seems_trained_on(self) -> bool:
+        if self.mean != "network" or len(self.x) < _ENOUGH:
+            return False
+        logits = with_reference(self.offset(self.x))
+        return functional.cross_entropy(logits, self.labels).item() < _INTERPOLATED
 
     def residual(self, rows: Tensor) -> Tensor:
         latent = self.offset(self.x[rows])

@@ -23,6 +23,8 @@ _PREDICTION_ROWS = 512
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
 # Spreads of targets below so many units in their last place are rounding.
 _ROUNDING = 8.0
+# The share of the targets' variance below which, at so many rows, a network that leaves no more has seen them before.
+_INTERPOLATED, _ENOUGH = 1e-3, 10
 # Targets beyond these sizes have variances that no number can hold.
 _LARGEST = {torch.float64: 1e140, torch.float32: 1e17}
 
@@ -129,6 +131,12 @@ class RegressionTask(AbstractTask):
     def variant(self, rows: Tensor, mean: MeanChoice) -> RegressionTask:
         known, weights = (None if part is None else part[rows] for part in (self.known_noise, self.weights))
         return self._with(self.x[rows], self.y[rows], known, weights, mean)
+
+    def seems_trained_on(self) -> bool:
+        if self.mean != "network" or len(self.x) < _ENOUGH:
+            return False
+        spread = (self.y - self.y.nanmean(0)).square().nanmean(0)
+        return bool((self._residual().square().nanmean(0) < _INTERPOLATED * spread).all())
 
     def residual(self, rows: Tensor) -> Tensor:
         return (self._residual() / self.units)[rows].nan_to_num(0.0)

@@ -176,6 +176,10 @@ class AbstractTask(ABC):
         """The task of some rows, under another prior mean."""
 
     @abstractmethod
+    def seems_trained_on(self) -> bool:
+        """Whether the prior mean hits the labels so closely that the network has most likely seen them before."""
+
+    @abstractmethod
     def residual(self, rows: Tensor) -> Tensor:
         """What the prior mean leaves unexplained of some rows' labels, in units `[N, C]`."""
 
