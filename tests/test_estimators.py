@@ -45,7 +45,7 @@ class AnyWidth(nn.Module):
     ],
     expected_failed_checks=lambda estimator: {
         "check_estimators_overwrite_params": "joblib hashes two equal torch tensors differently",
-        "check_sample_weight_equivalence_on_dense_data": "kernels are in units of their mean over rows, repeated or not",
+        "check_sample_weight_equivalence_on_dense_data": "units are means over rows, repeated or not",
         **(
             {"check_supervised_y_2d": "a column y keeps its shape, without a warning"}
             if isinstance(estimator, gpntk.TransferRegressor)
