@@ -30,6 +30,7 @@ TRANSFER = {
     "extract": [3, True, []],
     "dtype": [*CHOICES, torch.float64],
     "checkpoint": [3, True, []],
+    "trained_on": ["a", 3],
     "verbose": FLAGS,
 }
 

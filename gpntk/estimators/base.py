@@ -250,7 +250,7 @@ class TransferEstimator(BaseEstimator, ABC):
 
     def _check_arguments(self) -> None:
         check_choice(("float64", "float32"), dtype=self.dtype)
-        check_flags(verbose=self.verbose)
+        check_flags(verbose=self.verbose, **({} if self.trained_on is None else {"trained_on": self.trained_on}))
 
     def _validate(self, X: Any, y: Any = "no_validation", reset: bool = True, **kwargs: Any) -> Any:
         """X, or X and y, by scikit-learn's checks; of a batch, the adapter checks the tensors."""
