@@ -19,7 +19,7 @@ from gpntk.errors import NetworkError
 from gpntk.jacobians.backend import AbstractTangentBackend, contracted_diagonal, contracted_gram, jacobian_by_rows
 from gpntk.jacobians.backward import BackwardBackend
 from gpntk.jacobians.record import no_pattern, row_values
-from gpntk.memory import Lock, attached, chunks, frozen, is_out_of_memory, tracks_gradient
+from gpntk.memory import Lock, attached, chunks, frozen, is_out_of_memory, tracks_gradient, workspace
 from gpntk.network import FrozenNetwork
 
 # Forward mode has one level for all threads: a second thread that leaves it takes the tangents of the first away.
@@ -82,7 +82,7 @@ class AutodiffBackend(AbstractTangentBackend):
         """By forward mode where an input has more outputs than there are parameters, and all operations have it."""
         self._check(x)
         if self.num_outputs(x) <= self.num_features:
-            return jacobian_by_rows(self, x)
+            return self._rows(x)
         unit = torch.eye(self.num_features, dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
 
         def product(rows: Tensor, part: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class AutodiffBackend(AbstractTangentBackend):
         try:
             return self._over_rows(x, product, unit, rowwise=False).mT
         except NotImplementedError:
-            return jacobian_by_rows(self, x)
+            return self._rows(x)
 
     def gram(self, x1: Tensor, x2: Tensor, per_layer: bool = False) -> Tensor:
         return contracted_gram(self, x1, x2, per_layer)
@@ -103,6 +103,15 @@ class AutodiffBackend(AbstractTangentBackend):
         return ()
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """J by reverse mode, in blocks of rows so small that their memory is used again and does not come anew."""
+        outputs = self.num_outputs(x)
+        result = x.new_empty(x.shape[0], x.shape[1] * outputs, self.num_features)
+        row_bytes = x.shape[0] * outputs * self.num_features * x.element_size()
+        for rows in chunks(x.shape[1], row_bytes, workspace(x.device, self.memory_budget)):
+            result[:, rows.start * outputs : rows.stop * outputs] = jacobian_by_rows(self, x[:, rows])
+        return result
 
     def _over_rows(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor], w: Tensor, rowwise: bool) -> Tensor:
         """``product`` by chunks of rows: cotangents are split and results summed, tangents shared, results joined."""
@@ -123,7 +132,7 @@ class AutodiffBackend(AbstractTangentBackend):
         """``product`` over B batches, by chunks of columns."""
         column_bytes = 2 * x.shape[0] * x.shape[1] * self._activations(x) * x.element_size()
         parts = [_vmap(product, x, w[:, columns]) for columns in chunks(w.shape[1], column_bytes, self.memory_budget)]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _find_refusal(self, row: Tensor) -> str:
         """Compare Jᵀ u, J v and the derivative of uᵀ J v in x with plain backward passes of one row `[1, 1, D]`."""
