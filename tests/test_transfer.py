@@ -21,9 +21,10 @@ from gpntk.inference.hyperposterior import Draws, Hyperparameter, infer, log_pri
 from gpntk.kernels.nystrom import nystrom_features
 from gpntk.network.heads import Body, Rescaled
 from gpntk.transfer import TransferGP
+from gpntk.transfer.candidates import Candidate, preferred
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
 from gpntk.transfer.gaussian import GaussianModel, Labels
-from gpntk.transfer.prior import RESIDUAL, Candidate, PriorBuilder, preferred
+from gpntk.transfer.prior import RESIDUAL, PriorBuilder
 from gpntk.transfer.report import report_on
 from gpntk.transfer.represented import Outputs
 from gpntk.transfer.terms import FeatureTerm, HostTerm, LogStudentTPrior

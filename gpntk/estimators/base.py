@@ -30,7 +30,8 @@ from gpntk.network.batches import is_batch, num_rows
 from gpntk.network.calls import wants_integers
 from gpntk.network.freezing import with_weights
 from gpntk.transfer import TransferGP
-from gpntk.transfer.prior import Candidate, KernelChoice, MeanChoice, StationaryForm, StationaryInputs, WeightPrior
+from gpntk.transfer.candidates import Candidate, KernelChoice, MeanChoice, StationaryInputs
+from gpntk.transfer.prior import StationaryForm, WeightPrior
 from gpntk.transfer.report import Report, report_on
 
 Inputs = ArrayLike | Mapping[str, Any] | Sequence[Any] | Tensor

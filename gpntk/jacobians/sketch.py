@@ -189,8 +189,12 @@ def _product(a: Tensor, g: Tensor, features: int, generator: torch.Generator) ->
 
 
 def _projected(gradients: Tensor, features: int, generator: torch.Generator) -> Tensor:
-    """Gradients `[B, N, C, P]` times a standard normal R `[P, F]` over sqrt(F)."""
-    return gradients @ _normal((gradients.shape[-1], features), gradients, generator) / features**0.5
+    """Gradients `[B, N, C, P]` times a standard normal R `[P, F]` over sqrt(F), some rows of R at a time."""
+    parts = chunks(gradients.shape[-1], features * gradients.element_size(), _BYTES)
+    total = gradients.new_zeros(*gradients.shape[:-1], features)
+    for rows in parts:
+        total = total + gradients[..., rows] @ _normal((rows.stop - rows.start, features), gradients, generator)
+    return total / features**0.5
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:

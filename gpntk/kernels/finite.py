@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
@@ -205,4 +206,19 @@ class SketchedNTKKernel(AbstractFeatureKernel):
             backend=partial(SketchBackend, num_features=num_features, seed=seed),
             **kwargs,
         )
+        self._size = num_features
         self._note = f", {num_features:,} random features"
+
+    @torch.no_grad()
+    def error(self, x: Tensor) -> float:
+        """How far the Gram K of x `[N, D]` is from `NTKKernel`'s, an estimate of |K - K_NTK| / |K| (Frobenius).
+
+        From two halves of the random features, which are independent: K = (K₁ + K₂) / 2, whose error has the size of
+        (K₁ - K₂) / 2.
+        """
+        features = self.features(x).to_dense()
+        # Independent outputs have F features each.
+        halves = features.unflatten(-1, (-1, self._size)).chunk(2, -1)
+        one, two = (self._size / half.shape[-1] * torch.einsum("icf,jcf->ij", half, half) for half in halves)
+        total = torch.linalg.matrix_norm(one + two)
+        return float(torch.linalg.matrix_norm(one - two) / total) if total > 0 else 0.0

@@ -17,10 +17,11 @@ from gpntk.inference.features import draw
 from gpntk.likelihoods import Categorical, Link, dirichlet_targets, probabilities
 from gpntk.likelihoods.links import with_reference
 from gpntk.likelihoods.targets import check_labels
+from gpntk.transfer.candidates import FACTORISATIONS, MeanChoice
 from gpntk.transfer.forms import AbstractForm, DenseForm
 from gpntk.transfer.gaussian import GaussianModel, Labels, joined
 from gpntk.transfer.laplace import LaplaceModel
-from gpntk.transfer.prior import FACTORISATIONS, LOGITS, RESIDUAL_LOGITS, MeanChoice
+from gpntk.transfer.prior import LOGITS, RESIDUAL_LOGITS
 from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
 
 # Logits up to which the tangent kernel between different outputs is kept; beyond, they share its mean over outputs.

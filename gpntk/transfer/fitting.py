@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import product
@@ -24,8 +25,9 @@ from gpntk.inference.features import draw
 from gpntk.inference.hyperposterior import Draws, Treatment, log_prior
 from gpntk.io import Checkpoint
 from gpntk.memory import default_budget
+from gpntk.transfer.candidates import FACTORISATIONS, STRONG_EVIDENCE, Candidate, Comparison, preferred
 from gpntk.transfer.forms import AbstractForm, DenseForm, FeatureForm, Recipe
-from gpntk.transfer.prior import FACTORISATIONS, STRONG_EVIDENCE, Candidate, Comparison, PriorBuilder, preferred
+from gpntk.transfer.prior import PriorBuilder
 from gpntk.transfer.task import AbstractModel, AbstractTask, Search
 from gpntk.transfer.terms import FeatureTerm, HostTerm
 
@@ -95,7 +97,7 @@ class Fitting:
         self._treatment, self._fixed, self._time_budget = treatment, fixed, time_budget
         self._some: dict[int, tuple[Tensor, Tensor]] = {}
         self._notes: tuple[str, ...] = ()
-        self._others: dict[str, float] = {}
+        self._others: Comparison | None = None
 
     def run(self) -> Fit:
         """Choose, and fit to all labels."""
@@ -113,17 +115,17 @@ class Fitting:
         notes = (*self._notes, *self._weaker(average, model, exact))
         for note in notes:
             logger.warning(note)
-        if comparison is not None:
-            comparison = Comparison(chosen, comparison.log_evidence | self._others)
+        if comparison is not None and self._others is not None:
+            _, evidence, seconds = self._others
+            comparison = Comparison(chosen, comparison.log_evidence | evidence, comparison.seconds | seconds)
         return Fit(model, chosen, comparison, notes)
 
     def against(self, other: Fitting) -> Fitting:
         """The same, or the one around another prior mean where that explains the labels better by far."""
-        compared = [fitting.choice[2] for fitting in (self, other)]
-        if None in compared:
+        own, others = self.choice[2], other.choice[2]
+        if own is None or others is None:
             return self
-        own, others = (comparison.log_evidence for comparison in compared if comparison is not None)
-        gain = others[str(other.choice[0])] - own[str(self.choice[0])]
+        gain = others.log_evidence[str(others.chosen)] - own.log_evidence[str(own.chosen)]
         if gain <= STRONG_EVIDENCE:
             self._others = others
             return self
@@ -138,6 +140,8 @@ class Fitting:
         """In what this model stands back behind the one without a time budget, and what that one would cost."""
         if len(self._candidates) > 1 and self.builder.left_out is not None:
             yield self.builder.left_out
+            if self.builder.error is not None:
+                yield self.builder.error
         if average and exact > self._time_budget:
             yield (
                 f"hyperparameters are at one best value, for an average over them would take about {exact:.3g} s, more "
@@ -160,10 +164,12 @@ class Fitting:
         if not (few or compare):
             return self._candidates[0], None, None
         count = self.task.screened
-        fits = {
-            candidate: self._from_prior(self._model(candidate, count, screening=True), compare, _TOLERANCE)
-            for candidate in self._candidates
-        }
+        fits: dict[Candidate, Draws] = {}
+        seconds: dict[str, float] = {}
+        for candidate in self._candidates:
+            begun = time.perf_counter()
+            fits[candidate] = self._from_prior(self._model(candidate, count, screening=True), compare, _TOLERANCE)
+            seconds[str(candidate)] = time.perf_counter() - begun
         if not compare:
             (chosen,) = fits
             return chosen, fits[chosen].best, None
@@ -171,7 +177,7 @@ class Fitting:
         chosen = preferred(evidence, self.builder.new_head)
         shift = self.task.log_units(self._some[count][0] if count in self._some else None)
         named_evidence = {str(candidate): value - shift for candidate, value in evidence.items()}
-        return chosen, fits[chosen].best, Comparison(chosen, named_evidence)
+        return chosen, fits[chosen].best, Comparison(chosen, named_evidence, seconds)
 
     # --- 2. all labels -----------------------------------------------------------------------------------------
 

@@ -29,20 +29,12 @@ from gpntk.likelihoods import Link
 from gpntk.network import FrozenNetwork
 from gpntk.network.heads import with_readout
 from gpntk.network.selection import select_groups
+from gpntk.transfer.candidates import ALL, Candidate, Comparison, KernelChoice, MeanChoice, StationaryInputs
 from gpntk.transfer.choices import check_choices, check_data
 from gpntk.transfer.fitting import Fit, Fitting
 from gpntk.transfer.forms import DenseForm, FeatureForm, Recipe
 from gpntk.transfer.labels import Likelihood, classes, targets
-from gpntk.transfer.prior import (
-    Candidate,
-    Comparison,
-    KernelChoice,
-    MeanChoice,
-    PriorBuilder,
-    StationaryForm,
-    StationaryInputs,
-    WeightPrior,
-)
+from gpntk.transfer.prior import PriorBuilder, StationaryForm, WeightPrior
 from gpntk.transfer.task import AbstractTask, Prediction
 
 _PREDICTION_ROWS = 512
@@ -146,6 +138,7 @@ class TransferGP:
         self.network, self.likelihood = with_readout(network, x) if new_head else network, likelihood
         self._grouped, self._prior = prior_groups is not None, prior
         self._kernel: KernelChoice | Kernel = kernel
+        self._moves = ALL
         self._new_head, self._layer_variances = new_head, layer_variances
         self._form: StationaryForm = stationary
         if stationary_inputs == "inputs" and not network.adapter.continuous:
@@ -222,7 +215,8 @@ class TransferGP:
         if isinstance(self._kernel, Kernel):
             return Candidate("custom")
         default: StationaryInputs = "inputs" if self.network.adapter.continuous else "features"
-        return Candidate("ntk" if self._kernel == "auto" else self._kernel, self._stationary_inputs or default)
+        kernel = "ntk" if self._kernel == "auto" else self._kernel
+        return Candidate(kernel, self._stationary_inputs or default, moves=self._moves)
 
     @property
     def comparison(self) -> Comparison | None:
@@ -303,7 +297,7 @@ class TransferGP:
         """Another prior, fitted to some rows, hyperparameters at their maximum."""
         other = self._around(mean, rows)
         other._kernel = self._kernel if candidate.kernel == "custom" else candidate.kernel
-        other._stationary_inputs = candidate.stationary_inputs
+        other._stationary_inputs, other._moves = candidate.stationary_inputs, candidate.moves
         other._treatment, other._fixed, other._reference = "maximum", None, len(rows)
         # Few rows are always worth an exact fit: priors are compared by their evidence.
         other._time_budget = math.inf

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gpntk.errors import InputError
 from gpntk.likelihoods.targets import check_labels
 from gpntk.network import FrozenNetwork
+from gpntk.transfer.candidates import MeanChoice
 from gpntk.transfer.classes import AbstractClassTask, DirichletTask, LaplaceTask
-from gpntk.transfer.prior import MeanChoice
 from gpntk.transfer.regression import RegressionTask
 from gpntk.transfer.represented import Outputs
 

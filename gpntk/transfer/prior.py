@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cached_property
 from glob import escape
 from typing import Any, Literal, NamedTuple, final
@@ -12,27 +12,21 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from gpytorch.kernels import AdditiveKernel, ConstantKernel, Kernel, LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from gpntk.cost import Machine
 from gpntk.errors import NetworkError, SelectionError
 from gpntk.inference.features import draw
-from gpntk.kernels import AbstractFeatureKernel, NTKKernel, g_prior, log_scale_constraint
+from gpntk.kernels import AbstractFeatureKernel, NTKKernel, SketchedNTKKernel, g_prior, log_scale_constraint
 from gpntk.kernels.weight_prior import inverted
 from gpntk.network import FrozenNetwork
 from gpntk.network.batches import Arguments
 from gpntk.network.heads import Body, Rescaled, grouped_like
+from gpntk.transfer.candidates import ALL, DIRECTIONS, RANDOM, RANDOM_FEATURES, SUM, Candidate, Moves, StationaryInputs
 from gpntk.transfer.represented import Outputs, Represented
 from gpntk.transfer.terms import AbstractTerm, FeatureTerm, HostTerm, LogStudentTPrior, SumOfTerms
 
-KernelChoice = Literal["auto", "ntk", "nngp", "ntk+stationary", "stationary", "custom"]
-MeanChoice = Literal["auto", "network", "constant", "zero"]
-StationaryInputs = Literal["inputs", "features"]
 StationaryForm = Literal["rbf", "matern"]
 WeightPrior = Literal["equal", "g"]
 
-# Directions in which the body's tangent kernel is taken under a new head.
-_DIRECTIONS = 8
 # Variance of the constant, in units of that of the targets: wide, yet no strain on a factorisation.
 _CONSTANT_VARIANCE = 100.0
 
@@ -58,47 +52,8 @@ LOGITS = Medians(tangent=3.0, stationary=3.0, noise=0.0, noise_spread=0.0)
 # More columns than this share one lengthscale: a handful of labels cannot tell many.
 _MOST_LENGTHSCALES = 20
 _TYPICAL_ROWS = 1000
-# Products with the features until conjugate gradients have converged, those of the preconditioner with them.
-_PRODUCTS = 460
-# Factorisations until Newton's method has found the mode of class labels, that at the mode included.
-FACTORISATIONS = 4
-# Difference of log evidence, in nats, from which on it counts as strong: Kass and Raftery (1995), Bayes Factors.
-STRONG_EVIDENCE = 3.0
-
-
-class Candidate(NamedTuple):
-    """A prior that may be chosen: a kernel, and a prior mean where it is not the one of the other candidates."""
-
-    kernel: KernelChoice
-    stationary_inputs: StationaryInputs = "inputs"
-    mean: MeanChoice = "auto"
-
-    def __str__(self) -> str:
-        of_features = "stationary" in self.kernel and self.stationary_inputs == "features"
-        kernel = f"{self.kernel} of features" if of_features else self.kernel
-        return kernel if self.mean == "auto" else f"{kernel}, mean {self.mean}"
-
-
-class Comparison(NamedTuple):
-    """What was compared: log evidence of each candidate, in nats, by its name."""
-
-    chosen: Candidate
-    log_evidence: dict[str, float]
-
-
-def preferred(log_evidence: Mapping[Candidate, float], new_head: bool) -> Candidate:
-    """The candidate of largest evidence; under the network's own head, a sum unless a single kernel is better by far.
-
-    In the sum the single kernel is contained. A new head's tangent kernel is a sum already.
-    """
-    best = max(log_evidence, key=log_evidence.__getitem__)
-    if new_head:
-        return best
-    sums = [candidate for candidate in log_evidence if "+" in candidate.kernel]
-    if not sums:
-        return best
-    general = max(sums, key=log_evidence.__getitem__)
-    return best if log_evidence[best] > log_evidence[general] + STRONG_EVIDENCE else general
+# Rows on which the error of random features is measured.
+_ERROR_ROWS = 100
 
 
 @final
@@ -148,74 +103,84 @@ class PriorBuilder:
         self._form: StationaryForm = form
         self._constant, self._units, self._time_budget = constant, units, time_budget
         self._newton_flops = newton_flops
-        self._made: dict[tuple[str, bool], AbstractTerm] = {}
+        self._made: dict[tuple[str, bool, str], FeatureTerm] = {}
         self.num_outputs = num_outputs
 
     def candidates(self, stationary_inputs: StationaryInputs | None = None) -> list[Candidate]:
         """What ``kernel="auto"`` compares, stationary kernels of ``stationary_inputs`` alone if these are given.
 
         Those that ask for features are left out where the network has no linear readout, those of inputs where these
-        are ids, masks or objects; those with all parameters where their products would take too long; the readout's
-        kernel where the readout is not to move.
+        are ids, masks or objects; those with all parameters where their products would take too long, for which others
+        stand (`gpntk.transfer.candidates`); the readout's kernel where the readout is not to move.
         """
         features, inputs = self.has_readout, self._network.adapter.continuous
-        listed = [
-            Candidate("ntk"),
-            *([Candidate("ntk+stationary")] if inputs else []),
-            *([Candidate("ntk+stationary", "features")] if features else []),
-        ]
-        if not self.affords_tangent:
-            listed = [Candidate("stationary", "features")]
+        kinds: list[StationaryInputs] = [*(["inputs"] if inputs else []), *(["features"] if features else [])]
+        listed = [Candidate("stationary", "features")] if features and ALL not in self.tangents else []
+        for moves in self.tangents:
+            if moves == ALL or not kinds:
+                listed.append(Candidate("ntk", moves=moves))
+            # Of the others sums alone, which contain it: there are many.
+            listed += [Candidate("ntk+stationary", kind, moves) for kind in kinds]
         if self._moves_linear_readout:
             listed.append(Candidate("nngp"))
         if inputs:
             listed.append(Candidate("stationary", stationary_inputs or "inputs"))
-        elif features and self.affords_tangent:
+        elif features and ALL in self.tangents:
             listed.append(Candidate("stationary", "features"))
         if stationary_inputs is None:
             return listed
         return [c for c in listed if "stationary" not in c.kernel or c.stationary_inputs == stationary_inputs]
 
     @cached_property
-    def tangent_seconds(self) -> float:
-        """What the tangent kernel of all parameters takes, at least, by the cheapest of the ways there are.
-
-        A pass forward and back per input and output; and the Gram of all rows, or the second moment of the features, or
-        products with them until conjugate gradients have converged. For classes, Newton's steps by one of the three,
-        beside which a Gram is little.
-        """
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self._network(self._x[:1].to(self._network.dtype))
-        samples, params = float(len(self._x)), float(self._network.num_params)
-        outputs = _DIRECTIONS if self.new_head else self.num_outputs
-        steps = FACTORISATIONS if self._newton_flops else 1
-        ways = (
-            self._newton_flops or 2 * samples**2 * outputs * params,
-            steps * samples * (outputs * params) ** 2,
-            steps * 4 * samples * outputs * params * _PRODUCTS,
+    def moves(self) -> Moves:
+        """Of the weights, in tangent kernels."""
+        return Moves(
+            self._network,
+            self._x,
+            outputs=DIRECTIONS if self.new_head else self.num_outputs,
+            new_head=self.new_head,
+            plain=not (self.layered or self._g),
+            time_budget=self._time_budget,
+            newton_flops=self._newton_flops,
         )
-        flops = outputs * samples * 3.0 * counter.get_total_flops() + min(ways)
-        return flops / Machine.of(self._x.device).attained
 
-    @property
-    def affords_tangent(self) -> bool:
-        """Whether the tangent kernel of all parameters keeps to the time budget, or nothing stands in for it."""
-        return self.tangent_seconds <= self._time_budget or not self._moves_linear_readout
+    @cached_property
+    def tangents(self) -> list[str]:
+        """Moves of the tangent kernels that are compared: all, or what the budget affords; all if that is nothing."""
+        if self.moves.affords(ALL):
+            return [ALL]
+        between = [moves for moves in self.moves.between if self.moves.affords(moves)]
+        return between if between or self._moves_linear_readout else [ALL]
 
     @property
     def left_out(self) -> str | None:
         """What the time budget keeps from a comparison, and what it would cost; None if there is nothing."""
-        if self.affords_tangent:
+        if ALL in self.tangents:
             return None
+        others = [moves for moves in self.moves.between if moves not in self.tangents]
+        costs = "".join(f" With {moves}: about {self.moves.seconds(moves):.3g} s." for moves in others)
+        compared = ", ".join([*self.tangents, "the readout and the inputs"])
         return (
-            f"kernel='ntk+stationary' would take about {self.tangent_seconds:.3g} s, more than "
-            f"time_budget={self._time_budget:g}: kernels of the readout and the inputs were compared without it."
+            f"kernel='ntk+stationary' would take about {self.moves.seconds(ALL):.3g} s, more than "
+            f"time_budget={self._time_budget:g}: kernels of {compared} were compared without it.{costs}"
         )
+
+    @property
+    def error(self) -> str | None:
+        """How far random features are from the tangent kernel that they stand for; None where there are none."""
+        made = [term.features for (_, _, moves), term in self._made.items() if moves == RANDOM]
+        kernel = next((features for features in made if isinstance(features, SketchedNTKKernel)), None)
+        if kernel is None:
+            return None
+        error = kernel.error(self._x[:_ERROR_ROWS])
+        return f"{RANDOM} are {RANDOM_FEATURES} random features, whose Gram is off the tangent kernel's by {error:.0%}."
 
     @property
     def widest(self) -> Candidate:
         """The tangent kernel of as many parameters as are affordable."""
-        return Candidate("ntk" if self.affords_tangent else "nngp")
+        if ALL in self.tangents:
+            return Candidate("ntk")
+        return Candidate("nngp") if self._moves_linear_readout else Candidate("ntk", moves=self.tangents[0])
 
     @property
     def has_readout(self) -> bool:
@@ -240,7 +205,11 @@ class PriorBuilder:
             return self._own_terms()
         terms: list[AbstractTerm] = []
         if candidate.kernel in ("ntk", "ntk+stationary"):
-            terms += self._new_tangents() if self.new_head else [self._tangent(self._network, "ntk", shared)]
+            names = self.moves.parameters(candidate.moves)
+            if self.new_head:
+                terms += self._new_tangents(names, candidate.moves)
+            else:
+                terms.append(self._tangent(self._network.restrict(names), "ntk", shared, moves=candidate.moves))
         if candidate.kernel == "nngp":
             terms.append(self._moves_of_readout(shared))
         if "stationary" in candidate.kernel:
@@ -268,17 +237,19 @@ class PriorBuilder:
             terms = [*terms, HostTerm(kernel.requires_grad_(False), self._x, self.num_outputs)]
         return SumOfTerms(terms, self.num_outputs)
 
-    def _tangent(self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0) -> AbstractTerm:
+    def _tangent(
+        self, network: FrozenNetwork, name: str, shared: bool, share: float = 1.0, moves: str = ALL
+    ) -> AbstractTerm:
         """One for all priors that it is a term of: its Gram is what costs."""
-        if (name, shared) not in self._made:
+        if (name, shared, moves) not in self._made:
             in_units = network if shared or self._units is None else self._wrapped(_in_units(network, self._units))
             per_layer = self.layered and name == "ntk"
-            kernel = NTKKernel(
-                in_units,
-                layer_variances=per_layer,
-                prior_variance=g_prior(in_units, self._x, self._root) if self._g else None,
-                output="independent" if shared else "full",
-            )
+            output = "sum" if moves == SUM else "independent" if shared else "full"
+            if moves == RANDOM:
+                kernel = SketchedNTKKernel(in_units, num_features=RANDOM_FEATURES, output=output)
+            else:
+                variances = g_prior(in_units, self._x, self._root) if self._g else None
+                kernel = NTKKernel(in_units, layer_variances=per_layer, prior_variance=variances, output=output)
             groups = [group or "network" for group, _ in network.groups] if per_layer else [""]
             names = [f"{name} {group}".strip() for group in groups]
             prior = LogStudentTPrior(share * self._medians.tangent / len(names), self._medians.spread)
@@ -286,8 +257,8 @@ class PriorBuilder:
                 kernel.register_prior("layer_variances_prior", prior, _layer_variances)
             scaled = kernel if per_layer else ScaleKernel(kernel, outputscale_prior=prior)
             parameter = "raw_layer_variances" if per_layer else "raw_outputscale"
-            self._made[name, shared] = FeatureTerm(scaled, self._x, self.num_outputs, {parameter: names})
-        return self._made[name, shared]
+            self._made[name, shared, moves] = FeatureTerm(scaled, self._x, self.num_outputs, {parameter: names})
+        return self._made[name, shared, moves]
 
     def _readout(self, name: str = "readout", share: float = 1.0, bias: bool = True) -> AbstractTerm:
         """s (h(x)·h(x') + 1), the moves of a linear readout with independent weights and a bias."""
@@ -346,12 +317,12 @@ class PriorBuilder:
                 return self._readout("nngp", bias=len(readout.names) > 1)
         return self._tangent(readout, "nngp", shared)
 
-    def _new_tangents(self) -> list[AbstractTerm]:
-        """A new readout, and what it makes of the layers below."""
-        body = self._projected_body()
+    def _new_tangents(self, names: Sequence[str], moves: str) -> list[AbstractTerm]:
+        """A new readout, and what it makes of moves of these parameters below."""
+        body = self._projected_body(names)
         if body is None:
             return [self._readout()]
-        return [self._readout(share=0.5), self._tangent(body, "ntk", shared=True, share=0.5)]
+        return [self._readout(share=0.5), self._tangent(body, "ntk", shared=True, share=0.5, moves=moves)]
 
     def _only_readout(self) -> FrozenNetwork:
         module = self._network.thaw()
@@ -369,11 +340,11 @@ class PriorBuilder:
         rows = self._x[:: max(1, len(self._x) - 1)][:2].to(self._network.dtype)
         return self._network.adapter.arguments(rows)
 
-    def _projected_body(self) -> FrozenNetwork | None:
-        """Sums of what enters the readout, by the chosen parameters below it; None if there are none."""
-        body = Body(self._network.thaw(), _DIRECTIONS, extract=self._network.extract)
+    def _projected_body(self, names: Sequence[str]) -> FrozenNetwork | None:
+        """Sums of what enters the readout, by those of these parameters that are below it; None if there are none."""
+        body = Body(self._network.thaw(), DIRECTIONS, extract=self._network.extract)
         there = {name for name, _ in body.named_parameters()}
-        chosen = [f"network.{escape(name)}" for name in self._network.names if f"network.{name}" in there]
+        chosen = [f"network.{escape(name)}" for name in names if f"network.{name}" in there]
         return self._wrapped(FrozenNetwork(body, chosen, inputs=self._network.adapter)) if chosen else None
 
     def _wrapped(self, network: FrozenNetwork) -> FrozenNetwork:

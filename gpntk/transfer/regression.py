@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from gpntk.errors import InputError
 from gpntk.likelihoods import Link
+from gpntk.transfer.candidates import MeanChoice
 from gpntk.transfer.forms import AbstractForm
 from gpntk.transfer.gaussian import GaussianModel, Labels, joined
-from gpntk.transfer.prior import RESIDUAL, TARGET, MeanChoice
+from gpntk.transfer.prior import RESIDUAL, TARGET
 from gpntk.transfer.task import AbstractTask, Checks, Prediction, Stage
 
 # Labels up to which hyperparameters are averaged over; beyond, their posterior is narrow and its draws are expensive.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gpntk.inference.features import draw
+from gpntk.transfer.candidates import STRONG_EVIDENCE, Candidate, Comparison, MeanChoice
 from gpntk.transfer.gp import TransferGP
-from gpntk.transfer.prior import STRONG_EVIDENCE, Candidate, MeanChoice
 
 # The prior around the network's output, where the one in use is around another mean.
 _AROUND = "around the network's output"
@@ -45,7 +45,10 @@ class Report:
             class by its mean probability for classification. Empty if unknown.
         advice: A sentence.
         method: How the posterior was solved, and by which features where there are any.
-        notes: What the time budget left out, and which entry of what the network returns is its output, a line each.
+        compared: What kernels were compared, on at most 300 labels (100 where they are classes): the evidence of each
+            and the seconds it took. None if there was no choice, or the model is from a file.
+        notes: What the time budget left out, how far random features are from what they stand for, and which entry of
+            what the network returns is its output, a line each.
 
     References:
         Cristianini et al. (2001), On Kernel-Target Alignment, NIPS 14.
@@ -64,12 +67,19 @@ class Report:
     advice: str
     method: str = "unknown"
     notes: tuple[str, ...] = ()
+    compared: Comparison | None = None
 
     def __str__(self) -> str:
         def cell(value: float | None) -> str:
             return "unknown" if value is None else f"{value:.3g}"
 
         lines = [f"{'kernel':38} {self.kernel}", f"{'solved by':38} {self.method}"]
+        if self.compared is not None:
+            rows = self.compared.log_evidence.items()
+            lines += [
+                f"{'compared, ' + name:50} {value:.1f} nats, {self.compared.seconds[name]:.2g} s"
+                for name, value in rows
+            ]
         lines += [f"{'log evidence, ' + name:38} {value:.1f} nats" for name, value in self.log_evidence.items()]
         lines += [f"{'leave-one-out, ' + name:38} {value:.3g} nats a label" for name, value in self.left_out.items()]
         lines += [
@@ -98,6 +108,7 @@ def report_on(gp: TransferGP) -> Report:
     return Report(
         kernel=str(gp.chosen),
         method=model.note,
+        compared=gp.comparison,
         notes=(*gp.fitted.notes, *([f"The network's output is {entry}."] if entry else [])),
         log_evidence=evidence,
         left_out={name: density for name, density in densities.items() if density is not None},

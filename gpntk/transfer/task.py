@@ -11,8 +11,9 @@ from torch import Tensor
 from gpntk.inference.hyperposterior import Draws, Hyperparameter
 from gpntk.io import Checkpoint
 from gpntk.likelihoods import Link
+from gpntk.transfer.candidates import MeanChoice
 from gpntk.transfer.forms import AbstractForm
-from gpntk.transfer.prior import MeanChoice, Medians
+from gpntk.transfer.prior import Medians
 
 Stage = Literal["screening", "matrix", "features"]
 """What a prior is made for: a comparison of candidates, all labels by their matrix, or all labels by features."""
