@@ -182,8 +182,7 @@ def test_the_last_block_is_found_where_the_readout_fails(tmp_path, caplog: pytes
     assert abs(again.predict(new.numpy()) - model.predict(new.numpy())).max() < 1e-9
 
 
-@pytest.mark.parametrize("new_head", [False, True])
-@pytest.mark.parametrize("labels", ["targets", "classes"])
+@pytest.mark.parametrize(("labels", "new_head"), [("targets", True), ("classes", False)])
 def test_every_candidate_fits_by_every_likelihood(labels: str, new_head: bool, monkeypatch) -> None:
     """With all of them affordable but the tangent kernel of all parameters."""
     module = encoder(3)
@@ -192,7 +191,7 @@ def test_every_candidate_fits_by_every_likelihood(labels: str, new_head: bool, m
     generator = torch.Generator().manual_seed(6)
     y = torch.randn(12, 3, dtype=torch.float64, generator=generator) if labels == "targets" else torch.arange(12) % 3
     likelihood = "gaussian" if labels == "targets" else "dirichlet" if new_head else "categorical"
-    gp = TransferGP(gpntk.freeze(module), X, y, likelihood=likelihood, new_head=new_head)
+    gp = TransferGP(gpntk.freeze(module), X, y, likelihood=likelihood, new_head=new_head, stationary_inputs="features")
     gp.fit()
     sums = {moves for moves in ("last block", "last 2 blocks", NORMS, RANDOM, *([] if new_head else [SUM]))}
     assert {name.partition(", ")[2] for name in gp.comparison.log_evidence} == {"", *sums}
