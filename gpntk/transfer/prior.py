@@ -120,7 +120,7 @@ class PriorBuilder:
             if moves == ALL or not kinds:
                 listed.append(Candidate("ntk", moves=moves))
             # Of the others sums alone, which contain it: there are many.
-            listed += [Candidate("ntk+stationary", kind, moves) for kind in kinds]
+            listed += [Candidate("ntk+stationary", kind, moves=moves) for kind in kinds]
         if self._moves_linear_readout:
             listed.append(Candidate("nngp"))
         if inputs:
