@@ -669,7 +669,9 @@ def test_classes_leave_out_a_kernel_whose_newton_steps_exceed_the_time_budget() 
     gp = TransferGP(network, x, (x[:, 0] > 0).long(), likelihood="categorical", time_budget=9e7 / 2.5e10)
     gp.fit()
     assert gp.comparison is not None
-    assert not any("ntk" in name for name in gp.comparison.log_evidence)
+    # In weight space the few biases are affordable, all parameters are not.
+    tangents = {name for name in gp.comparison.log_evidence if "ntk" in name}
+    assert {name.partition(", ")[2] for name in tangents} == {"norms and biases"}
     assert any("kernel='ntk+stationary' would take about 0.0038" in note for note in gp.fitted.notes)
 
 
