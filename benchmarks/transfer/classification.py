@@ -39,7 +39,7 @@ def digits_noise(_folder: Path, size: int, seed: int) -> tuple[Task, NDArray]:
 
     def source(_seed: int) -> nn.Module:
         network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-        sources.fit(network, torch.tensor(x[:_CLEAN]), torch.tensor(y[:_CLEAN]), epochs=60)
+        sources.fit(network, torch.tensor(x[:_CLEAN]), torch.tensor(y[:_CLEAN]), epochs=150)
         return network
 
     networks = [cached("digits-noise", seed * sources.ENSEMBLE + member, source) for member in range(sources.ENSEMBLE)]
