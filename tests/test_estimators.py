@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import gpntk
 from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
@@ -319,6 +320,24 @@ def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     x, y = data(15)
     model = gpntk.TransferRegressor(SINGLE, verbose=True).fit(x, y)
     assert capsys.readouterr().out == f"{model.report_}\n"
+
+
+def test_progress_bars_say_what_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, desc: str, **kwargs: Any) -> None:
+            shown.append(desc)
+            super().__init__(*args, desc=desc, **kwargs)
+
+    monkeypatch.setattr("gpntk.inference.maximum.tqdm", Bar)
+    x, _ = data(12)
+    fitted = gpntk.TransferClassifier(MODULE, hyperparameters="maximum").fit(x, np.arange(12) % 3)
+    comparison = fitted._model.comparison
+    assert comparison is not None
+    candidates = list(comparison.log_evidence)
+    expected = [f"kernel {number} of {len(candidates)}, {name}" for number, name in enumerate(candidates, 1)]
+    assert list(dict.fromkeys(shown)) == [*expected, f"{fitted.kernel_}, 12 labels"]
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

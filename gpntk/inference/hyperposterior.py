@@ -129,6 +129,7 @@ def infer(
     curvature: bool = True,
     tolerance: float | None = None,
     checkpoint: Checkpoint | None = None,
+    label: str = "hyperparameters",
 ) -> Draws:
     """The posterior of the hyperparameters, given their log likelihood as a differentiable function; float64.
 
@@ -146,6 +147,7 @@ def infer(
             it is NaN.
         tolerance: Nats that a step must gain for the search to go on; default: as far as rounding allows.
         checkpoint: File of the search for the maximum, which goes on from there.
+        label: What the progress bar calls it.
 
     Raises:
         InputError: ``fixed`` names something else, or a value is not positive.
@@ -190,7 +192,12 @@ def infer(
         return value, torch.where(free, gradient, 0.0).numpy()
 
     found = maximize(
-        evaluate, [point.numpy() for point in starts], bounds.numpy(), tolerance=tolerance, checkpoint=checkpoint
+        evaluate,
+        [point.numpy() for point in starts],
+        bounds.numpy(),
+        tolerance=tolerance,
+        checkpoint=checkpoint,
+        label=label,
     )
     mode = torch.tensor(found.point, dtype=torch.float64, device="cpu")
     if not (average or curvature):

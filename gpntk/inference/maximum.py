@@ -37,6 +37,7 @@ def maximize(
     rounding: float = 1e-13,
     checkpoint: Checkpoint | None = None,
     callback: Callable[[int, float], None] | None = None,
+    label: str = "hyperparameters",
 ) -> Maximum:
     """The largest value of a log density near any of ``starts``, by L-BFGS within bounds.
 
@@ -52,6 +53,7 @@ def maximize(
         rounding: Relative rounding of the values: where they rise by no more, the search has ended.
         checkpoint: File of the search.
         callback: Is given the number of each step, from 0, and the best value so far.
+        label: What the progress bar calls it.
 
     Raises:
         InputError: ``max_steps`` or ``tolerance`` is negative.
@@ -82,7 +84,7 @@ def maximize(
     best = Maximum(tensors["point"].numpy(), facts["value"], facts["steps"])
     if facts["finished"]:
         return best
-    with tqdm(desc="hyperparameters", delay=2, leave=False) as bar:
+    with tqdm(desc=label, delay=2, leave=False) as bar:
         search = _Search(evaluate, best, bar, checkpoint, callback)
         points = [best.point] if math.isfinite(best.value) else starts
         ended = [search.run(point, bounds, max_steps, tolerance, rounding) for point in points]

@@ -98,10 +98,12 @@ class Fitting:
         self._some: dict[int, tuple[Tensor, Tensor]] = {}
         self._notes: tuple[str, ...] = ()
         self._others: Comparison | None = None
+        self._label = ""
 
     def run(self) -> Fit:
         """Choose, and fit to all labels."""
         chosen, start, comparison = self.choice
+        self._label = f"{chosen}, {len(self.task.x)} labels"
         average = self._treatment == "average" or (self._treatment == "auto" and self.task.averages)
         exact = self._exact_seconds
         if average and exact <= self._time_budget:
@@ -166,8 +168,8 @@ class Fitting:
         count = self.task.screened
         fits: dict[Candidate, Draws] = {}
         seconds: dict[str, float] = {}
-        for candidate in self._candidates:
-            begun = time.perf_counter()
+        for number, candidate in enumerate(self._candidates, 1):
+            self._label, begun = f"kernel {number} of {len(self._candidates)}, {candidate}", time.perf_counter()
             fits[candidate] = self._from_prior(self._model(candidate, count, screening=True), compare, _TOLERANCE)
             seconds[str(candidate)] = time.perf_counter() - begun
         if not compare:
@@ -231,7 +233,7 @@ class Fitting:
         return model.fit(False, self._fixed, start, self._search(curvature, tolerance))
 
     def _search(self, curvature: bool = True, tolerance: float | None = None) -> Search:
-        return Search(curvature, tolerance, self._checkpoint)
+        return Search(curvature, tolerance, self._checkpoint, self._label)
 
     def _density(self, model: AbstractModel, logs: Tensor) -> float:
         with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gpntk.inference.features import draw
 from gpntk.transfer.candidates import STRONG_EVIDENCE, Candidate, Comparison, MeanChoice
@@ -97,7 +98,10 @@ def report_on(gp: TransferGP) -> Report:
     task, model = gp.task, gp.fitted.model
     rows = _some_rows(len(gp.x), task.num_outputs if gp.likelihood == "gaussian" else 1).to(gp.x.device)
     priors = _priors(gp.chosen, task.mean, task.plain_mean, gp.has_readout, gp.network.adapter.continuous)
-    others = {name: gp.variant(candidate, mean, rows) for name, (candidate, mean) in priors.items()}
+    others = {
+        name: gp.variant(candidate, mean, rows)
+        for name, (candidate, mean) in tqdm(priors.items(), "report", delay=2, leave=False)
+    }
     evidence = {name: other.log_evidence for name, other in others.items()}
     densities = {name: other.task.checks(other.fitted.model).log_density for name, other in others.items()}
     kernel, shared = gp.tangent_kernel(rows)

@@ -40,6 +40,7 @@ class Search(NamedTuple):
     curvature: bool = True
     tolerance: float | None = None
     checkpoint: Checkpoint | None = None
+    label: str = "hyperparameters"
 
 
 class AbstractModel(ABC):
