@@ -52,12 +52,12 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
     """The backend that suits the network and x, by counting.
 
     1. Parameters that are used by functions with a rule, all other parameters taken out: `StructuredBackend`, unless
-       counting says that the explicit J `[N*C, P]` is cheaper and it fits the budget: then `DenseBackend` for all.
-       (A network of few parameters: one GEMM beats a loop over layers.)
+       counting says that the explicit J `[N*C, P]` is cheaper, it fits the budget, and torch.func can make it: then
+       `DenseBackend` for all. (A network of few parameters: one GEMM beats a loop over layers.)
     2. The other parameters, if any, by `AutodiffBackend`, or by `BackwardBackend` where torch.func cannot run the
        network or is wrong for it, found out on one row; and only those: `StackedBackend` of both. Their part
        of J is kept (`DenseBackend`) if it fits a quarter of the budget.
-    3. For all of them where the network's path through its layers depends on the rows of x.
+    3. For all of them where the network's path through its layers depends on the rows of x, or cannot be followed.
     4. Before all: where an input has more outputs than there are parameters, `DenseBackend`, whose J takes forward mode
        then, if J fits a quarter of the budget.
 
@@ -113,10 +113,12 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
             reason = f"an input has more outputs, {outputs}, than there are parameters, {parameters}"
             return Choice(self._dense(), reason)
         choice = self.by_rules(x)
+        if not choice.costs:  # without rules nothing is counted
+            return choice
         machine = Machine.of(x.device)
         total = {cost.strategy: cost.seconds(machine) for cost in choice.costs if cost.fits}
         factors = min(total.get("factors, kept", float("inf")), total.get("factors, recomputed", float("inf")))
-        if total.get("dense Jacobian", float("inf")) > _WORTH_ITS_MEMORY * factors:
+        if total.get("dense Jacobian", float("inf")) > _WORTH_ITS_MEMORY * factors or self._dense().refusal(x):
             return choice
         reason = f"J is small, {rows * outputs} x {parameters}, and products with all of it cost less"
         return Choice(self._dense(), reason, choice.costs)
@@ -144,14 +146,15 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         structured, reasons, error = self._uses
         if structured is None:
             plain, how = self._without_rules(self.network, x)
+            if self._small(self.network, x):
+                return Choice(self._dense(), f"J is small, and is made by {how}, because {error}")
             return Choice(self._make("no rules", lambda: plain), f"{how}, because {error}")
         costs = structured.costs(x, _COLUMNS)
         if not reasons:
             return Choice(structured, "every selected parameter is used by functions with a structured rule", costs)
         rest = self.network.restrict(list(reasons))
         plain, how = self._without_rules(rest, x)
-        size = 2 * x[..., 0].numel() * self.num_outputs(x) * rest.num_params * x.element_size()
-        if size <= self.memory_budget // 4:
+        if self._small(rest, x):
             plain = DenseBackend(rest, self.memory_budget)
         name = type(plain).__name__
         listed = "; ".join(f"{name!r}, because {reason}" for name, reason in reasons.items())
@@ -166,8 +169,15 @@ class AutoBackend(AbstractDeferredBackend, AbstractTangentBackend):
         for backend in (*structured, *self._made.values()):
             backend.share_cache(cache)
 
-    def _dense(self) -> AbstractJacobianBackend:
-        return self._make("dense", lambda: DenseBackend(self.network, self.memory_budget))
+    def _small(self, network: FrozenNetwork, x: Tensor) -> bool:
+        """Whether J of these parameters, twice, fits a quarter of the budget."""
+        values = x[..., 0].numel() * self.num_outputs(x) * network.num_params
+        return 2 * values * x.element_size() <= self.memory_budget // 4
+
+    def _dense(self) -> DenseBackend:
+        dense = self._make("dense", lambda: DenseBackend(self.network, self.memory_budget))
+        assert isinstance(dense, DenseBackend)
+        return dense
 
     def _without_rules(self, network: FrozenNetwork, x: Tensor) -> tuple[AbstractTangentBackend, str]:
         """The backend that needs no rules, and how it goes: by torch.func where that is right."""

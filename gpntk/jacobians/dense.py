@@ -73,8 +73,12 @@ class DenseBackend(AbstractDenseBackend, AbstractTangentBackend):
     def jacobian(self, x: Tensor) -> Tensor:
         return self.remember("jacobian", (x,), lambda: self._rows(x).jacobian(x))
 
+    def refusal(self, x: Tensor) -> str:
+        """Why J is made by plain backward passes, row by row; empty where torch.func makes it of many rows at once."""
+        return self._autodiff.refusal(x)
+
     def _rows(self, x: Tensor) -> AbstractTangentBackend:
-        return self._passes if self._autodiff.refusal(x) else self._autodiff
+        return self._passes if self.refusal(x) else self._autodiff
 
 
 @final
