@@ -646,7 +646,7 @@ def test_a_network_whose_jacobian_is_zero() -> None:
 
 def test_the_time_of_a_tangent_kernel() -> None:
     # 9 inputs, 2 outputs: 3 passes of 2 * 5 * 2 operations each, and 2 * 9 * 9 products of rows of 12.
-    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X).tangent_seconds
+    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X).moves.seconds("all")
     assert found == pytest.approx(2 * 9 * (3 * 20 + 2 * 9 * 12) / 2.5e10)
 
 
@@ -658,7 +658,7 @@ def test_the_time_of_a_tangent_kernel() -> None:
     ],
 )
 def test_the_time_of_a_tangent_kernel_counts_newtons_steps(newton: float, least: float) -> None:
-    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X, newton_flops=newton).tangent_seconds
+    found = builder(gpntk.freeze(nn.Linear(5, 2).double()), X, newton_flops=newton).moves.seconds("all")
     assert found == pytest.approx((2 * 9 * 3 * 20 + least) / 2.5e10)
 
 
