@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpntk._checks import check_kinds, check_tensors
-from gpntk.errors import FileFormatError, InputError
+from gpntk.errors import FileFormatError, GpntkError, InputError
 
 try:
     import fcntl
@@ -76,10 +76,20 @@ class Contents:
         if name not in self._facts:
             raise self._error(f"it has no fact {name!r}")
         value = self._facts[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
         # To Python a truth value is an integer.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        if not isinstance(value, kinds) or (type(value) is bool and not {bool, object} & {*kinds}):
             raise self._error(f"its fact {name!r} is {value!r}, of type {type(value).__name__}")
         return value
+
+    def listed(self, name: str, kind: type | tuple[type, ...]) -> list[Any]:
+        """The fact of this name, a list of ``kind``."""
+        items = Contents(self.path, {}, {f"{name}[{i}]": item for i, item in enumerate(self.fact(name, list))})
+        return [items.fact(place, kind) for place in items._facts]
+
+    def part(self, name: str) -> Contents:
+        """The fact of this name, a mapping, as contents of its own, all of which must be asked for."""
+        return Contents(self.path, {}, {f"{name}.{key}": value for key, value in self.fact(name, dict).items()})
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of this name, of this shape if one is given."""
@@ -94,17 +104,25 @@ class Contents:
     def group(self, prefix: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Tensors by what follows ``prefix`` in their names: all that there are, or those of ``like`` in its shapes."""
         if like is None:
-            names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
-            return {name: self.tensor(prefix + name) for name in names}
+            found = {name: self.tensor(name) for name in self._tensors if name.startswith(prefix)}
+            return _Group({name.removeprefix(prefix): tensor for name, tensor in found.items()}, self, prefix)
         return {name: self.tensor(prefix + name, tuple(tensor.shape)) for name, tensor in like.items()}
 
     def numbers(self, prefix: str) -> dict[str, Tensor]:
         """`group` of all that there are, which must be real numbers."""
         found = self.group(prefix)
         for name, tensor in found.items():
-            if tensor.is_complex() or bool(tensor.isnan().any()):
-                raise self._error(f"its tensor {prefix + name!r} holds NaN or complex numbers")
+            if tensor.is_complex() or not bool(tensor.isfinite().all()):
+                raise self._error(f"its tensor {prefix + name!r} holds NaN, infinite or complex numbers")
         return found
+
+    def same_kinds(self, prefix: str, own: Mapping[str, Tensor]) -> None:
+        """Refuse a file whose tensors of these names are not those of ``own``, of the same shapes and dtypes."""
+        for name, tensor in self.group(prefix, own).items():
+            if tensor.dtype != own[name].dtype:
+                raise self._error(f"its tensor {prefix + name!r} holds {tensor.dtype}, not {own[name].dtype}")
+        if extra := sorted(set(self.group(prefix)) - set(own)):
+            raise self._error(f"its tensor {prefix + extra[0]!r} does not belong there")
 
     def same_values(self, name: str, values: Tensor) -> None:
         """Refuse a file whose tensor of this name is not ``values``, up to what machines differ by."""
@@ -120,6 +138,8 @@ class Contents:
             yield
         except FileFormatError:
             raise
+        except GpntkError as error:
+            raise self._error(f"its contents do not go together ({error})") from error
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise self._error(f"its contents do not go together ({type(error).__name__}: {error})") from error
         self.finish()
@@ -132,6 +152,17 @@ class Contents:
 
     def _error(self, problem: str) -> FileFormatError:
         return FileFormatError(f"{self.path!r} does not fit: {problem}.")
+
+
+class _Group(dict[str, Tensor]):
+    """Tensors by name, which say of a missing one that the file does not have it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], contents: Contents, prefix: str) -> None:
+        super().__init__(tensors)
+        self._contents, self._prefix = contents, prefix
+
+    def __missing__(self, name: str) -> Tensor:
+        return self._contents.tensor(self._prefix + name)
 
 
 def save_tensors(
@@ -162,8 +193,7 @@ def save_tensors(
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    header = {"kind": kind, "version": FORMAT_VERSION, "facts": dict(facts)}
-    text = json.dumps(header, sort_keys=True)
+    text = json.dumps({"kind": kind, "version": FORMAT_VERSION, "facts": dict(facts)}, sort_keys=True)
     data = save(stored, metadata={"gpntk": text, "checksum": checksum(stored, text)})
     # A link stays one, to the new file.
     target = Path(os.path.realpath(path))

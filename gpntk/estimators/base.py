@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -9,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from glob import escape
-from typing import Any, Literal, Self
+from types import NoneType
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from gpntk._checks import as_tensor, check_choice, check_flags, check_kinds, che
 from gpntk._types import Extract, ParameterSelection, PriorGroups
 from gpntk.errors import FileFormatError, InputError, KindError, NetworkError, SelectionError
 from gpntk.inference.hyperposterior import Treatment
-from gpntk.io import load_tensors, save_tensors
+from gpntk.io import Contents, load_tensors, save_tensors
 from gpntk.network import Adapter, FrozenNetwork, freeze
 from gpntk.network.batches import is_batch, num_rows
 from gpntk.network.calls import wants_integers
@@ -37,6 +39,8 @@ from gpntk.transfer.report import Report, report_on
 Inputs = ArrayLike | Mapping[str, Any] | Sequence[Any] | Tensor
 """What a network takes: an array, a dictionary, several tensors, or a list of objects."""
 
+Kinds = type | tuple[type, ...]
+
 # Inputs at which a network is compared with the one that was saved.
 _COMPARED = 4
 _TWICE = (
@@ -44,23 +48,23 @@ _TWICE = (
     "counts them twice, and is too sure. Fit to labels that it has not seen, or take gpntk.models.LaplacePosterior "
     "with the prior of the training, of mean f(x; w) - J(x) w. trained_on=False says that they are new."
 )
-# Options that are written to a file; the network and what is code are not.
-_STORED = (
-    "mean",
-    "kernel",
-    "new_head",
-    "layer_variances",
-    "prior_groups",
-    "prior",
-    "stationary",
-    "stationary_inputs",
-    "hyperparameters",
-    "time_budget",
-    "trained_on",
-    "dtype",
-    "input_shape",
-    "verbose",
-)
+# Options that are written to a file, and what they are; the network and what is code are not.
+_STORED: Mapping[str, Kinds] = {
+    "mean": str,
+    "kernel": str,
+    "new_head": bool,
+    "layer_variances": bool,
+    "prior_groups": (list, NoneType),
+    "prior": str,
+    "stationary": str,
+    "stationary_inputs": (str, NoneType),
+    "hyperparameters": (str, dict),
+    "time_budget": (int, float),
+    "trained_on": (bool, NoneType),
+    "dtype": str,
+    "input_shape": (list, NoneType),
+    "verbose": bool,
+}
 
 
 @dataclass(eq=False, repr=False)
@@ -144,14 +148,15 @@ class TransferEstimator(BaseEstimator, ABC):
         frozen = self._network.tensors(self._network.dtype, self._network.device)
         tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
         tensors |= {f"model.{name}": tensor for name, tensor in self._model.state().items()}
-        tensors |= {f"data.{name}": tensor for name, tensor in self._model.task.data().items()}
+        data = self._model.task.data()
+        tensors |= {f"data.{name}": tensor for name, tensor in data.items()}
         tensors["outputs"] = self._outputs()
         names = (*_STORED, *self._own_options())
         facts: dict[str, Any] = {name: _plain(getattr(self, name)) for name in names}
         # As pairs: JSON does not keep the order of a mapping, and the last group that matches a parameter has it.
         facts["prior_groups"] = None if self.prior_groups is None else [list(p) for p in self.prior_groups.items()]
         facts |= {"parameters": list(self._network.names), "row_shape": list(self._row_shape)}
-        facts |= {"chosen": list(self._model.chosen), "fitted": self._facts()}
+        facts |= {"data": list(data), "chosen": list(self._model.chosen), "fitted": self._facts()}
         facts |= {"log_marginal_likelihood": self.log_marginal_likelihood_, "adapter": self._network.adapter.facts()}
         shape = self._network.adapter.input_shape
         facts["input_shape"] = None if shape is None else list(shape)
@@ -173,23 +178,33 @@ class TransferEstimator(BaseEstimator, ABC):
         except NetworkError as error:
             raise FileFormatError(f"{os.fspath(path)!r} belongs to another network: {error}") from None
         with contents.reading():
-            stored: dict[str, Any] = {name: contents.fact(name) for name in (*_STORED, *cls._own_options())}
+            stored: dict[str, Any] = {
+                name: contents.fact(name, kinds) for name, kinds in {**_STORED, **cls._own_options()}.items()
+            }
             if stored["prior_groups"] is not None:
-                stored["prior_groups"] = dict(stored["prior_groups"])
+                stored["prior_groups"] = dict(_pair(*pair) for pair in contents.listed("prior_groups", list))
             constructor: Any = cls
             # As globs that match themselves alone.
-            names = [escape(name) for name in contents.fact("parameters", list)]
+            names = [escape(name) for name in contents.listed("parameters", str)]
             model = constructor(module, parameters=names, extract=extract, **stored)
             model._check_arguments()
-            model._row_shape = tuple(contents.fact("row_shape", list))
+            model._row_shape = tuple(contents.listed("row_shape", int))
             adapter = Adapter.from_facts(contents.fact("adapter", dict))
             model._takes_arrays = adapter.is_array
             model._network = freeze(module, names, extract=extract, inputs=adapter)
             data = contents.group("data.")
             data.update({name: tensor.to(model._network.device) for name, tensor in data.items()})
-            model._restore(data, contents.fact("fitted", dict))
+            if set(contents.listed("data", str)) != set(data):
+                raise InputError(f"its data are {sorted(data)}")
+            _check_data(data, getattr(torch, model.dtype), model._row_shape)
+            contents.tensor("model.reference", ())
+            fitted = contents.part("fitted")
+            model._restore(data, fitted)
+            fitted.finish()
+            contents.same_kinds("data.", model._model.task.data())
             contents.same_values("outputs", model._outputs())
-            model._model.load_state(contents.numbers("model."), Candidate(*contents.fact("chosen", list)))
+            model._model.load_state(contents.numbers("model."), _candidate(*contents.listed("chosen", str)))
+            contents.same_kinds("model.", model._model.state())
             model.log_marginal_likelihood_ = contents.fact("log_marginal_likelihood", float)
             model._finish()
         return model
@@ -212,15 +227,15 @@ class TransferEstimator(BaseEstimator, ABC):
 
     @classmethod
     @abstractmethod
-    def _own_options(cls) -> tuple[str, ...]:
-        """Names of further constructor arguments to be saved."""
+    def _own_options(cls) -> Mapping[str, Kinds]:
+        """Further constructor arguments to be saved, and what they are."""
 
     @abstractmethod
     def _facts(self) -> dict[str, Any]:
         """What else `_restore` needs."""
 
     @abstractmethod
-    def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def _restore(self, data: Mapping[str, Tensor], facts: Contents) -> None:
         """Set up the model, not fitted yet, from the training data by name and what `_facts` gave."""
 
     @torch.no_grad()
@@ -380,6 +395,32 @@ def kept(weights: NDArray[Any] | None, *tensors: Tensor | None) -> tuple[Any, ..
     rows = torch.as_tensor(np.flatnonzero(weights))
     own: list[Any] = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in tensors]
     return *own, as_tensor(weights[weights > 0], "sample_weight").to(own[0])
+
+
+def _check_data(data: Mapping[str, Tensor], dtype: torch.dtype, row_shape: tuple[int, ...]) -> None:
+    """Raise `InputError` where data of a file are not in the model's precision, or have other rows."""
+    for name, tensor in data.items():
+        expected = torch.int64 if name == "labels" else dtype
+        if tensor.dtype != expected:
+            raise InputError(f"data.{name} holds {tensor.dtype}, not {expected}.")
+    if math.prod(row_shape) != data["x"].shape[-1]:
+        raise InputError(f"data.x has shape {tuple(data['x'].shape)}, but rows have shape {row_shape}.")
+
+
+def _pair(group: Any = None, globs: Any = None, *others: Any) -> tuple[str, Any]:
+    """A group of parameters, as a file has it."""
+    check_kinds(str, "the name of a group", prior_groups=group)
+    check_kinds(str | list, "globs", prior_groups=globs)
+    if others:
+        raise InputError(f"prior_groups[{group!r}] has {len(others)} too many.")
+    return group, globs
+
+
+def _candidate(kernel: str, inputs: str = "") -> Candidate:
+    """What a file says was chosen."""
+    check_choice(get_args(KernelChoice), chosen=kernel)
+    check_choice(get_args(StationaryInputs), chosen=inputs)
+    return Candidate(cast("KernelChoice", kernel), cast("StationaryInputs", inputs))
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, Self, final, get_args
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from gpntk._checks import check_choice
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator, as_array, kept, weights_of
+from gpntk.estimators.base import Inputs, Kinds, TransferEstimator, as_array, kept, weights_of
 from gpntk.estimators.labels import check_vector, class_names, positions
+from gpntk.io import Contents
 from gpntk.likelihoods import Link
 from gpntk.transfer import TransferGP
 from gpntk.transfer.labels import Likelihood
@@ -101,8 +103,7 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
 
     def _fit(self, X: Inputs, y: ArrayLike, there: ArrayLike | None, sample_weight: ArrayLike | None) -> Self:
         self._check_arguments()
-        check_choice(get_args(Link), link=self.link)
-        check_choice(get_args(Method), method=self.method)
+        self._check_methods()
         with self._whole_or_not_at_all():
             inputs, labels = self._checked(X, y)
             weights = weights_of(sample_weight, len(labels))
@@ -171,6 +172,10 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
             raise InputError("y has None for a class: leave these rows out, or give the class a name.")
         return inputs, labels
 
+    def _check_methods(self) -> None:
+        check_choice(get_args(Link), link=self.link)
+        check_choice(get_args(Method), method=self.method)
+
     def _set_names(self, names: NDArray[Any]) -> None:
         """The classes in the order of the model's outputs."""
         self._names, self.classes_ = names, np.sort(names)
@@ -198,13 +203,20 @@ class TransferClassifier(ClassifierMixin, TransferEstimator):
         )
 
     @classmethod
-    def _own_options(cls) -> tuple[str, ...]:
-        return ("num_classes", "method", "link")
+    def _own_options(cls) -> Mapping[str, Kinds]:
+        return {"num_classes": (int, NoneType), "method": str, "link": str}
 
     def _facts(self) -> dict[str, Any]:
         return {"names": self._names.tolist(), "kind": self._names.dtype.str, "named": self.classes is not None}
 
-    def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._set_names(np.array(facts["names"], dtype=facts["kind"]))
-        self.classes = self._names if facts["named"] else None
+    def _restore(self, data: Mapping[str, Tensor], facts: Contents) -> None:
+        self._check_methods()
+        names = facts.listed("fitted.names", (str, int, float, bool))
+        try:
+            self._set_names(np.array(names, dtype=facts.fact("fitted.kind", str)))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"classes {names} cannot be read: {error}.") from None
+        if self._names.tolist() != names or len(set(names)) < max(2, len(names)):
+            raise InputError(f"classes {names} are not {len(names)} different ones of {self._names.dtype}.")
+        self.classes = self._names if facts.fact("fitted.named", bool) else None
         self._model = self._transfer(data["x"], data["labels"], data.get("weights"))

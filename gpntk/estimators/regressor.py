@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Self, final
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from gpntk._checks import as_tensor, check_count, check_flags, check_kinds
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, TransferEstimator, as_array, kept, weights_of
+from gpntk.estimators.base import Inputs, Kinds, TransferEstimator, as_array, kept, weights_of
+from gpntk.io import Contents
 from gpntk.network.adapters import Adapted
 from gpntk.network.batches import num_rows
 from gpntk.transfer import TransferGP
@@ -250,14 +252,17 @@ class TransferRegressor(RegressorMixin, TransferEstimator):
         return Adapted(copy.deepcopy(self.noise_network), self._network.adapter)
 
     @classmethod
-    def _own_options(cls) -> tuple[str, ...]:
-        return ("num_outputs",)
+    def _own_options(cls) -> Mapping[str, Kinds]:
+        return {"num_outputs": (int, NoneType)}
 
     def _facts(self) -> dict[str, Any]:
         return {"y_ndim": self._y_ndim}
 
-    def _restore(self, data: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._y_ndim = facts["y_ndim"]
+    def _restore(self, data: Mapping[str, Tensor], facts: Contents) -> None:
+        self._y_ndim = facts.fact("fitted.y_ndim", int)
+        if self._y_ndim not in ((1, 2) if data["y"].shape[1:] == (1,) else (2,)):
+            raise InputError(f"y_ndim={self._y_ndim} does not go with y of shape {tuple(data['y'].shape)}.")
+        self._check_width(data["y"].shape[1], self._network.num_outputs(data["x"]))
         self._model = self._transfer(data["x"], data["y"], data.get("yvar"), data.get("weights"))
 
     def _shaped(self, values: Tensor) -> NDArray[Any]:

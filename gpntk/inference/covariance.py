@@ -165,7 +165,7 @@ class FeatureCovariance(AbstractCovariance):
         # Hyperparameters are few: they are exact whatever the precision of the data.
         self.variances = variances.detach().to(exact_dtype(features.device))
         if not bool(((self.variances >= 0) & self.variances.isfinite()).all()):
-            raise InputError("variances, those of the prior, must be finite and at least zero.")
+            raise InputError("variances: prior variances must be finite and at least zero.")
         self._groups: Tensor | None = None
         self.per_parameter = False
         if self.variances.shape != (1,):

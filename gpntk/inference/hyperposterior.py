@@ -36,6 +36,8 @@ NEGLIGIBLE = 1e-3
 # Effective number of draws below which they do not stand for the posterior, whose maximum then does.
 _FEWEST = 4
 _STARTS = 2
+# Of a sum of weights.
+_ROUNDING = 1e-6
 # Numbers of an interval.
 _ENDS = 2
 # Of logarithms, for second derivatives.
@@ -88,8 +90,8 @@ class Draws(NamedTuple):
         return {"draws.logs": self.logs, "draws.weights": self.weights, "draws.best": self.best}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Draws:
-        """What `state` gave; the evidence is not known any more.
+    def from_state(cls, state: Mapping[str, Tensor], count: int) -> Draws:
+        """What `state` gave of so many hyperparameters; the evidence is not known any more.
 
         Raises:
             InputError: Shapes do not fit together.
@@ -97,6 +99,12 @@ class Draws(NamedTuple):
         logs, weights, best = (state[f"draws.{name}"] for name in ("logs", "weights", "best"))
         if logs.dim() != 2 or weights.shape != logs.shape[:1] or best.shape != logs.shape[1:] or not logs.numel():
             raise InputError(f"draws.logs {list(logs.shape)} and draws.weights {list(weights.shape)} do not fit.")
+        if len(best) != count:
+            raise InputError(f"draws.best has {len(best)} hyperparameters, but the model has {count}.")
+        if {logs.dtype, weights.dtype, best.dtype} != {torch.float64}:
+            raise InputError("draws are float64.")
+        if not bool((weights > 0).all()) or abs(weights.sum().item() - 1) > _ROUNDING:
+            raise InputError("draws.weights must be positive, with sum one.")
         return cls(logs, weights, math.nan, best)
 
 

@@ -140,7 +140,7 @@ class Posterior:
         """
         check_input(x, self._functions.device)
         if not x.numel():
-            raise InputError(f"x has shape {tuple(x.shape)}, no rows: give at least one input.")
+            raise InputError("x has no rows: give at least one input.")
         if rank is not None:
             check_count(rank=rank)
         batched = x.reshape(-1, *x.shape[-2:])
@@ -303,7 +303,8 @@ class Posterior:
     def _check_rows(self, x: Tensor) -> None:
         check_input(x, self._functions.device)
         if x.dim() != 2 or not len(x):
-            raise InputError(f"x has shape {tuple(x.shape)}: give [T, D], at least one row.")
+            what = "no rows" if not len(x) else f"shape {tuple(x.shape)}"
+            raise InputError(f"x has {what}: give [T, D], at least one row.")
 
     def _conditioned(self, x: Tensor, y: Tensor, noise: Tensor | None, root: Tensor | None) -> Posterior:
         self._check_rows(x)

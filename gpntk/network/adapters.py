@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gpntk._checks import as_shape
+from gpntk._checks import as_shape, check_choice, check_count, check_flags, check_kinds
 from gpntk.errors import InputError
 from gpntk.network.batches import FLOATING, MASK, WHOLE, Arguments, Kind, Leaf, dtype_name, named_tensors, rows_of
 from gpntk.network.calls import binds, padding_of, runs, spreads
@@ -189,13 +189,31 @@ class Adapter:
 
     @staticmethod
     def from_facts(facts: Mapping[str, Any]) -> Adapter:
-        """The adapter that `facts` describes."""
+        """The adapter that `facts` describes.
+
+        Raises:
+            InputError: They describe none.
+        """
         dtypes = {dtype_name(dtype): dtype for dtype in (None, *WHOLE, *FLOATING)}
-        leaves = [
-            Leaf(name, None if shape is None else tuple(shape), dtypes[dtype], digits)
-            for name, shape, dtype, digits in facts["leaves"]
-        ]
-        return Adapter(facts["kind"], leaves, facts["spread"], facts["padding"])
+        try:
+            kind, spread, padding, rows = (facts[name] for name in ("kind", "spread", "padding", "leaves"))
+            leaves = [
+                Leaf(name, None if shape is None else tuple(shape), dtypes[dtype], digits)
+                for name, shape, dtype, digits in rows
+            ]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"adapter={facts!r}: these are no facts of an adapter.") from None
+        check_choice(("tensor", "mapping", "tuple"), **{"adapter's kind": kind})
+        check_flags(**{"adapter's spread": spread})
+        check_count(-(2**63), **{"adapter's padding": padding})
+        for leaf in leaves:
+            check_kinds(str, "text", **{"adapter's name": leaf.name})
+            check_count(**{"adapter's digits": leaf.digits})
+            for size in leaf.shape or ():
+                check_count(0, **{"adapter's shape": size})
+        if not leaves or (kind == "tensor" and len(leaves) > 1):
+            raise InputError(f"adapter={facts!r}: a {kind} has other tensors.")
+        return Adapter(kind, leaves, spread, padding)
 
     def __copy__(self) -> Adapter:
         return self

@@ -331,7 +331,7 @@ class TransferGP:
         prior = self._builder.build(chosen, self.task.shared("features" if recipe else "matrix"))
         form = DenseForm(prior, self.x) if recipe is None else FeatureForm(prior, self.x, recipe, self._reference)
         model = self.task.model(form)
-        model.set_draws(Draws.from_state(state))
+        model.set_draws(Draws.from_state(state, len(model.hyperparameters)))
         self._fit = Fit(model, chosen, None, ())
 
     # --- private -----------------------------------------------------------------------------------------------

@@ -127,6 +127,9 @@ class RegressionTask(AbstractTask):
         return {"units": self.units, "centre": self.centre}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in (("units", self.units), ("centre", self.centre)):
+            if state[name].shape != value.shape or (name == "units" and not bool((state[name] > 0).all())):
+                raise InputError(f"{name} must be {len(value)} number(s), of units positive ones.")
         self._units, self.centre = state["units"].to(self.y), state["centre"].to(self.y)
 
     def variant(self, rows: Tensor, mean: MeanChoice) -> RegressionTask:
