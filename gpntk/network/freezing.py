@@ -35,6 +35,11 @@ def with_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise NetworkError(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}.")
+        if cast(tensors[name].dtype, tensor.dtype) != tensor.dtype:
+            raise NetworkError(f"{name!r} holds {tensors[name].dtype}, not {tensor.dtype}.")
+    dtypes = [{one.dtype for one in side.values() if one.is_floating_point()} for side in (tensors, own)]
+    if len(dtypes[0]) > max(1, len(dtypes[1])):
+        raise NetworkError(f"tensors have several dtypes, {sorted(map(str, dtypes[0]))}.")
     devices = {name: "cpu" if tensor.is_meta else tensor.device for name, tensor in own.items()}
     return Skeleton(module).filled({name: tensors[name].to(devices[name], own[name].dtype) for name in own})
 

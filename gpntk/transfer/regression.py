@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from gpntk._checks import check_values
 from gpntk.errors import InputError
 from gpntk.likelihoods import Link
 from gpntk.transfer.candidates import MeanChoice
@@ -67,6 +68,10 @@ class RegressionTask(AbstractTask):
                 f"y has targets of size {float(sizes.max()):.0e}, whose squares are beyond {y.dtype}: give them in "
                 "other units."
             )
+        if known_noise is not None:
+            check_values(y.device, known_noise=known_noise)
+            if known_noise.shape != y.shape or not bool((known_noise.isfinite() & (known_noise >= 0)).all()):
+                raise InputError(f"known_noise must be variances {tuple(y.shape)}, finite and not below zero.")
         self.y, self.known_noise, self.weights, self._noise_network = y, known_noise, weights, noise_network
         self._network_outputs, self._time_budget = offset, time_budget
         outputs = y.shape[1]
