@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from glob import escape
 from types import NoneType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -416,11 +416,13 @@ def _pair(group: Any = None, globs: Any = None, *others: Any) -> tuple[str, Any]
     return group, globs
 
 
-def _candidate(kernel: str, inputs: str = "") -> Candidate:
+def _candidate(kernel: Any = "", inputs: Any = "", mean: Any = "", *others: str) -> Candidate:
     """What a file says was chosen."""
-    check_choice(get_args(KernelChoice), chosen=kernel)
-    check_choice(get_args(StationaryInputs), chosen=inputs)
-    return Candidate(cast("KernelChoice", kernel), cast("StationaryInputs", inputs))
+    for choices, word in ((KernelChoice, kernel), (StationaryInputs, inputs), (MeanChoice, mean)):
+        check_choice(get_args(choices), chosen=word)
+    if others:
+        raise InputError(f"chosen has {len(others)} too many.")
+    return Candidate(kernel, inputs, mean)
 
 
 def _plain(value: Any) -> Any:
