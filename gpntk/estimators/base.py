@@ -416,13 +416,13 @@ def _pair(group: Any = None, globs: Any = None, *others: Any) -> tuple[str, Any]
     return group, globs
 
 
-def _candidate(kernel: Any = "", inputs: Any = "", mean: Any = "", *others: str) -> Candidate:
+def _candidate(kernel: Any = "", inputs: Any = "", mean: Any = "", moves: str = "", *others: str) -> Candidate:
     """What a file says was chosen."""
     for choices, word in ((KernelChoice, kernel), (StationaryInputs, inputs), (MeanChoice, mean)):
         check_choice(get_args(choices), chosen=word)
     if others:
         raise InputError(f"chosen has {len(others)} too many.")
-    return Candidate(kernel, inputs, mean)
+    return Candidate(kernel, inputs, mean, moves)
 
 
 def _plain(value: Any) -> Any:
