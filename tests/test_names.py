@@ -84,7 +84,7 @@ def public_classes() -> dict[str, type]:
 @pytest.mark.parametrize(("name", "kind"), public_classes().items(), ids=public_classes())
 def test_constructors_say_what_they_take(name: str, kind: type) -> None:
     documentation = kind.__doc__ or ""
-    if issubclass(kind, TransferEstimator):  # whose shared options are documented there, once
+    if issubclass(kind, (TransferEstimator, gpntk.TransferGP)):  # whose shared options are documented there, once
         documentation += TransferEstimator.__doc__ or ""
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
     taken = [parameter.name for parameter in inspect.signature(kind).parameters.values() if parameter.kind not in kinds]

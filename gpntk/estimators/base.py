@@ -100,7 +100,8 @@ class TransferEstimator(BaseEstimator, ABC):
             up to 300 labels, and for classes. Or a mapping with values to be kept, by their names in
             ``hyperparameters_``.
         time_budget: Seconds that a fit may take. A kernel that would take longer is left out, and a line in the log and
-            in ``report_`` says what it would cost.
+            in ``report_`` says what it would cost. Deviations that take a factorisation of their own may take twice as
+            long.
         trained_on: Whether the network was trained on these labels, so that a fit counts them a second time: ``True``
             warns and says what to do instead, and so does the default, ``None``, where the network hits the labels too
             closely for new ones. ``False``: it has never seen them.

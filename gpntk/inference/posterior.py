@@ -179,11 +179,7 @@ class Posterior:
         if self._functions.features is not None:
             weights = self.sample_weights(count, generator)
             return self._functions.values(x, weights.flatten(0, -2)).unflatten(0, weights.shape[:-1])
-        values, vectors = torch.linalg.eigh(self.covariance(x))
-        root = vectors * values.clamp_min(0).sqrt()
-        mean = self.mean(x)
-        draws = torch.randn(count, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + draws @ root.mT
+        return gaussian_samples(self.mean(x), self.covariance(x), count, generator)
 
     def sample_weights(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the weights `[S, F]`, or `[S, K, F]`: prior samples, moved to the data by Matheron's rule.
@@ -385,3 +381,10 @@ class Posterior:
         bytes_each = 8 * 4 * (size + rows)
         size = next(chunks(x.shape[0], bytes_each, covariance.memory_budget // 2)).stop
         return list(x.split(max(1, min(size, _ROWS))))
+
+
+def gaussian_samples(mean: Tensor, covariance: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Samples `[S, ..., n]` of a Gaussian of mean `[..., n]`, by a root of its covariance `[n, n]`, which always is."""
+    values, vectors = torch.linalg.eigh(covariance)
+    draws = torch.randn(count, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + draws @ (vectors * values.clamp_min(0).sqrt()).mT

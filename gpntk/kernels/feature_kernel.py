@@ -50,18 +50,7 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
     weights follow ``.to()`` and are shared by deep copies.
 
     Args:
-        network: The network, or a `gpntk.FrozenNetwork`.
-        parameters: Which parameters have features; of a `gpntk.FrozenNetwork` only ``"readout"`` or None.
-        layer_variances: Whether every layer has a learnable prior variance of its own.
-        prior_groups: Groups of parameters with a learnable prior variance each; see `gpntk.NTKKernel`.
-        prior_variance: Fixed prior variance of each parameter; see `gpntk.NTKKernel`.
-        output: What becomes of several outputs; see `gpntk.NTKKernel`.
-        input_shape: Shape of one input as the network wants it.
-        extract: Turns what the network returns into the tensor `[N]` or `[N, C]` that is meant.
-        memory_budget: Bytes that products may take; None for a quarter of the device's memory.
-        backend: Makes the Jacobian backend from the frozen network; default `gpntk.AutoBackend`.
-        solver: How an ``ExactGP`` with this kernel solves its systems; default `gpntk.inference.AutoSolver`.
-        **kwargs: ``batch_shape``, ``active_dims``: see ``gpytorch.kernels.Kernel``.
+        network, parameters, ...: See `gpntk.NTKKernel`, which adds nothing.
     """
 
     has_lengthscale = False
@@ -74,14 +63,14 @@ class AbstractFeatureKernel(AbstractNetworkKernel):
         self,
         network: nn.Module,
         *,
-        parameters: ParameterSelection,
-        layer_variances: bool,
+        parameters: ParameterSelection = None,
+        layer_variances: bool = False,
         prior_groups: PriorGroups | None = None,
         prior_variance: Tensor | None = None,
-        output: OutputSelection,
-        input_shape: Sequence[int] | None,
-        extract: Extract | str | None,
-        memory_budget: int | None,
+        output: OutputSelection = "full",
+        input_shape: Sequence[int] | None = None,
+        extract: Extract | str | None = None,
+        memory_budget: int | None = None,
         backend: BackendFactory | None = None,
         solver: AbstractSolver | None = None,
         **kwargs: Any,

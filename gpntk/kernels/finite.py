@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gpntk._types import Extract, OutputSelection, ParameterSelection, PriorGroups
+from gpntk._types import Extract, OutputSelection, ParameterSelection
 from gpntk.inference import AbstractSolver
 from gpntk.jacobians import SketchBackend
 from gpntk.kernels.feature_kernel import AbstractFeatureKernel, BackendFactory
@@ -60,37 +60,6 @@ class NTKKernel(AbstractFeatureKernel):
         Jacot, Gabriel and Hongler (2018), Neural Tangent Kernel, https://arxiv.org/abs/1806.07572, eq. 4.
         Maddox et al. (2021), Fast Adaptation with Linearized Neural Networks, https://arxiv.org/abs/2103.01439.
     """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        parameters: ParameterSelection = None,
-        layer_variances: bool = False,
-        prior_groups: PriorGroups | None = None,
-        prior_variance: Tensor | None = None,
-        output: OutputSelection = "full",
-        input_shape: Sequence[int] | None = None,
-        extract: Extract | str | None = None,
-        memory_budget: int | None = None,
-        backend: BackendFactory | None = None,
-        solver: AbstractSolver | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            network,
-            parameters=parameters,
-            layer_variances=layer_variances,
-            prior_groups=prior_groups,
-            prior_variance=prior_variance,
-            output=output,
-            input_shape=input_shape,
-            extract=extract,
-            memory_budget=memory_budget,
-            backend=backend,
-            solver=solver,
-            **kwargs,
-        )
 
 
 @final

@@ -29,6 +29,7 @@ from gpntk.inference import (
 )
 from gpntk.inference.covariance import AbstractCovariance
 from gpntk.inference.features import exact_dtype
+from gpntk.inference.posterior import gaussian_samples
 from gpntk.inference.solver import SolverChoice
 from gpntk.likelihoods import AbstractLikelihood, Categorical, Latent
 from gpntk.models.newton import AbstractNewtonSystem, IndependentNewtonSystem, WhitenedNewtonSystem
@@ -158,10 +159,7 @@ class LaplacePosterior:
 
     def sample(self, x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Joint samples of f(x) - m(x) `[S, T*C]` for x `[T, D]`."""
-        values, vectors = torch.linalg.eigh(self.covariance(x))
-        mean = self.mean(x)
-        draws = torch.randn(count, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + draws @ (vectors * values.clamp_min(0).sqrt()).mT
+        return gaussian_samples(self.mean(x), self.covariance(x), count, generator)
 
     # --- what the labels say of the model ----------------------------------------------------------------------
 

@@ -158,7 +158,8 @@ class FeatureForm(AbstractForm):
 
     def unexplained(self, logs: Tensor, x: Tensor) -> Tensor:
         rows = x.new_zeros(len(x), dtype=exact_dtype(x.device))
-        for term, source, then, ratio in self._parts(logs):
+        made = self.prior.split(self._then)
+        for term, source, then, ratio in zip(self.prior.terms, self._sources, made, self._ratios(logs), strict=True):
             if isinstance(source, NystromFeatures):
                 left = term.diagonal(then, x) - source(x).square().sum(-1)
                 rows = rows + ratio * left.clamp_min(0)
@@ -174,27 +175,19 @@ class FeatureForm(AbstractForm):
         """Prior variances of all groups of features `[G]`."""
         parts = [
             term.variances(own) if isinstance(term, FeatureTerm) else ratio.reshape(1)
-            for (term, _, _, ratio), own in zip(self._parts(logs), self.prior.split(logs), strict=True)
+            for term, own, ratio in zip(self.prior.terms, self.prior.split(logs), self._ratios(logs), strict=True)
         ]
         return torch.cat(parts)
 
-    def _parts(self, logs: Tensor) -> list[_Part]:
-        """Every term, its features, the hyperparameters that these are made for, and the factor of its variance."""
+    def _ratios(self, logs: Tensor) -> list[Tensor]:
+        """The variance of each term over the one that its features are made for."""
         now, then = self.prior.split(logs), self.prior.split(self._then)
-        ratios = [
+        return [
             torch.ones((), dtype=logs.dtype, device=logs.device)
             if term.scale is None
             else (one[term.scale] - other[term.scale].to(one)).exp()
             for term, one, other in zip(self.prior.terms, now, then, strict=True)
         ]
-        return [_Part(*part) for part in zip(self.prior.terms, self._sources, then, ratios, strict=True)]
-
-
-class _Part(NamedTuple):
-    term: AbstractTerm
-    source: AbstractFeatureKernel | NystromFeatures
-    then: Tensor
-    ratio: Tensor
 
 
 def _note(term: AbstractTerm, source: AbstractFeatureKernel | NystromFeatures) -> str:

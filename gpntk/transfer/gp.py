@@ -55,27 +55,10 @@ class TransferGP:
         likelihood: What labels say: targets with ``"gaussian"`` noise; classes by ``"categorical"`` (softmax of logits,
             by Laplace's approximation) or ``"dirichlet"`` (regression on transformed labels, in closed form).
         num_classes: K. Default: that of the network's outputs, or under a new head one more than the largest label.
-        mean: Prior mean: the network's own output, a constant per output, or zero. ``"auto"`` is the network's; a
-            constant (for classes zero) under a new head; and, with ``kernel="auto"``, a constant where targets are 3
-            nats likelier around it, which a warning says.
-        kernel: The tangent kernel ``"ntk"``, that of the readout ``"nngp"``, a stationary one, the sum
-            ``"ntk+stationary"``, or ``"auto"``: of all these, the one with the largest evidence. Or any of GPyTorch's,
-            with its priors: a covariance of the residuals in units of their root mean square.
-        new_head: Replace the readout by a new one, with as many outputs as y has columns or classes.
-        layer_variances: Learn one prior variance per layer instead of one for all.
-        prior_groups: Learn one for each of these groups of parameters: glob(s) over their names, by the group's name;
-            the last group that matches a parameter has it.
-        prior: Prior variances of parameters in one group: all ``"equal"``, or ``"g"``, see `gpntk.kernels.g_prior`.
-        stationary: Form of the stationary kernel.
-        stationary_inputs: Whether it compares inputs or the features that enter the readout.
-        hyperparameters: ``"average"`` over their posterior, put them at its ``"maximum"``, or ``"auto"``: the first for
-            up to 300 targets, and for classes. Or a mapping of names to values that are known, in units of the
-            residuals' mean square.
         known_noise: Noise variances of the labels `[N, C]`, to which a learned one is added.
         weights: Of labels `[N]`: the variances of their noise are divided by them; not for ``"categorical"``.
         noise_network: Maps inputs to the logarithm of the relative noise variance `[N]` or `[N, C]`.
-        time_budget: Seconds that a fit may take; a kernel that would take longer is left out, and a line in the log and
-            in the report says so. Standard deviations that need a factorisation of their own may take twice as long.
+        mean, kernel, ...: The options that the estimators have, too: see `gpntk.estimators.base.TransferEstimator`.
 
     Raises:
         InputError: The targets do not have the right number of outputs, or a choice does not exist.

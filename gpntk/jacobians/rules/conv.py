@@ -210,32 +210,6 @@ def _over_positions(g: Tensor) -> Tensor:
 
 
 def _bind_convolution(dims: int, transposed: bool) -> Callable[..., Binding | None]:
-    def make(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        rest: tuple[Any, int],
-    ) -> Binding | None:
-        if input.dim() != dims + 2 or isinstance(padding, str):
-            return None
-        operands = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        output_padding, groups = rest
-        rule = ConvRule(
-            tuple(operands),
-            shape=tuple(weight.shape),
-            size=tuple(input.shape[2:]),
-            stride=_sizes(stride, dims),
-            padding=_sizes(padding, dims),
-            dilation=_sizes(dilation, dims),
-            transposed=transposed,
-            output_padding=_sizes(output_padding, dims),
-            groups=groups,
-        )
-        return Binding(rule, (input,), operands, first_axis=True)
-
     def plain(
         input: Tensor,
         weight: Tensor,
@@ -244,9 +218,23 @@ def _bind_convolution(dims: int, transposed: bool) -> Callable[..., Binding | No
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
+        output_padding: Any = 0,
     ) -> Binding | None:
-        resolved = _resolved(padding, weight.shape[2:], _sizes(dilation, dims)) if isinstance(padding, str) else padding
-        return make(input, weight, bias, stride, resolved, dilation, (0, groups))
+        if isinstance(padding, str):
+            padding = _resolved(padding, weight.shape[2:], _sizes(dilation, dims))
+        if input.dim() != dims + 2 or isinstance(padding, str):
+            return None
+        operands = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+        rule = ConvRule(
+            tuple(operands),
+            shape=tuple(weight.shape),
+            size=tuple(input.shape[2:]),
+            transposed=transposed,
+            groups=groups,
+            **{name: _sizes(option, dims) for name, option in options.items()},
+        )
+        return Binding(rule, (input,), operands, first_axis=True)
 
     def transpose(
         input: Tensor,
@@ -258,7 +246,7 @@ def _bind_convolution(dims: int, transposed: bool) -> Callable[..., Binding | No
         groups: int = 1,
         dilation: Any = 1,
     ) -> Binding | None:
-        return make(input, weight, bias, stride, padding, dilation, (output_padding, groups))
+        return plain(input, weight, bias, stride, padding, dilation, groups, output_padding)
 
     return transpose if transposed else plain
 
