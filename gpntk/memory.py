@@ -94,7 +94,7 @@ def halving(items: slice, compute: Callable[[slice], Part]) -> list[Part]:
         torch.cuda.empty_cache()
     middle = (items.start + items.stop) // 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="out of memory on")
         return [*halving(slice(items.start, middle), compute), *halving(slice(middle, items.stop), compute)]
 
 

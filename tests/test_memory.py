@@ -266,3 +266,18 @@ def test_values_of_a_pass_are_those_it_makes_and_not_its_weights(dtype: torch.dt
     made = 3 + 50 + 50 + 2  # a copy of x, a linear layer, tanh, a linear layer
     assert (uses.activations, uses.largest, uses.tensors) == (made, 50, 4)
     assert row_values(network, x[:1]) == made
+
+
+def test_halves_say_once_that_memory_is_out_and_all_else_as_it_is() -> None:
+    def compute(items: slice) -> int:
+        if items.stop - items.start > 2:
+            raise torch.OutOfMemoryError
+        warnings.warn("of the product itself", stacklevel=1)
+        return items.stop - items.start
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert memory.halving(slice(0, 8), compute) == [2, 2, 2, 2]
+    said = [str(warning.message) for warning in caught]
+    assert sum("out of memory on" in message for message in said) == 1
+    assert said.count("of the product itself") == 4
