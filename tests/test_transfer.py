@@ -903,3 +903,14 @@ def test_report_of_a_classification() -> None:
     assert report.log_density == pytest.approx(left_out[torch.arange(45), labels].log().mean().item())
     assert all(0 <= seen <= 1 for seen in report.calibration.values())
     assert np.isfinite(list(report.log_evidence.values())).all()
+
+
+def test_labels_without_noise_are_polished_from_what_their_features_miss() -> None:
+    """Hyperparameters of the subset have next to no noise, which makes a system of few features singular."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 640), nn.Tanh(), nn.Linear(640, 2)]
+    x = torch.randn(200, 4, dtype=torch.float64)
+    y = torch.stack([torch.sin(2 * x[:, 0] + c) * x[:, 1] for c in range(5)], -1)
+    gp = TransferGP(gpntk.freeze(nn.Sequential(*layers).double()), x, y, new_head=True, mean="constant", time_budget=1)
+    gp.fit()
+    assert (gp.predict_mean(x).view_as(y) - y).abs().max() < 0.02

@@ -249,6 +249,10 @@ class Fitting:
         assert best is not None
         form = self._form(chosen, best)
         model = self.task.model(form)
+        if len(best) > len(form.prior.hyperparameters) and "noise" not in (self._fixed or {}):
+            # What features miss is noise to them: labels without any would have a system that is singular.
+            missed = form.unexplained(best[:-1], self.task.x[: self.task.screened]).mean().cpu()
+            best = torch.cat([best[:-1], best[-1:].maximum(missed.clamp_min(1e-300).log())])
         draws = Draws(best.unsqueeze(0), best.new_ones(1), math.nan, best)
         if form.num_features and self._polish_seconds(form) <= self._time_budget / 4:
             draws = self._searched(model, best, False, _TOLERANCE)
