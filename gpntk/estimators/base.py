@@ -16,15 +16,15 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
-from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import issparse
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from gpntk._checks import as_tensor, check_choice, check_flags, check_kinds, check_tensors
+from gpntk._checks import as_tensor, check_choice, check_flags, check_kinds
 from gpntk._types import Extract, ParameterSelection, PriorGroups
-from gpntk.errors import FileFormatError, InputError, KindError, NetworkError, SelectionError
+from gpntk.errors import FileFormatError, InputError, NetworkError, SelectionError
+from gpntk.estimators.arrays import as_array, refusing
 from gpntk.inference.hyperposterior import Treatment
 from gpntk.io import Contents, load_tensors, save_tensors
 from gpntk.network import Adapter, FrozenNetwork, freeze
@@ -280,12 +280,12 @@ class TransferEstimator(BaseEstimator, ABC):
             self._takes_arrays = not (is_batch(X) or whole)
         if self._takes_arrays:
             options = {"y": y, "allow_nd": True, "dtype": self.dtype, "reset": reset, **kwargs}
-            with _refusing("X" if isinstance(y, str) else "X or y"):
+            with refusing("X" if isinstance(y, str) else "X or y"):
                 return validate_data(self, X, **options)
         if isinstance(y, str):
             return X
         options = {"y": y, "reset": False, **kwargs}
-        with _refusing("y"):
+        with refusing("y"):
             labels: Any = validate_data(self, **options)
         if num_rows(X) != len(labels):
             raise InputError(f"X has {num_rows(X)} inputs, but y has {len(labels)} labels: give one for each.")
@@ -344,58 +344,6 @@ class TransferEstimator(BaseEstimator, ABC):
     def _check_shape(self, X: Any) -> None:
         if self._takes_arrays and X.shape[1:] != self._row_shape:
             raise InputError(f"X has rows of shape {X.shape[1:]}, but fit saw rows of shape {self._row_shape}.")
-
-
-def as_array(values: Any, name: str) -> Any:
-    """A tensor as an array; what scikit-learn would take for numbers in silence is refused."""
-    if isinstance(values, Tensor):
-        check_tensors(**{name: values})
-        values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if issparse(values):
-        raise KindError(f"{name} is a sparse matrix: give dense numbers, {name}.toarray().")
-    if np.ma.is_masked(values):
-        raise InputError(f"{name} is a masked array: leave the masked rows out, or give {name}.filled(value).")
-    if isinstance(values, np.ndarray) and values.dtype.kind in "mM":
-        raise InputError(f"{name} holds {values.dtype}: give numbers, as {name}.astype(float) does.")
-    return values
-
-
-@contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Within it, what scikit-learn refuses is an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        kind = KindError if isinstance(error, TypeError) else InputError
-        raise kind(f"{name} does not pass scikit-learn's checks: {error}") from error
-
-
-def weights_of(sample_weight: ArrayLike | None, rows: int) -> NDArray[Any] | None:
-    """Weights of labels `[N]` as an array; None where all are alike one.
-
-    Raises:
-        InputError: They are not one for each row, negative, not finite, or all zero.
-    """
-    if sample_weight is None:
-        return None
-    weights = np.asarray(sample_weight, dtype=float)
-    if weights.shape != (rows,):
-        raise InputError(f"sample_weight has shape {weights.shape}, but y has {rows} rows: give one weight for each.")
-    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise InputError("sample_weight has negative, infinite or NaN values, or zeros only: give finite weights.")
-    return None if (weights == 1).all() else weights
-
-
-def kept(weights: NDArray[Any] | None, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Rows of tensors whose labels count, and the weights of these: a label of weight zero is none."""
-    if weights is None:
-        return *tensors, None
-    rows = torch.as_tensor(np.flatnonzero(weights))
-    own: list[Any] = [None if tensor is None else tensor[rows.to(tensor.device)] for tensor in tensors]
-    return *own, as_tensor(weights[weights > 0], "sample_weight").to(own[0])
 
 
 def _check_data(data: Mapping[str, Tensor], dtype: torch.dtype, row_shape: tuple[int, ...]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gpntk._checks import check_choice
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, Kinds, TransferEstimator, as_array, kept, weights_of
+from gpntk.estimators.arrays import as_array, kept, weights_of
+from gpntk.estimators.base import Inputs, Kinds, TransferEstimator
 from gpntk.estimators.labels import check_vector, class_names, positions
 from gpntk.io import Contents
 from gpntk.likelihoods import Link

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gpntk._checks import as_tensor, check_count, check_flags, check_kinds
 from gpntk.errors import InputError
-from gpntk.estimators.base import Inputs, Kinds, TransferEstimator, as_array, kept, weights_of
+from gpntk.estimators.arrays import as_array, kept, weights_of
+from gpntk.estimators.base import Inputs, Kinds, TransferEstimator
 from gpntk.io import Contents
 from gpntk.network.adapters import Adapted
 from gpntk.network.batches import num_rows

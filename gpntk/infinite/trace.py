@@ -2,8 +2,7 @@
 
 The module is traced by ``torch.fx``, and run on inputs of zeros for the shapes between its layers. Followed along are
 what each axis of a tensor means (rows, channels, which become infinitely many, and spatial positions), and how its
-units are distributed. (Structured Jacobians record calls with a ``TorchFunctionMode`` instead: they replay one run,
-whatever the network's control flow; here any input's calls are needed, and their parameters are not.)
+units are distributed. (Structured Jacobians record one run by a ``TorchFunctionMode``; here any input's calls count.)
 """
 
 from __future__ import annotations

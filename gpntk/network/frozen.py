@@ -1,12 +1,11 @@
 """A frozen network: the pure function (parameters, x) -> f(x; parameters) behind an ``nn.Module``.
 
-This file, with `freezing` and `selection` beside it, is the only one that touches the inside of an
-``nn.Module``. It splits the user's module into
+No other file but `freezing` and `selection` touches the inside of an ``nn.Module``. It is split into
 
 * a *skeleton*: the module's structure with its tensors replaced by empty ones on the meta device, called through
   ``torch.func.functional_call``;
-* *frozen tensors*: a copy of parameters and buffers as they are now, held as non-persistent buffers, so that they
-  follow ``.to()`` of whatever owns the frozen network, and appear in neither ``parameters()`` nor ``state_dict()``;
+* *frozen tensors*: copies of parameters and buffers as they are now, in non-persistent buffers, which follow ``.to()``
+  of whatever owns the frozen network, and are in neither ``parameters()`` nor ``state_dict()``;
 * a *layout*: which parameters are differentiated and where each stands in a flat P-vector.
 
 The user's module is read once and never changed.
