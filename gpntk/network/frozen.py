@@ -4,11 +4,9 @@ No other file but `freezing` and `selection` touches the inside of an ``nn.Modul
 
 * a *skeleton*: the module's structure with its tensors replaced by empty ones on the meta device, called through
   ``torch.func.functional_call``;
-* *frozen tensors*: copies of parameters and buffers as they are now, in non-persistent buffers, which follow ``.to()``
-  of whatever owns the frozen network, and are in neither ``parameters()`` nor ``state_dict()``;
+* *frozen tensors*: copies of parameters and buffers, in non-persistent buffers, which follow ``.to()`` of their owner,
+  and are in neither ``parameters()`` nor ``state_dict()``;
 * a *layout*: which parameters are differentiated and where each stands in a flat P-vector.
-
-The user's module is read once and never changed.
 """
 
 from __future__ import annotations
