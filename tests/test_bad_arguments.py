@@ -39,7 +39,7 @@ from gpntk.models import LaplacePosterior, TangentGP, VariationalGP, greedy_indu
 
 NETWORK = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)).double()
 NAN = math.nan
-X = torch.rand(6, 2, dtype=torch.float64)
+X = torch.rand(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y, CLASSES = X.sum(-1), torch.arange(6) % 3
 FROZEN = gpntk.freeze(NETWORK)
 BACKEND = gpntk.AutoBackend(FROZEN)
@@ -347,6 +347,8 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
 
 def said(value: Any) -> str:
     """The value as part of a test's name, without its address: names are the same in every process."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor{list(value.shape)}{value.dtype}"
     return re.sub(r" at 0x\w+|\s", "", repr(value))
 
 

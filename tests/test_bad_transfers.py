@@ -90,6 +90,8 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
 
 def said(value: Any) -> str:
     """The value as part of a test's name, without its address: names are the same in every process."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor{list(value.shape)}{value.dtype}"
     return re.sub(r" at 0x\w+|\s", "", repr(value))
 
 

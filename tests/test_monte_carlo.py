@@ -228,7 +228,7 @@ def _networks(width: int, readout: bool, x: Tensor) -> SampledKernels:
 
 def test_mistakes_are_named() -> None:
     x, network = torch.randn(3, 5), wide()
-    with pytest.raises(InputError, match="num_samples=1: a standard error takes at least 2"):
+    with pytest.raises(InputError, match="num_samples=1: give a whole number, at least 2"):
         monte_carlo(wide, x, num_samples=1)
     with pytest.raises(InputError, match="same weights twice: it must draw new ones"):
         monte_carlo(lambda: network, x)

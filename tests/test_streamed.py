@@ -254,8 +254,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "ended at row 49 of 50 while its rows were counted",
     ),
     "single numbers": (lambda: DataLoader(list(range(5)), batch_size=None), "not batches"),  # pyright: ignore[reportArgumentType]
-    "a number": (lambda: 3, "a int cannot be read as data"),
-    "a dict": (lambda: {"x": 1}, "a dict cannot be read as data"),
+    "a number": (lambda: 3, "source is a int, which cannot be read as data"),
+    "a dict": (lambda: {"x": 1}, "source is a dict, which cannot be read as data"),
     "dicts": (lambda: Rows([{"x": 1}] * 5), "items are dict"),  # pyright: ignore[reportArgumentType]
     "NaN": (lambda: with_value(float("nan"), 17).numpy(), "row 17 of the source has nan in column 1"),
     "infinite": (lambda: with_value(float("inf"), 0), "row 0 of the source has inf in column 1"),
